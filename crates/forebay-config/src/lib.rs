@@ -1,0 +1,1 @@
+//! Loads a YAML file into typed configuration, with diagnostics that point at line and column.

@@ -1,0 +1,1 @@
+//! Flow<Stage>, trait Stage and the reply stream: how a request passes from layer to layer.

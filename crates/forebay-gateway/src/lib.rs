@@ -1,0 +1,1 @@
+//! L2: API keys, token and request quotas, audit.

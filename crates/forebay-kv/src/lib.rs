@@ -1,0 +1,1 @@
+//! KV block hashes, KV events and the prefix index shared by router and engine. Pure.

@@ -1,0 +1,1 @@
+//! Model store: names to files, fetched, verified and cached.

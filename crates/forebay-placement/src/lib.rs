@@ -1,0 +1,1 @@
+//! The routing decision: decide(view, ask, rng) -> Decision. Pure.

@@ -1,0 +1,1 @@
+//! L3: model names, fallback chains, retries, providers.

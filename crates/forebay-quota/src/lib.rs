@@ -1,0 +1,1 @@
+//! Token buckets, reservations and their settlement. Pure.

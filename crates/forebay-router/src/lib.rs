@@ -1,0 +1,1 @@
+//! L4: replicas, health, prefix-aware placement.

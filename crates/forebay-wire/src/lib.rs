@@ -1,0 +1,1 @@
+//! OpenAI JSON to one canonical call, canonical events to OpenAI JSON and SSE. Pure.

@@ -1,0 +1,2 @@
+//! Forebay: the LLM serving stack in one program.
+fn main() {}
