@@ -1,0 +1,45 @@
+//! Tokenized once: how the gateway gets a prompt's tokens without knowing any engine.
+
+use std::sync::Arc;
+
+use forebay_types::{Fault, ModelName, TokenId};
+use forebay_wire::Prompt;
+
+/// Identifies a vocabulary, so that ids made with one tokenizer are never taken for another's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TokenizerId(pub u64);
+
+/// A prompt's tokens.
+#[derive(Debug, Clone)]
+pub enum PromptIds {
+    /// The ids of each prompt of the call, made with the tokenizer `tokenizer`.
+    Exact { tokenizer: TokenizerId, prompts: Vec<Arc<[TokenId]>> },
+    /// No tokenizer here for that model: a count from the bytes.
+    Estimated { tokens: u32 },
+}
+
+impl PromptIds {
+    /// An estimate from the text: 3.5 bytes per token, the usual figure for English with OpenAI's vocabularies.
+    pub fn estimate(prompt: &Prompt) -> Self {
+        Self::Estimated { tokens: (prompt.text_bytes() as f64 / 3.5).ceil() as u32 }
+    }
+
+    pub fn none() -> Self {
+        Self::Estimated { tokens: 0 }
+    }
+
+    /// Tokens over all prompts.
+    pub fn tokens(&self) -> u32 {
+        match self {
+            Self::Exact { prompts, .. } => prompts.iter().map(|ids| ids.len() as u32).sum(),
+            Self::Estimated { tokens } => *tokens,
+        }
+    }
+}
+
+/// Turns prompts into token ids. Pure CPU work: callers move it off the I/O threads where the prompt is long.
+pub trait PromptEncoder: Send + Sync + 'static {
+    /// `model` is the name that the client used. An unknown model is estimated, not refused: whether it exists is
+    /// the proxy's to say.
+    fn encode(&self, model: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault>;
+}

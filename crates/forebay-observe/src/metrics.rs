@@ -1,0 +1,122 @@
+//! The metrics registry: each layer registers its own metrics, the admin listener renders all of them.
+//!
+//! Names follow the field (`vllm:*` for the engine, `forebay_<layer>_*` for the rest). Labels are bounded by
+//! configuration (models, replicas, consumers), never by what a client sends.
+
+use prometheus::{Encoder, TextEncoder};
+
+pub use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts,
+};
+
+/// Seconds, for what a whole request or its first token takes.
+pub const LATENCY_BUCKETS: &[f64] =
+    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+
+/// A name that was registered twice, or one that Prometheus does not allow: a defect, found at start.
+#[derive(Debug, thiserror::Error)]
+#[error("metric can't be registered: {0}")]
+pub struct MetricError(#[from] prometheus::Error);
+
+/// All metrics of the process. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Registry(prometheus::Registry);
+
+impl Registry {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Registers a collector and returns it: `registry.add(IntCounter::new(...))?`.
+    pub fn add<C: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        metric: prometheus::Result<C>,
+    ) -> Result<C, MetricError> {
+        let metric = metric?;
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter, MetricError> {
+        self.add(IntCounter::new(name, help))
+    }
+
+    pub fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, MetricError> {
+        self.add(IntCounterVec::new(Opts::new(name, help), labels))
+    }
+
+    pub fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, MetricError> {
+        self.add(IntGauge::new(name, help))
+    }
+
+    pub fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, MetricError> {
+        self.add(IntGaugeVec::new(Opts::new(name, help), labels))
+    }
+
+    pub fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, MetricError> {
+        self.add(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec())))
+    }
+
+    pub fn histograms(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+        labels: &[&str],
+    ) -> Result<HistogramVec, MetricError> {
+        self.add(HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels))
+    }
+
+    /// Prometheus text format 0.0.4.
+    pub fn render(&self) -> String {
+        let mut out = Vec::new();
+        // Encoding to memory fails only for inconsistent metric families, which `add` refuses.
+        if TextEncoder::new().encode(&self.0.gather(), &mut out).is_err() {
+            tracing::error!("metrics can't be encoded");
+        }
+        String::from_utf8(out).unwrap_or_default()
+    }
+
+    /// `content-type` of [`Registry::render`].
+    pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+    /// Every registered family: name, type and help, sorted. What the metrics reference is generated from.
+    pub fn families(&self) -> Vec<(String, String, String)> {
+        let mut families: Vec<_> = self
+            .0
+            .gather()
+            .iter()
+            .map(|f| {
+                let kind = format!("{:?}", f.get_field_type()).to_lowercase();
+                (f.name().to_owned(), kind, f.help().to_owned())
+            })
+            .collect();
+        families.sort();
+        families
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vllm_names_render() {
+        let registry = Registry::new();
+        let hits = registry.counters("vllm:prompt_tokens_total", "Prompt tokens.", &["model_name"]);
+        hits.expect("a name with a colon is allowed").with_label_values(&["m"]).inc_by(3);
+        assert_eq!(
+            registry.render(),
+            "# HELP vllm:prompt_tokens_total Prompt tokens.\n# TYPE vllm:prompt_tokens_total counter\n\
+             vllm:prompt_tokens_total{model_name=\"m\"} 3\n"
+        );
+    }
+
+    #[test]
+    fn a_name_is_registered_once() {
+        let registry = Registry::new();
+        assert!(registry.counter("a", "A.").is_ok());
+        assert!(registry.counter("a", "A.").is_err());
+    }
+}

@@ -1,0 +1,211 @@
+//! What a client asks for, canonically: one struct whatever the dialect and endpoint.
+
+use bytes::Bytes;
+use forebay_types::{ModelName, TokenId};
+
+/// The API that a generation was asked through, and so the shape that its reply is rendered in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Api {
+    /// `POST /v1/chat/completions`
+    ChatCompletions,
+    /// `POST /v1/completions`
+    Completions,
+}
+
+/// One request to the LLM stack.
+#[derive(Debug, Clone)]
+pub enum Ask {
+    Generate(Box<Generate>),
+    /// `POST /tokenize` (vLLM's shape)
+    Tokenize(Tokenize),
+    /// `POST /detokenize` (vLLM's shape)
+    Detokenize(Detokenize),
+    /// `GET /v1/models`
+    ListModels,
+    /// `GET /v1/models/{id}`
+    GetModel(ModelName),
+}
+
+impl Ask {
+    /// The model that is asked for. `None` for a listing, and for `/tokenize` without `model`.
+    pub fn model(&self) -> Option<&ModelName> {
+        match self {
+            Self::Generate(call) => Some(&call.model),
+            Self::Tokenize(call) => call.model.as_ref(),
+            Self::Detokenize(call) => call.model.as_ref(),
+            Self::GetModel(model) => Some(model),
+            Self::ListModels => None,
+        }
+    }
+}
+
+/// One generation: a prompt (or several), `n` choices each.
+///
+/// Choices are numbered over all prompts, as OpenAI does: choice `p * n + i` is the `i`-th of prompt `p`.
+#[derive(Debug, Clone)]
+pub struct Generate {
+    pub api: Api,
+    pub model: ModelName,
+    pub prompt: Prompt,
+    /// Choices per prompt, at least 1.
+    pub n: u32,
+    /// New tokens at most; `None` is the API's default (16 for completions, the rest of the context for chat).
+    pub max_tokens: Option<u32>,
+    pub min_tokens: u32,
+    pub sampling: Sampling,
+    pub stop: Vec<String>,
+    pub stop_token_ids: Vec<TokenId>,
+    pub include_stop_str_in_output: bool,
+    pub ignore_eos: bool,
+    /// `Some(k)`: the chosen token's log-probability and the `k` most likely (0 to 20).
+    pub logprobs: Option<u32>,
+    /// Completions: repeat the prompt's text before the output.
+    pub echo: bool,
+    pub stream: bool,
+    /// `stream_options.include_usage`
+    pub include_usage: bool,
+    pub user: Option<String>,
+    /// Separates prefix caches: equal prompts share KV blocks only under an equal salt.
+    pub cache_salt: Option<String>,
+    /// vLLM's `priority`: lower goes first.
+    pub priority: i32,
+    /// The body as it came, for forwarding in the same dialect with only changed fields spliced.
+    pub body: Bytes,
+}
+
+#[derive(Debug, Clone)]
+pub enum Prompt {
+    Chat {
+        messages: Vec<ChatMessage>,
+        /// The `tools` array as it came; templates read it as it is.
+        tools: Option<serde_json::Value>,
+        /// vLLM's `add_generation_prompt`, `true` unless asked otherwise.
+        add_generation_prompt: bool,
+        chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
+    },
+    /// Texts, at least one.
+    Text(Vec<String>),
+    /// Prompts as token ids, at least one, none empty.
+    Tokens(Vec<Vec<TokenId>>),
+}
+
+impl Prompt {
+    /// How many prompts there are: each is generated for on its own.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Chat { .. } => 1,
+            Self::Text(texts) => texts.len(),
+            Self::Tokens(ids) => ids.len(),
+        }
+    }
+
+    /// Bytes of text, or 4 per token id: what an estimate of the prompt's tokens starts from.
+    pub fn text_bytes(&self) -> usize {
+        match self {
+            Self::Chat { messages, tools, .. } => {
+                let tools = tools.as_ref().map_or(0, |t| t.to_string().len());
+                tools + messages.iter().map(|m| m.content.text_bytes() + 8).sum::<usize>()
+            }
+            Self::Text(texts) => texts.iter().map(String::len).sum(),
+            Self::Tokens(ids) => ids.iter().map(|ids| ids.len() * 4).sum(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChatMessage {
+    pub role: String,
+    pub content: Content,
+    /// Everything else of the message (`name`, `tool_calls`, `tool_call_id`, …), as templates want it.
+    pub extra: serde_json::Map<String, serde_json::Value>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Content {
+    /// `null` or absent: an assistant message that only calls tools.
+    None,
+    Text(String),
+    /// `[{"type": "text", "text": …}, …]`; only text parts are taken.
+    Parts(Vec<String>),
+}
+
+impl Content {
+    fn text_bytes(&self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Text(text) => text.len(),
+            Self::Parts(parts) => parts.iter().map(String::len).sum(),
+        }
+    }
+
+    /// The text, parts joined as they are.
+    pub fn to_text(&self) -> std::borrow::Cow<'_, str> {
+        match self {
+            Self::None => "".into(),
+            Self::Text(text) => text.into(),
+            Self::Parts(parts) => parts.concat().into(),
+        }
+    }
+}
+
+/// How the next token is chosen. Defaults are OpenAI's: temperature 1, everything else off.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// In (0, 1]; 1 is off.
+    pub top_p: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    /// In [0, 1]; 0 is off.
+    pub min_p: f32,
+    /// Same seed, same prompt, same parameters: same output, whatever else is in the batch.
+    pub seed: Option<u64>,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    /// 0 is off; in [-2, 2].
+    pub presence_penalty: f32,
+    /// 0 is off; in [-2, 2].
+    pub frequency_penalty: f32,
+    /// Added to the logits before anything else; at most 1024 entries, each in [-100, 100].
+    pub logit_bias: Vec<(TokenId, f32)>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: None,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Tokenize {
+    pub model: Option<ModelName>,
+    pub input: TokenizeInput,
+    /// `None` is vLLM's default: true for a prompt, false for messages.
+    pub add_special_tokens: Option<bool>,
+    pub return_token_strs: bool,
+    pub body: Bytes,
+}
+
+#[derive(Debug, Clone)]
+pub enum TokenizeInput {
+    Prompt(String),
+    Messages { messages: Vec<ChatMessage>, tools: Option<serde_json::Value>, add_generation_prompt: bool },
+}
+
+#[derive(Debug, Clone)]
+pub struct Detokenize {
+    pub model: Option<ModelName>,
+    pub tokens: Vec<TokenId>,
+    pub body: Bytes,
+}
