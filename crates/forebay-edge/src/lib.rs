@@ -1,1 +1,39 @@
 //! L1: TLS, HTTP/1.1 and HTTP/2, routes, limits, streaming, drain.
+//!
+//! ```text
+//! accept -> connection limit -> TLS -> HTTP/1.1 (raw heads watched) or HTTP/2 -> guard -> route
+//!    -> llm:  whole body -> Flow<Received> -> next stage -> frames as they are made
+//!    -> URL:  both bodies streamed to and from an upstream
+//! ```
+//!
+//! **Invariant:** nothing is held back. A frame that is ready is written; there is no buffer to fill first, no
+//! compression, and Nagle's algorithm is off.
+//!
+//! **Invariant:** a client that leaves drops the reply, and with it everything below.
+//!
+//! What it deliberately does not do: know who is calling (the gateway), read an LLM body (the wire crate, called by
+//! the gateway), retry, cache, or serve files. HTTP/3 and the web application firewall are not there yet.
+
+mod access;
+mod answer;
+mod body;
+mod config;
+mod connection;
+mod guard;
+mod head_scan;
+mod listen;
+mod llm;
+mod metrics;
+mod relay;
+mod route;
+mod service;
+mod tls;
+
+#[cfg(test)]
+mod testing;
+
+pub use config::{EdgeConfig, EdgeConfigError, EdgeLimits, RouteConfig, Switch, TlsConfig};
+pub use listen::{BindError, BoundEdge, DrainReport, Edge, EdgeDeps};
+pub use llm::LlmStage;
+pub use service::Health;
+pub use tls::TlsError;

@@ -2,12 +2,8 @@
 
 use std::sync::Arc;
 
-use forebay_types::{Fault, ModelName, TokenId};
+use forebay_types::{Fault, ModelName, TokenId, TokenizerId};
 use forebay_wire::Prompt;
-
-/// Identifies a vocabulary, so that ids made with one tokenizer are never taken for another's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct TokenizerId(pub u64);
 
 /// A prompt's tokens.
 #[derive(Debug, Clone)]

@@ -17,6 +17,7 @@ mod encoder;
 mod reply;
 mod stage;
 
-pub use encoder::{PromptEncoder, PromptIds, TokenizerId};
+pub use encoder::{PromptEncoder, PromptIds};
+pub use forebay_types::TokenizerId;
 pub use reply::{ChunkStream, Reply, ReplyForm};
 pub use stage::{Admitted, Caller, Flow, Origin, Placed, Received, Resolved, Stage};

@@ -3,7 +3,7 @@
 use std::pin::Pin;
 
 use forebay_types::Fault;
-use forebay_wire::Chunk;
+use forebay_wire::{Chunk, RenderSpec};
 use futures_util::Stream;
 
 /// Chunks as they are made. Pull-based: a reader that stops reading stops the writer at its bounded channel.
@@ -25,18 +25,26 @@ pub struct Reply {
     pub form: ReplyForm,
     /// Response headers for the client (`x-ratelimit-*`, `x-forebay-replica`), lower-case names.
     pub headers: http::HeaderMap,
+    /// How the edge renders `Chunk::Event`s; set by the layer that parsed the call. Verbatim chunks don't need it.
+    pub render: Option<RenderSpec>,
     pub chunks: ChunkStream,
 }
 
 impl Reply {
     pub fn new(form: ReplyForm, chunks: ChunkStream) -> Self {
-        Self { form, headers: http::HeaderMap::new(), chunks }
+        Self { form, headers: http::HeaderMap::new(), render: None, chunks }
     }
 
     /// A whole JSON body.
     pub fn json(body: impl Into<bytes::Bytes>) -> Self {
         let chunk = Chunk::Verbatim { bytes: body.into(), usage: None, deltas: 0 };
         Self::new(ReplyForm::Json, Box::pin(futures_util::stream::iter([Ok(chunk)])))
+    }
+
+    /// Says how events are rendered, unless a layer below has said so already.
+    pub fn rendered_as(mut self, spec: impl FnOnce() -> RenderSpec) -> Self {
+        self.render.get_or_insert_with(spec);
+        self
     }
 
     /// Wraps the chunks: how a layer accounts for what passes.

@@ -1,5 +1,43 @@
 //! Continuous batching and the KV block allocator. Pure: no I/O, no clock, no randomness.
+//!
+//! One [`Scheduler`] per engine, driven by the engine's step loop:
+//!
+//! ```text
+//! loop {
+//!     scheduler.try_add(now, …)               // arrivals
+//!     let plan = scheduler.plan_step(now);    // what to compute
+//!     executor.run(plan)?                     // else scheduler.on_step_failed()
+//!     scheduler.on_token(seq, token)          // one per entry of plan.logit_tokens
+//!     scheduler.finish(seq)                   // stop reached; abort(seq) when the client left
+//!     scheduler.drain_events(&mut events)     // for whoever indexes this cache
+//! }
+//! ```
+//!
+//! - `plan`: the contract with executors, plain data.
+//! - `pool`: KV blocks: reference counts, the prefix cache, LRU reuse.
+//! - `queue`: who is next. Fairness between tenants belongs in its `rank`, and nowhere else.
+//! - `scheduler`, `step`: sequences' lives, and the planning of one step.
+//!
+//! **Invariant:** the scheduler doesn't know models, text, sampling or HTTP. A sequence is token ids and limits.
+//!
+//! Deliberately absent: swapping to host memory, speculative tokens, sliding-window attention, budgets in
+//! milliseconds, reserving for expected output. Each would show up in `step` only.
 
+mod config;
+mod error;
+mod events;
+mod invariants;
 mod plan;
+mod pool;
+mod queue;
+mod scheduler;
+mod seq;
+mod step;
 
+pub use config::SchedulerConfig;
+pub use error::AddError;
+pub use invariants::BrokenInvariant;
 pub use plan::{SeqId, StepPlan};
+pub use pool::{BlockPool, FullBlock};
+pub use scheduler::{Added, Scheduler, SchedulerStats, TokenOutcome};
+pub use seq::{NewSeq, SeqInfo};

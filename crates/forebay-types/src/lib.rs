@@ -6,7 +6,7 @@ mod error;
 mod names;
 
 pub use error::{Blame, Class, Classify, Code, Fault, Retry};
-pub use names::{BlockHash, ConsumerName, ModelName, ReplicaId, RequestId};
+pub use names::{BlockHash, ConsumerName, ModelName, ReplicaId, RequestId, TokenizerId};
 
 /// A token of a model's vocabulary.
 ///

@@ -94,3 +94,19 @@ impl fmt::Debug for BlockHash {
         write!(f, "block:{:016x}", self.low_u64())
     }
 }
+
+/// Identifies a vocabulary, so that ids made with one tokenizer are never taken for another's: a SHA-256 of it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TokenizerId(pub [u8; 32]);
+
+impl fmt::Display for TokenizerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for TokenizerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tokenizer:{self}")
+    }
+}

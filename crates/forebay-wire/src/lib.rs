@@ -2,11 +2,39 @@
 //!
 //! The only crate with wire structs: everything inside the stack speaks [`Ask`] and [`Event`]. Pure: bytes in, bytes
 //! out, no I/O, no clock.
+//!
+//! ```text
+//! body -> parse -> Ask            Event -> Renderer  -> SSE frames
+//!                                 Event -> Collector -> one JSON body
+//! body -> splice -> body          Fault -> render_fault / fault_frame
+//! upstream bytes -> SseSplitter -> frames -> scan_frame -> usage
+//! ```
+//!
+//! What it does not do: it validates no model name, applies no chat template and counts no tokens.
 
 mod ask;
+mod collect;
+mod error;
 mod event;
+mod json;
+mod models;
+mod parse;
+mod render;
+mod scan;
+mod splice;
+mod sse;
+mod tokenized;
 
 pub use ask::{
     Api, Ask, ChatMessage, Content, Detokenize, Generate, Prompt, Sampling, Tokenize, TokenizeInput,
 };
+pub use collect::{CollectError, Collector};
+pub use error::{ErrorRow, UpstreamError, error_rows, error_row, fault_frame, parse_error, render_fault};
 pub use event::{Chunk, Delta, Event, TokenLogprob, TopLogprob};
+pub use models::{ModelCard, render_model, render_models};
+pub use parse::{ParseError, parse};
+pub use render::{RenderSpec, Renderer};
+pub use scan::{FrameInfo, scan_body, scan_frame};
+pub use splice::{Change, Edit, SpliceError, for_upstream, splice, with_model};
+pub use sse::{FRAME_BYTES_MAX, FrameTooLong, SseSplitter};
+pub use tokenized::{render_detokenized, render_tokenized};

@@ -1,0 +1,17 @@
+//! A model: the file, what its metadata says ([`ModelSpec`]) and its packed weights ([`Weights`]).
+//!
+//! One decoder-only transformer with RMS norm, rotary positions, grouped-query attention and a gated MLP. What
+//! differs between families of that shape is data in [`FAMILIES`], not code. Deliberately absent: tokenizer and
+//! chat template (their metadata is read by whoever loads them), and every forward pass (that is [`crate::exec`]).
+
+mod file;
+mod spec;
+#[cfg(test)]
+mod tests;
+#[doc(hidden)]
+pub mod tiny;
+mod weights;
+
+pub use file::{ModelFile, OpenError};
+pub use spec::{Activation, FAMILIES, Family, HEAD_DIM_MAX, ModelSpec, Rope, RopeLayout, SpecError};
+pub use weights::{Embeddings, HeadNorms, Layer, Weights, WeightsError};

@@ -1,0 +1,274 @@
+//! What a model file's metadata says about the shape of the model.
+
+use forebay_kernels::KvCache;
+
+use crate::gguf::{Gguf, Value};
+
+/// Which two elements of a head one rotation turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// `(2i, 2i + 1)`, ggml's "normal" layout. GGUF files of the llama family have permuted q and k weights for it.
+    Interleaved,
+    /// `(i, i + dims / 2)`, GPT-NeoX's.
+    HalfSplit,
+}
+
+/// The function between the two halves of the gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    Silu,
+}
+
+/// What sets one architecture apart from the others, as data.
+///
+/// Biases on q, k and v and norms of q and k are not here: a file has the tensors or has them not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Family {
+    /// `general.architecture`, and the prefix of the other keys.
+    pub name: &'static str,
+    pub rope: RopeLayout,
+    pub activation: Activation,
+}
+
+/// The architectures that we run.
+pub const FAMILIES: &[Family] =
+    &[Family { name: "llama", rope: RopeLayout::Interleaved, activation: Activation::Silu }];
+
+/// Rotary positions.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    pub layout: RopeLayout,
+    /// Elements of a head that are rotated, from the first.
+    pub dims: usize,
+    /// Base of the geometric series of wavelengths ("theta").
+    pub base: f32,
+    /// Positions are divided by this (linear scaling); 1 means none.
+    pub linear_factor: f32,
+}
+
+/// Shape of a model. All sizes are checked to be consistent and above zero.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelSpec {
+    pub family: Family,
+    /// `general.name`, for people.
+    pub name: Option<String>,
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub dim: usize,
+    pub ffn_dim: usize,
+    pub q_heads: usize,
+    /// Divides `q_heads`.
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab_size: usize,
+    /// Positions the model was trained for.
+    pub context_len: usize,
+    pub rms_eps: f32,
+    pub rope: Rope,
+    /// No `output.weight`: logits are made with the embedding matrix.
+    pub tied_embeddings: bool,
+}
+
+/// Why a model cannot be run, as far as its metadata says.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum SpecError {
+    #[error("the model file has no `{key}`")]
+    Missing { key: String },
+    #[error("`{key}` is {found}; {expected} expected")]
+    Kind { key: String, found: &'static str, expected: &'static str },
+    #[error("`{key}` is {value}; {expected} expected")]
+    Range { key: String, value: String, expected: &'static str },
+    #[error("architecture `{name}` is not supported; supported: {}", names(FAMILIES))]
+    Architecture { name: String },
+    #[error("{what} is not supported")]
+    Unsupported { what: String },
+    #[error("the model's sizes contradict each other: {what}")]
+    Inconsistent { what: String },
+}
+
+fn names(families: &[Family]) -> String {
+    families.iter().map(|family| family.name).collect::<Vec<_>>().join(", ")
+}
+
+/// Longest attention head, in elements; real models have at most 256.
+pub const HEAD_DIM_MAX: usize = 512;
+
+/// No dimension of a real model is larger; keeps the products below far from overflow.
+const SIZE_MAX: u64 = 1 << 24;
+
+impl ModelSpec {
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, SpecError> {
+        let name = text(gguf, "general.architecture")?;
+        let family = *FAMILIES
+            .iter()
+            .find(|family| family.name == name)
+            .ok_or_else(|| SpecError::Architecture { name: name.to_owned() })?;
+        let keys = Keys { gguf, prefix: family.name };
+
+        // Some dense files say "0 experts".
+        if let Some(experts) = keys.get("expert_count").1.and_then(Value::as_u64).filter(|&n| n > 0) {
+            return Err(SpecError::Unsupported { what: format!("a mixture of {experts} experts") });
+        }
+        let dim = keys.size("embedding_length")?;
+        let q_heads = keys.size("attention.head_count")?;
+        let kv_heads = keys.optional_size("attention.head_count_kv")?.unwrap_or(q_heads);
+        let head_dim = match keys.optional_size("attention.key_length")? {
+            Some(head_dim) => head_dim,
+            None if dim.is_multiple_of(q_heads) => dim / q_heads,
+            None => {
+                return Err(SpecError::Inconsistent {
+                    what: format!("an embedding length of {dim} does not divide into {q_heads} heads"),
+                });
+            }
+        };
+        if head_dim > HEAD_DIM_MAX {
+            return Err(SpecError::Unsupported { what: format!("a head of {head_dim} elements") });
+        }
+        if let Some(value_len) = keys.optional_size("attention.value_length")?
+            && value_len != head_dim
+        {
+            return Err(SpecError::Unsupported {
+                what: format!("a value length ({value_len}) other than the key length ({head_dim})"),
+            });
+        }
+        if !q_heads.is_multiple_of(kv_heads) {
+            return Err(SpecError::Inconsistent {
+                what: format!("{q_heads} query heads do not divide into {kv_heads} KV heads"),
+            });
+        }
+        let rope = keys.rope(family.rope, head_dim)?;
+        Ok(Self {
+            family,
+            name: gguf.get("general.name").and_then(Value::as_str).map(str::to_owned),
+            layers: keys.size("block_count")?,
+            dim,
+            ffn_dim: keys.size("feed_forward_length")?,
+            q_heads,
+            kv_heads,
+            head_dim,
+            vocab_size: keys.vocab_size()?,
+            context_len: keys.size("context_length")?,
+            rms_eps: keys.positive("attention.layer_norm_rms_epsilon")?,
+            rope,
+            tied_embeddings: gguf.tensor("output.weight").is_none(),
+        })
+    }
+
+    /// Width of the fused q, k and v projection.
+    pub fn qkv_dim(&self) -> usize {
+        (self.q_heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Bytes of KV cache that one token needs: K and V of every layer, 2 bytes (f16) an element.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        KvCache::block_bytes(self.layers, 1, self.kv_heads, self.head_dim)
+    }
+
+    /// How many KV blocks of `block_size` tokens fit into `bytes`.
+    pub fn blocks_for_memory(&self, bytes: u64, block_size: usize) -> usize {
+        let block = (self.kv_bytes_per_token() * block_size) as u64;
+        usize::try_from(bytes / block.max(1)).unwrap_or(usize::MAX)
+    }
+
+    /// Memory for `blocks` KV blocks of `block_size` tokens, in bytes.
+    pub fn memory_for_blocks(&self, blocks: usize, block_size: usize) -> u64 {
+        (self.kv_bytes_per_token() * block_size) as u64 * blocks as u64
+    }
+}
+
+/// The metadata under one architecture's prefix.
+struct Keys<'a> {
+    gguf: &'a Gguf,
+    prefix: &'static str,
+}
+
+impl<'a> Keys<'a> {
+    fn get(&self, key: &str) -> (String, Option<&'a Value>) {
+        let key = format!("{}.{key}", self.prefix);
+        let value = self.gguf.get(&key);
+        (key, value)
+    }
+
+    fn optional_size(&self, key: &str) -> Result<Option<usize>, SpecError> {
+        let (key, value) = self.get(key);
+        let Some(value) = value else { return Ok(None) };
+        let Some(size) = value.as_u64() else {
+            return Err(SpecError::Kind { key, found: value.kind(), expected: "a count" });
+        };
+        if !(1..=SIZE_MAX).contains(&size) {
+            return Err(SpecError::Range { key, value: size.to_string(), expected: "1 to 16777216" });
+        }
+        Ok(Some(size as usize))
+    }
+
+    fn size(&self, key: &str) -> Result<usize, SpecError> {
+        self.optional_size(key)?.ok_or_else(|| SpecError::Missing { key: self.get(key).0 })
+    }
+
+    fn optional_positive(&self, key: &str) -> Result<Option<f32>, SpecError> {
+        let (key, value) = self.get(key);
+        let Some(value) = value else { return Ok(None) };
+        let Some(number) = value.as_f64() else {
+            return Err(SpecError::Kind { key, found: value.kind(), expected: "a number" });
+        };
+        let number = number as f32;
+        if !(number.is_finite() && number > 0.0) {
+            return Err(SpecError::Range { key, value: number.to_string(), expected: "a number above zero" });
+        }
+        Ok(Some(number))
+    }
+
+    fn positive(&self, key: &str) -> Result<f32, SpecError> {
+        self.optional_positive(key)?.ok_or_else(|| SpecError::Missing { key: self.get(key).0 })
+    }
+
+    /// Rows of the embedding matrix: `vocab_size` is missing in many files and wrong in some.
+    fn vocab_size(&self) -> Result<usize, SpecError> {
+        let embeddings = self
+            .gguf
+            .tensor("token_embd.weight")
+            .ok_or_else(|| SpecError::Missing { key: "token_embd.weight".to_owned() })?;
+        let rows = embeddings.rows();
+        if rows as u64 > SIZE_MAX {
+            return Err(SpecError::Range {
+                key: "token_embd.weight".to_owned(),
+                value: format!("{rows} rows"),
+                expected: "at most 16777216",
+            });
+        }
+        Ok(rows)
+    }
+
+    fn rope(&self, layout: RopeLayout, head_dim: usize) -> Result<Rope, SpecError> {
+        let dims = self.optional_size("rope.dimension_count")?.unwrap_or(head_dim);
+        if dims > head_dim || !dims.is_multiple_of(2) {
+            return Err(SpecError::Inconsistent {
+                what: format!("{dims} rotary dimensions in heads of {head_dim}"),
+            });
+        }
+        let (key, scaling) = self.get("rope.scaling.type");
+        let linear_factor = match scaling.map(|value| value.as_str().ok_or(value)) {
+            Some(Ok("none")) => 1.0,
+            // llama.cpp's default where only a factor is given.
+            None => self.optional_positive("rope.scaling.factor")?.unwrap_or(1.0),
+            Some(Ok("linear")) => self.positive("rope.scaling.factor")?,
+            Some(Ok(other)) => {
+                return Err(SpecError::Unsupported { what: format!("rope scaling of type `{other}`") });
+            }
+            Some(Err(value)) => {
+                return Err(SpecError::Kind { key, found: value.kind(), expected: "a string" });
+            }
+        };
+        let base = self.optional_positive("rope.freq_base")?.unwrap_or(10_000.0);
+        Ok(Rope { layout, dims, base, linear_factor })
+    }
+}
+
+fn text<'a>(gguf: &'a Gguf, key: &str) -> Result<&'a str, SpecError> {
+    let value = gguf.get(key).ok_or_else(|| SpecError::Missing { key: key.to_owned() })?;
+    value.as_str().ok_or_else(|| SpecError::Kind {
+        key: key.to_owned(),
+        found: value.kind(),
+        expected: "a string",
+    })
+}

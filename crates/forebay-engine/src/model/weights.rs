@@ -1,0 +1,231 @@
+//! The weights of a model, packed for the kernels.
+//!
+//! Tensors keep the precision that the file has them in; q, k and v are packed into one matrix, and so are the two
+//! halves of the MLP's input, so that a layer is four matrix products. The embedding matrix stays in the file and is
+//! dequantised row by row on lookup (a step reads a handful of its rows).
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use forebay_kernels::{Isa, Matrix, PackError, Part, Pool, TensorType, dequantize_row};
+
+use super::{ModelFile, ModelSpec};
+use crate::gguf::{ElementType, TensorInfo};
+
+/// Why a model's weights could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    #[error("the model file has no tensor `{name}`")]
+    Missing { name: String },
+    #[error("tensor `{name}` has the shape {found:?}; {expected:?} expected")]
+    Shape { name: String, found: Vec<usize>, expected: Vec<usize> },
+    #[error("tensor `{name}` is stored as {element}, which is not supported{}", hint(*.wanted))]
+    Element { name: String, element: ElementType, wanted: Option<ElementType> },
+    /// Leaving out a bias or a norm that the model was trained with would give plausible, wrong text.
+    #[error("tensor `{name}` has no place in this architecture as it is supported here")]
+    Unexpected { name: String },
+    #[error("tensor `{name}` cannot be packed")]
+    Pack { name: String, source: PackError },
+}
+
+fn hint(wanted: Option<ElementType>) -> String {
+    wanted.map_or_else(String::new, |element| format!(" there; {element} expected"))
+}
+
+/// One transformer layer. Matrices are `[rows = outputs, cols = inputs]`.
+pub struct Layer {
+    /// `[dim]`
+    pub attention_norm: Vec<f32>,
+    /// `[qkv_dim, dim]`: the rows of q, then k, then v.
+    pub qkv: Matrix,
+    /// `[qkv_dim]`, if the model has biases there.
+    pub qkv_bias: Option<Vec<f32>>,
+    /// `[head_dim]`: RMS norms of each q and k head before the rotation, if the model has them.
+    pub head_norms: Option<HeadNorms>,
+    /// `[dim, q_heads * head_dim]`
+    pub output: Matrix,
+    /// `[dim]`
+    pub ffn_norm: Vec<f32>,
+    /// `[2 * ffn_dim, dim]`: the rows of gate, then up.
+    pub gate_up: Matrix,
+    /// `[dim, ffn_dim]`
+    pub down: Matrix,
+}
+
+/// Per-head RMS norm weights (Qwen 3).
+#[derive(Debug)]
+pub struct HeadNorms {
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
+}
+
+/// The embedding matrix `[vocab_size, dim]`, left in the file.
+#[derive(Debug)]
+pub struct Embeddings {
+    file: Arc<ModelFile>,
+    tensor: TensorInfo,
+    element: TensorType,
+    row_bytes: usize,
+}
+
+impl Embeddings {
+    /// Writes the embedding of `token` (below the vocabulary's size) to `out` (`[dim]`).
+    pub fn lookup(&self, token: u32, out: &mut [f32]) {
+        let start = token as usize * self.row_bytes;
+        let row = &self.file.data(&self.tensor)[start..start + self.row_bytes];
+        dequantize_row(self.element, row, out).expect("the row's size was checked when the file was read");
+    }
+}
+
+/// All weights of a model.
+pub struct Weights {
+    pub embeddings: Embeddings,
+    pub layers: Vec<Layer>,
+    /// `[dim]`
+    pub output_norm: Vec<f32>,
+    /// `[vocab_size, dim]`
+    pub head: Matrix,
+    /// `[rope.dims / 2]`: what each rotation frequency is divided by (Llama 3's context extension).
+    pub rope_factors: Option<Vec<f32>>,
+}
+
+impl Weights {
+    /// Packs every tensor of the file. Takes seconds for a large model; reads the whole file once.
+    pub fn load(file: &Arc<ModelFile>, spec: &ModelSpec, isa: Isa, pool: &Pool) -> Result<Self, WeightsError> {
+        let mut loader = Loader { file, isa, pool, used: HashSet::new() };
+        let (dim, q_dim, kv_dim) = (spec.dim, spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+
+        let embeddings = loader.embeddings("token_embd.weight", dim, spec.vocab_size)?;
+        let head = if spec.tied_embeddings { "token_embd.weight" } else { "output.weight" };
+        let head = loader.matrix(&[(head, spec.vocab_size)], dim)?;
+        let output_norm = loader.vector("output_norm.weight", dim)?;
+        let rope_factors = loader.optional_vector("rope_freqs.weight", spec.rope.dims / 2)?;
+
+        let mut layers = Vec::with_capacity(spec.layers);
+        for nth in 0..spec.layers {
+            let name = |part: &str| format!("blk.{nth}.{part}");
+            let (q, k, v) = (name("attn_q.weight"), name("attn_k.weight"), name("attn_v.weight"));
+            let (gate, up) = (name("ffn_gate.weight"), name("ffn_up.weight"));
+            layers.push(Layer {
+                attention_norm: loader.vector(&name("attn_norm.weight"), dim)?,
+                qkv: loader.matrix(&[(&q, q_dim), (&k, kv_dim), (&v, kv_dim)], dim)?,
+                qkv_bias: loader.qkv_bias(
+                    [&name("attn_q.bias"), &name("attn_k.bias"), &name("attn_v.bias")],
+                    [q_dim, kv_dim, kv_dim],
+                )?,
+                head_norms: loader.head_norms(
+                    &name("attn_q_norm.weight"),
+                    &name("attn_k_norm.weight"),
+                    spec.head_dim,
+                )?,
+                output: loader.matrix(&[(&name("attn_output.weight"), dim)], q_dim)?,
+                ffn_norm: loader.vector(&name("ffn_norm.weight"), dim)?,
+                gate_up: loader.matrix(&[(&gate, spec.ffn_dim), (&up, spec.ffn_dim)], dim)?,
+                down: loader.matrix(&[(&name("ffn_down.weight"), dim)], spec.ffn_dim)?,
+            });
+        }
+        if let Some(tensor) = file.gguf().tensors().iter().find(|t| !loader.used.contains(t.name.as_str())) {
+            return Err(WeightsError::Unexpected { name: tensor.name.clone() });
+        }
+        Ok(Self { embeddings, layers, output_norm, head, rope_factors })
+    }
+
+    /// Bytes of packed weights that one pass reads (the embedding matrix is not among them).
+    pub fn bytes(&self) -> usize {
+        let layers = self.layers.iter().map(|layer| {
+            layer.qkv.bytes() + layer.output.bytes() + layer.gate_up.bytes() + layer.down.bytes()
+        });
+        layers.sum::<usize>() + self.head.bytes()
+    }
+}
+
+struct Loader<'a> {
+    file: &'a Arc<ModelFile>,
+    isa: Isa,
+    pool: &'a Pool,
+    used: HashSet<String>,
+}
+
+impl<'a> Loader<'a> {
+    /// The tensor called `name`, if there is one; of that shape (innermost dimension first), or it is an error.
+    fn optional(&mut self, name: &str, shape: &[usize]) -> Result<Option<&'a TensorInfo>, WeightsError> {
+        let Some(tensor) = self.file.gguf().tensor(name) else { return Ok(None) };
+        if tensor.shape != shape {
+            return Err(WeightsError::Shape {
+                name: name.to_owned(),
+                found: tensor.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        self.used.insert(name.to_owned());
+        Ok(Some(tensor))
+    }
+
+    fn required(&mut self, name: &str, shape: &[usize]) -> Result<&'a TensorInfo, WeightsError> {
+        self.optional(name, shape)?.ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
+    }
+
+    fn optional_vector(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>, WeightsError> {
+        let Some(tensor) = self.optional(name, &[len])? else { return Ok(None) };
+        // Norms and biases are F32 in every file that ggml's tools write.
+        if tensor.element != ElementType::F32 {
+            return Err(WeightsError::Element {
+                name: name.to_owned(),
+                element: tensor.element,
+                wanted: Some(ElementType::F32),
+            });
+        }
+        let (values, _) = self.file.data(tensor).as_chunks::<4>();
+        Ok(Some(values.iter().map(|value| f32::from_le_bytes(*value)).collect()))
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, WeightsError> {
+        self.optional_vector(name, len)?.ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
+    }
+
+    fn head_norms(&mut self, q: &str, k: &str, len: usize) -> Result<Option<HeadNorms>, WeightsError> {
+        match self.optional_vector(q, len)? {
+            // A k norm alone stays unused and is reported as unexpected.
+            None => Ok(None),
+            Some(q) => Ok(Some(HeadNorms { q, k: self.vector(k, len)? })),
+        }
+    }
+
+    fn qkv_bias(&mut self, names: [&str; 3], lens: [usize; 3]) -> Result<Option<Vec<f32>>, WeightsError> {
+        let Some(mut bias) = self.optional_vector(names[0], lens[0])? else { return Ok(None) };
+        for part in 1..3 {
+            bias.extend(self.vector(names[part], lens[part])?);
+        }
+        Ok(Some(bias))
+    }
+
+    fn element(&self, tensor: &TensorInfo) -> Result<TensorType, WeightsError> {
+        TensorType::from_ggml(tensor.element.ggml()).ok_or_else(|| WeightsError::Element {
+            name: tensor.name.clone(),
+            element: tensor.element,
+            wanted: None,
+        })
+    }
+
+    /// The output rows of several `[rows, cols]` matrices, one after the other.
+    fn matrix(&mut self, parts: &[(&str, usize)], cols: usize) -> Result<Matrix, WeightsError> {
+        let mut packed = Vec::with_capacity(parts.len());
+        for &(name, rows) in parts {
+            let tensor = self.required(name, &[cols, rows])?;
+            packed.push(Part { ty: self.element(tensor)?, rows, data: self.file.data(tensor) });
+        }
+        Matrix::pack(&packed, cols, self.isa, self.pool)
+            .map_err(|source| WeightsError::Pack { name: parts[0].0.to_owned(), source })
+    }
+
+    fn embeddings(&mut self, name: &str, cols: usize, rows: usize) -> Result<Embeddings, WeightsError> {
+        let tensor = self.required(name, &[cols, rows])?;
+        let element = self.element(tensor)?;
+        Ok(Embeddings {
+            file: Arc::clone(self.file),
+            row_bytes: element.row_bytes(cols),
+            tensor: tensor.clone(),
+            element,
+        })
+    }
+}

@@ -1,0 +1,157 @@
+//! One choice while it is generated: sampling state, text so far, and when it ends. Pure.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use forebay_tokens::{Detokenizer, StopMatcher, Tokenizer};
+use forebay_types::{FinishReason, TokenId};
+use forebay_wire::{Delta, TokenLogprob, TopLogprob};
+
+use crate::sample::{Choice as Sampled, Sampler};
+
+use super::submission::How;
+
+/// State of one choice.
+pub(crate) struct ChoiceState {
+    /// Number of the choice in its request.
+    pub number: u32,
+    /// Index of its prompt.
+    pub prompt: usize,
+    /// Away while its row is sampled.
+    pub sampler: Option<Sampler>,
+    pub generated: u32,
+    max_tokens: u32,
+    how: Arc<How>,
+    tokenizer: Tokenizer,
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+    /// The latest piece of text, reused.
+    text: String,
+    /// Not yet emitted: its text is held back.
+    held: Delta,
+    pub first_scheduled: Option<Instant>,
+    pub first_token: Option<Instant>,
+    pub last_token: Option<Instant>,
+}
+
+/// What a token did to its choice.
+pub(crate) struct Advance {
+    /// Worth sending: new text, or log-probabilities.
+    pub delta: Option<Delta>,
+    pub finished: Option<FinishReason>,
+}
+
+impl ChoiceState {
+    pub fn new(
+        number: u32,
+        prompt: usize,
+        max_tokens: u32,
+        prompt_ids: &[TokenId],
+        how: Arc<How>,
+        tokenizer: Tokenizer,
+        stop: StopMatcher,
+    ) -> Self {
+        Self {
+            number,
+            prompt,
+            sampler: Some(Sampler::new(how.sampling.clone(), how.seed.wrapping_add(u64::from(number)), prompt_ids)),
+            generated: 0,
+            max_tokens,
+            detokenizer: Detokenizer::new(tokenizer.clone(), true),
+            stop,
+            tokenizer,
+            how,
+            text: String::new(),
+            held: Delta { choice: number, ..Delta::default() },
+            first_scheduled: None,
+            first_token: None,
+            last_token: None,
+        }
+    }
+
+    /// Whether end tokens may not be chosen yet.
+    pub fn below_min_tokens(&self) -> bool {
+        self.generated < self.how.min_tokens
+    }
+
+    pub fn logprobs(&self) -> Option<u32> {
+        self.how.logprobs
+    }
+
+    /// Takes the next token. A token that ends the choice counts as generated and is not in the text.
+    pub fn on_token(&mut self, sampled: &Sampled) -> Advance {
+        let token = sampled.token;
+        self.generated += 1;
+        self.held.tokens += 1;
+        let ends = (!self.how.ignore_eos && self.tokenizer.is_eog(token)) || self.how.stop_token_ids.contains(&token);
+        if ends {
+            return self.end(FinishReason::Stop);
+        }
+        if self.how.logprobs.is_some() {
+            let entry = self.logprob_entry(sampled);
+            self.held.logprobs.push(entry);
+        }
+        self.detokenize(token);
+        if self.feed() {
+            return Advance { delta: self.take(), finished: Some(FinishReason::Stop) };
+        }
+        if self.generated >= self.max_tokens {
+            return self.end(FinishReason::Length);
+        }
+        let delta = if self.held.text.is_empty() && self.held.logprobs.is_empty() { None } else { self.take() };
+        Advance { delta, finished: None }
+    }
+
+    /// Lets go of everything held back.
+    fn end(&mut self, reason: FinishReason) -> Advance {
+        self.text.clear();
+        self.text.push_str(self.detokenizer.finish());
+        let mut reason = reason;
+        if self.feed() {
+            reason = FinishReason::Stop;
+        } else {
+            self.held.text.push_str(self.stop.finish());
+        }
+        Advance { delta: self.take(), finished: Some(reason) }
+    }
+
+    fn detokenize(&mut self, token: TokenId) {
+        self.text.clear();
+        self.text.push_str(self.detokenizer.push(token));
+    }
+
+    /// Adds what the stop matcher lets through of `text`; true where a stop string was hit.
+    fn feed(&mut self) -> bool {
+        // As in vLLM, a stop string counts only in text that comes after `min_tokens`.
+        if self.how.stop.is_empty() || self.below_min_tokens() {
+            self.held.text.push_str(&self.text);
+            return false;
+        }
+        let piece = self.stop.push(&self.text);
+        self.held.text.push_str(piece.text);
+        piece.hit.is_some()
+    }
+
+    fn take(&mut self) -> Option<Delta> {
+        let next = Delta { choice: self.number, ..Delta::default() };
+        let delta = std::mem::replace(&mut self.held, next);
+        (delta.tokens > 0 || !delta.text.is_empty()).then_some(delta)
+    }
+
+    fn logprob_entry(&self, sampled: &Sampled) -> TokenLogprob {
+        let name = |token: TokenId| {
+            let bytes = self.tokenizer.token_bytes(token).to_vec();
+            (String::from_utf8_lossy(&bytes).into_owned(), bytes)
+        };
+        let (text, bytes) = name(sampled.token);
+        let top = sampled
+            .top
+            .iter()
+            .map(|&(token, logprob)| {
+                let (text, bytes) = name(token);
+                TopLogprob { token, text, bytes, logprob }
+            })
+            .collect();
+        TokenLogprob { token: sampled.token, text, bytes, logprob: Some(sampled.logprob), top }
+    }
+}

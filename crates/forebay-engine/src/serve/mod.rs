@@ -1,0 +1,22 @@
+//! Serving: from a placed request to a stream of events.
+//!
+//! [`Engine`] is the handle that the rest of the program holds; the step loop runs on a thread of its own and is
+//! reached through one bounded channel. **Invariant:** nothing in here knows HTTP or JSON of a generation; the only
+//! JSON is that of `/tokenize` and `/detokenize`.
+
+mod choice;
+mod engine;
+mod prompt;
+mod step_loop;
+mod submission;
+mod text;
+
+use std::sync::Arc;
+
+use forebay_kv::KvEvent;
+
+pub use engine::{Engine, EngineDeps, StartError};
+pub use text::TextError;
+
+/// Gets the KV events of an engine, in order, on the step thread: must be quick.
+pub type KvSink = Arc<dyn Fn(&[KvEvent]) + Send + Sync>;

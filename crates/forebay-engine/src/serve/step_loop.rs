@@ -1,0 +1,452 @@
+//! The step loop: takes submissions, plans, computes, samples, sends events. Runs on a thread of its own and owns
+//! everything it touches, so that nothing here waits for a lock or for a reader.
+//!
+//! One turn: take what arrived, drop who left, plan, execute, sample every row (in parallel), send, publish KV events
+//! and metrics. A client that leaves during a turn is out of the next plan, and its blocks are free.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forebay_kernels::Pool;
+use forebay_kv::KvEvent;
+use forebay_kv::CacheSalt;
+use forebay_schedule::{AddError, NewSeq, Scheduler, SeqId, StepPlan};
+use forebay_tokens::Tokenizer;
+use forebay_types::{Blame, Class, Code, Fault, FinishReason, Retry, TokenId, Usage};
+use forebay_wire::{Delta, Event};
+use tokio::sync::mpsc;
+
+use crate::exec::Executor;
+use crate::metrics::{ModelMetrics, Rejection, RequestRecord, StepRecord};
+use crate::sample::{Choice as Sampled, Sampler};
+
+use super::choice::ChoiceState;
+use super::submission::Submission;
+use super::KvSink;
+
+/// How long the loop sleeps where work waits but nothing can be planned: only a defect of the scheduler leads here,
+/// and it must not become a busy loop.
+const STUCK_NAP: Duration = Duration::from_millis(5);
+
+pub(crate) struct StepLoop<E> {
+    pub executor: E,
+    pub scheduler: Scheduler,
+    pub pool: Arc<Pool>,
+    pub tokenizer: Tokenizer,
+    /// Tokens that end a choice, banned under `min_tokens`.
+    pub end_tokens: Vec<TokenId>,
+    pub metrics: ModelMetrics,
+    pub kv_sink: Option<KvSink>,
+    pub inbox: mpsc::Receiver<Submission>,
+    pub state: LoopState,
+}
+
+/// What the loop remembers between turns.
+pub(crate) struct LoopState {
+    begun: Instant,
+    next_seq: u64,
+    next_request: u64,
+    requests: HashMap<u64, Request>,
+    choices: HashMap<SeqId, (u64, ChoiceState)>,
+    kv_events: Vec<KvEvent>,
+    jobs: Vec<SampleJob>,
+    seen: Seen,
+}
+
+/// Totals at the last metrics record: the scheduler counts up, metrics want the difference.
+#[derive(Default, Clone, Copy)]
+struct Seen {
+    preemptions: u64,
+    prefix_queries: u64,
+    prefix_hits: u64,
+}
+
+/// One request while any of its choices runs.
+struct Request {
+    submission: Submission,
+    seqs: Vec<SeqId>,
+    open: usize,
+    started: bool,
+    /// Per prompt: tokens that came from the cache, once known.
+    cached: Vec<Option<u32>>,
+    completion_tokens: u32,
+}
+
+struct SampleJob {
+    seq: SeqId,
+    row: usize,
+    sampler: Option<Sampler>,
+    ban_ends: bool,
+    logprobs: Option<u32>,
+    sampled: Option<Sampled>,
+}
+
+/// What a turn did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    Worked,
+    /// Nothing to do until something arrives.
+    Idle,
+    /// The inbox is closed and everything is finished.
+    Closed,
+}
+
+impl LoopState {
+    pub(crate) fn new(begun: Instant) -> Self {
+        Self {
+            begun,
+            next_seq: 0,
+            next_request: 0,
+            requests: HashMap::new(),
+            choices: HashMap::new(),
+            kv_events: Vec::new(),
+            jobs: Vec::new(),
+            seen: Seen::default(),
+        }
+    }
+
+    /// Takes the samplers of the rows that want a token out of their choices, so that rows can be sampled in
+    /// parallel. Gives the prompt tokens in the plan.
+    fn line_up(&mut self, plan: &StepPlan, now: Instant) -> usize {
+        self.jobs.clear();
+        let mut prefill = 0;
+        let mut wanted = plan.logit_tokens.iter().enumerate().peekable();
+        for (r, &seq) in plan.seqs.iter().enumerate() {
+            let range = plan.row(r);
+            let row = wanted.next_if(|&(_, &t)| range.contains(&(t as usize))).map(|(row, _)| row);
+            let Some((_, choice)) = self.choices.get_mut(&seq) else { continue };
+            choice.first_scheduled.get_or_insert(now);
+            if choice.generated == 0 {
+                prefill += range.len();
+            }
+            if let Some(row) = row {
+                self.jobs.push(SampleJob {
+                    seq,
+                    row,
+                    ban_ends: choice.below_min_tokens(),
+                    logprobs: choice.logprobs(),
+                    sampler: choice.sampler.take(),
+                    sampled: None,
+                });
+            }
+        }
+        prefill
+    }
+}
+
+impl<E: Executor> StepLoop<E> {
+    /// Runs until the inbox is closed and every request is done. Uses no CPU while idle.
+    pub(crate) fn run(mut self) {
+        loop {
+            match self.turn() {
+                Turn::Worked => {}
+                Turn::Closed => return,
+                Turn::Idle => match self.inbox.blocking_recv() {
+                    Some(submission) => self.add(submission),
+                    None => return,
+                },
+            }
+        }
+    }
+
+    /// One turn. Never blocks but for the computation itself.
+    pub(crate) fn turn(&mut self) -> Turn {
+        let closed = self.take_arrivals();
+        self.drop_the_gone();
+        let now = Instant::now();
+        let Self { executor, scheduler, pool, state, end_tokens, .. } = &mut *self;
+        let plan = scheduler.plan_step(now.saturating_duration_since(state.begun));
+        if plan.is_empty() {
+            self.publish(0, 0, 0);
+            if self.state.requests.is_empty() {
+                return if closed { Turn::Closed } else { Turn::Idle };
+            }
+            tracing::warn!(requests = self.state.requests.len(), "nothing can be planned while requests wait");
+            std::thread::sleep(STUCK_NAP);
+            return Turn::Worked;
+        }
+        let (tokens, sampled) = (plan.tokens(), plan.logit_tokens.len());
+        let prefill = state.line_up(plan, now);
+        let failed = match executor.execute(plan) {
+            Ok(logits) => {
+                let stride = logits.len() / sampled.max(1);
+                pool.run_rows(&mut state.jobs, 1, 1, &|_, jobs| {
+                    for job in jobs {
+                        let row = &logits[job.row * stride..(job.row + 1) * stride];
+                        let banned: &[TokenId] = if job.ban_ends { end_tokens } else { &[] };
+                        job.sampled = job.sampler.as_mut().map(|s| s.choose(row, banned, job.logprobs));
+                    }
+                });
+                None
+            }
+            Err(error) => {
+                tracing::error!(error = %error, source = ?std::error::Error::source(&error), "a step failed");
+                Some((plan.seqs.clone(), Fault::internal(error.to_string())))
+            }
+        };
+        match failed {
+            None => self.apply_samples(),
+            Some((seqs, fault)) => {
+                self.scheduler.on_step_failed();
+                self.state.jobs.clear();
+                for seq in seqs {
+                    if let Some(&(request, _)) = self.state.choices.get(&seq) {
+                        self.fail(request, fault.clone(), FinishReason::Error);
+                    }
+                }
+            }
+        }
+        self.publish(tokens, prefill, sampled);
+        Turn::Worked
+    }
+
+    /// Takes everything that has arrived; true where nothing more will come.
+    fn take_arrivals(&mut self) -> bool {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(submission) => self.add(submission),
+                Err(mpsc::error::TryRecvError::Empty) => return false,
+                Err(mpsc::error::TryRecvError::Disconnected) => return true,
+            }
+        }
+    }
+
+    /// Puts a request's sequences into the queue: all of them, or none and a refusal.
+    fn add(&mut self, submission: Submission) {
+        let now = self.state.begun.elapsed();
+        let id = self.state.next_request;
+        self.state.next_request += 1;
+        let mut seqs = Vec::new();
+        let mut refused = None;
+        'all: for (p, prompt) in submission.prompts.iter().enumerate() {
+            for i in 0..submission.n {
+                let seq = SeqId(self.state.next_seq);
+                self.state.next_seq += 1;
+                let new = NewSeq {
+                    id: seq,
+                    prompt: prompt.ids.clone(),
+                    max_new_tokens: prompt.max_tokens,
+                    cache_salt: submission.how.cache_salt.as_deref().map(CacheSalt::new),
+                    // vLLM counts the other way: lower goes first.
+                    priority: submission.how.priority.saturating_neg(),
+                    tenant: submission.how.tenant.clone(),
+                };
+                if let Err(error) = self.scheduler.try_add(now, new) {
+                    refused = Some(error);
+                    break 'all;
+                }
+                let number = p as u32 * submission.n + i;
+                let choice = ChoiceState::new(
+                    number,
+                    p,
+                    prompt.max_tokens,
+                    &prompt.ids,
+                    submission.how.clone(),
+                    self.tokenizer.clone(),
+                    submission.how.matcher.clone(),
+                );
+                self.state.choices.insert(seq, (id, choice));
+                seqs.push(seq);
+            }
+        }
+        if let Some(error) = refused {
+            for seq in seqs {
+                self.scheduler.abort(seq);
+                self.state.choices.remove(&seq);
+            }
+            let rejection = match &error {
+                AddError::QueueFull { .. } => Some(Rejection::Requests),
+                AddError::QueueTokensFull { .. } => Some(Rejection::Tokens),
+                _ => None,
+            };
+            if let Some(rejection) = rejection {
+                self.metrics.on_rejected(rejection);
+            }
+            // The channel is empty and has room: a failed send is a client that has already left.
+            let _ = submission.events.try_send(Err(Fault::from(error)));
+            return;
+        }
+        let request = Request {
+            open: seqs.len(),
+            seqs,
+            started: false,
+            cached: vec![None; submission.prompts.len()],
+            completion_tokens: 0,
+            submission,
+        };
+        self.state.requests.insert(id, request);
+    }
+
+    /// Aborts requests whose client left or whose time is up.
+    fn drop_the_gone(&mut self) {
+        let now = Instant::now();
+        let gone: Vec<(u64, bool)> = self
+            .state
+            .requests
+            .iter()
+            .filter_map(|(&id, request)| {
+                let left = request.submission.events.is_closed();
+                (left || now >= request.submission.deadline).then_some((id, left))
+            })
+            .collect();
+        for (id, left) in gone {
+            let class = Class::new(Code::UpstreamTimeout, Blame::Us).retry(Retry::Never);
+            let fault = Fault::new(class, "the request took longer than `engine.request-timeout`");
+            tracing::debug!(request = id, left, "request aborted");
+            self.fail(id, fault, FinishReason::Abort);
+        }
+    }
+
+    /// Ends a whole request early.
+    fn fail(&mut self, id: u64, fault: Fault, reason: FinishReason) {
+        let Some(request) = self.state.requests.remove(&id) else { return };
+        for &seq in &request.seqs {
+            if let Some((_, choice)) = self.state.choices.remove(&seq) {
+                self.scheduler.abort(seq);
+                self.metrics.on_finished(&record_of(&request, &choice, reason));
+            }
+        }
+        let _ = request.submission.events.try_send(Err(fault));
+    }
+
+    fn apply_samples(&mut self) {
+        let now = Instant::now();
+        let mut jobs = std::mem::take(&mut self.state.jobs);
+        for job in &mut jobs {
+            let (Some(sampler), Some(sampled)) = (job.sampler.take(), job.sampled.take()) else { continue };
+            let Some((id, choice)) = self.state.choices.get_mut(&job.seq) else { continue };
+            let id = *id;
+            choice.sampler = Some(sampler);
+            match choice.last_token.replace(now) {
+                Some(last) => self.metrics.on_next_token(now.saturating_duration_since(last)),
+                None => choice.first_token = Some(now),
+            }
+            let first = choice.generated == 0;
+            let advance = choice.on_token(&sampled);
+            let (number, prompt) = (choice.number, choice.prompt);
+            if first {
+                self.on_first(id, job.seq, number, prompt, now);
+            }
+            if advance.finished.is_some() {
+                self.scheduler.finish(job.seq);
+            } else {
+                self.scheduler.on_token(job.seq, sampled.token);
+            }
+            if let Some(delta) = advance.delta {
+                self.send(id, Event::Delta(delta));
+            }
+            if let Some(request) = self.state.requests.get_mut(&id) {
+                request.completion_tokens += 1;
+            }
+            if let Some(reason) = advance.finished {
+                self.close_choice(id, job.seq, number, reason);
+            }
+        }
+        jobs.clear();
+        self.state.jobs = jobs;
+    }
+
+    /// The first token of a choice: headers can leave, and it is known what the cache gave.
+    fn on_first(&mut self, id: u64, seq: SeqId, number: u32, prompt: usize, now: Instant) {
+        let cached = self.scheduler.info(seq).map_or(0, |info| info.cached_tokens);
+        let Some(request) = self.state.requests.get_mut(&id) else { return };
+        let first_of_prompt = request.cached[prompt].is_none();
+        request.cached[prompt].get_or_insert(cached);
+        let echo = request.submission.prompts[prompt].echo.clone();
+        if !request.started {
+            request.started = true;
+            let usage = request.usage();
+            self.metrics.on_first_token(now.saturating_duration_since(request.submission.arrived));
+            let started =
+                Event::Started { prompt_tokens: usage.prompt_tokens, cached_tokens: usage.cached_tokens };
+            self.send(id, started);
+        }
+        tracing::trace!(request = id, choice = number, cached, first_of_prompt, "first token");
+        if let Some(text) = echo {
+            self.send(id, Event::Delta(Delta { choice: number, text, ..Delta::default() }));
+        }
+    }
+
+    fn close_choice(&mut self, id: u64, seq: SeqId, number: u32, reason: FinishReason) {
+        let choice = self.state.choices.remove(&seq);
+        let Some(request) = self.state.requests.get_mut(&id) else { return };
+        request.open -= 1;
+        if let Some((_, choice)) = choice {
+            self.metrics.on_finished(&record_of(request, &choice, reason));
+        }
+        let done = request.open == 0;
+        self.send(id, Event::Finished { choice: number, reason });
+        if done && let Some(request) = self.state.requests.remove(&id) {
+            let _ = request.submission.events.try_send(Ok(Event::Done { usage: request.usage() }));
+        }
+    }
+
+    /// Sends to the client. The channel has room for all that a request can produce, so a failure is a client that
+    /// left: the next turn sees it.
+    fn send(&self, id: u64, event: Event) {
+        if let Some(request) = self.state.requests.get(&id) {
+            let _ = request.submission.events.try_send(Ok(event));
+        }
+    }
+
+    /// KV events and metrics of this turn.
+    fn publish(&mut self, tokens: usize, prefill_tokens: usize, sampled_tokens: usize) {
+        let state = &mut self.state;
+        state.kv_events.clear();
+        self.scheduler.drain_events(&mut state.kv_events);
+        if let Some(sink) = &self.kv_sink
+            && !state.kv_events.is_empty()
+        {
+            sink(&state.kv_events);
+        }
+        let stats = self.scheduler.stats();
+        let seen = Seen {
+            preemptions: stats.preemptions,
+            prefix_queries: stats.prefix_query_tokens,
+            prefix_hits: stats.prefix_hit_tokens,
+        };
+        self.metrics.on_step(&StepRecord {
+            running: stats.running as usize,
+            waiting: stats.waiting as usize,
+            kv_usage: stats.kv_usage(),
+            tokens,
+            prefill_tokens,
+            sampled_tokens,
+            preemptions: seen.preemptions - state.seen.preemptions,
+            prefix_queries: seen.prefix_queries - state.seen.prefix_queries,
+            prefix_hits: seen.prefix_hits - state.seen.prefix_hits,
+        });
+        state.seen = seen;
+    }
+}
+
+impl Request {
+    fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.submission.prompts.iter().map(|p| p.ids.len() as u32).sum(),
+            completion_tokens: self.completion_tokens,
+            cached_tokens: self.cached.iter().flatten().sum(),
+        }
+    }
+}
+
+fn record_of(request: &Request, choice: &ChoiceState, reason: FinishReason) -> RequestRecord {
+    let now = Instant::now();
+    let submission = &request.submission;
+    let scheduled = choice.first_scheduled.unwrap_or(now);
+    let first = choice.first_token.unwrap_or(now);
+    let last = choice.last_token.unwrap_or(now);
+    let prompt = &submission.prompts[choice.prompt];
+    RequestRecord {
+        e2e: now.saturating_duration_since(submission.arrived),
+        queue: scheduled.saturating_duration_since(submission.arrived),
+        prefill: first.saturating_duration_since(scheduled),
+        decode: last.saturating_duration_since(first),
+        prompt_tokens: prompt.ids.len() as u32,
+        generation_tokens: choice.generated,
+        max_tokens: prompt.max_tokens,
+        n: submission.n,
+        reason,
+    }
+}

@@ -1,0 +1,56 @@
+//! What a caller hands to the engine's thread.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use forebay_tokens::StopMatcher;
+use forebay_types::{ConsumerName, Fault, TokenId};
+use forebay_wire::{Event, Sampling};
+use tokio::sync::mpsc;
+
+/// One request: prompts, and how to continue each of them.
+pub(crate) struct Submission {
+    pub prompts: Vec<PromptAsk>,
+    /// Choices per prompt.
+    pub n: u32,
+    pub how: Arc<How>,
+    pub arrived: Instant,
+    pub deadline: Instant,
+    /// Events go out here. Its capacity holds everything the request can produce, so that a slow reader never stops
+    /// the step loop; a closed channel is a client that left.
+    pub events: mpsc::Sender<Result<Event, Fault>>,
+}
+
+pub(crate) struct PromptAsk {
+    pub ids: Arc<[TokenId]>,
+    /// New tokens per choice at most, at least 1; prompt and this fit the model.
+    pub max_tokens: u32,
+    /// Text to repeat before the output.
+    pub echo: Option<String>,
+}
+
+/// How tokens are chosen and when a choice ends; shared by all choices of a request.
+pub(crate) struct How {
+    pub sampling: Sampling,
+    /// Choice `c` draws with `seed + c`.
+    pub seed: u64,
+    pub stop: Vec<String>,
+    /// Made once per request from `stop`; every choice matches with a copy.
+    pub matcher: StopMatcher,
+    pub stop_token_ids: Vec<TokenId>,
+    pub include_stop: bool,
+    pub ignore_eos: bool,
+    pub min_tokens: u32,
+    pub logprobs: Option<u32>,
+    pub cache_salt: Option<String>,
+    pub priority: i32,
+    pub tenant: ConsumerName,
+}
+
+impl Submission {
+    /// Events that this request can produce at most: one per token, echo and finish per choice, start and end.
+    pub fn events_max(prompts: &[PromptAsk], n: u32) -> usize {
+        let per_prompt = prompts.iter().map(|p| (p.max_tokens as usize + 3) * n as usize);
+        per_prompt.sum::<usize>() + 3
+    }
+}

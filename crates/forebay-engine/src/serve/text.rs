@@ -1,0 +1,46 @@
+//! The text side of a model, read from its file: vocabulary, special tokens, chat template.
+
+use forebay_tokens::{TextModel, TokenType, Tokenizer, Vocab};
+
+use crate::gguf::{Gguf, List, Value};
+
+/// Why a model file's tokenizer can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    #[error("the model file has no `{key}`")]
+    Missing { key: &'static str },
+    #[error("the tokenizer in the model file can't be used")]
+    Tokenizer(#[source] forebay_tokens::BuildError),
+    #[error("the chat template in the model file can't be used")]
+    Template(#[source] forebay_tokens::TemplateError),
+}
+
+/// Reads `tokenizer.*` of a GGUF file.
+pub(crate) fn text_model(gguf: &Gguf) -> Result<TextModel, TextError> {
+    let texts = |key: &'static str| gguf.get(key).and_then(|v| v.as_texts()).map(<[String]>::to_vec);
+    let id = |key: &str| gguf.get(key).and_then(|v| v.as_u64()).map(|id| id as u32);
+    let text = |key: &str| gguf.get(key).and_then(|v| v.as_str()).map(str::to_owned);
+    let tokens = texts("tokenizer.ggml.tokens").ok_or(TextError::Missing { key: "tokenizer.ggml.tokens" })?;
+    let model = text("tokenizer.ggml.model").ok_or(TextError::Missing { key: "tokenizer.ggml.model" })?;
+    let token_types = match gguf.get("tokenizer.ggml.token_type") {
+        Some(Value::List(List::Ints(types))) => types.clone(),
+        Some(Value::List(List::Uints(types))) => types.iter().map(|&t| t as i64).collect(),
+        _ => Vec::new(),
+    };
+    let vocab = Vocab {
+        model,
+        pre: text("tokenizer.ggml.pre").unwrap_or_else(|| "default".into()),
+        tokens,
+        merges: texts("tokenizer.ggml.merges").unwrap_or_default(),
+        token_types: token_types.into_iter().map(TokenType::from_gguf).collect(),
+        bos: id("tokenizer.ggml.bos_token_id"),
+        eos: id("tokenizer.ggml.eos_token_id"),
+        eot: id("tokenizer.ggml.eot_token_id"),
+        unk: id("tokenizer.ggml.unknown_token_id"),
+        pad: id("tokenizer.ggml.padding_token_id"),
+        add_bos: gguf.get("tokenizer.ggml.add_bos_token").and_then(|v| v.as_bool()).unwrap_or(false),
+    };
+    let template = text("tokenizer.chat_template");
+    let tokenizer = Tokenizer::new(vocab).map_err(TextError::Tokenizer)?;
+    TextModel::new(tokenizer, template.as_deref()).map_err(TextError::Template)
+}

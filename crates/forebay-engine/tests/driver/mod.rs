@@ -1,0 +1,104 @@
+//! Drives an executor by hand: builds plans for a few sequences, as a scheduler would.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::sync::Arc;
+
+use forebay_engine::exec::{CpuExecutor, CpuOptions, Executor};
+use forebay_engine::model::ModelFile;
+use forebay_kernels::Isa;
+use forebay_schedule::{SeqId, StepPlan};
+
+/// Tokens of one sequence and where its KV stands.
+#[derive(Debug, Clone)]
+pub struct Sequence {
+    pub tokens: Vec<u32>,
+    /// How many tokens have their KV in the blocks.
+    pub computed: usize,
+    pub table: Vec<u32>,
+}
+
+/// An executor with a free list of blocks.
+pub struct Driver {
+    pub executor: CpuExecutor,
+    free: Vec<u32>,
+}
+
+pub fn supported_isas() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| isa.supported())
+}
+
+impl Driver {
+    /// `block_order`: the free list, last one taken first; its length is the number of blocks.
+    pub fn new(model: &Arc<ModelFile>, isa: Isa, threads: usize, block_size: usize, block_order: Vec<u32>) -> Self {
+        let options = CpuOptions { isa, threads, block_size, blocks: block_order.len(), positions_max: 1024 };
+        Self { executor: CpuExecutor::new(model, &options).unwrap(), free: block_order }
+    }
+
+    pub fn sequence(&self, tokens: &[u32]) -> Sequence {
+        Sequence { tokens: tokens.to_vec(), computed: 0, table: Vec::new() }
+    }
+
+    /// Computes the next `count` tokens of each sequence in one pass; gives the logits of each one's last.
+    pub fn step(&mut self, rows: &mut [(&mut Sequence, usize)]) -> Vec<Vec<f32>> {
+        let size = self.executor.block_size();
+        let mut plan = StepPlan { row_starts: vec![0], table_starts: vec![0], ..StepPlan::default() };
+        for (nth, (sequence, count)) in rows.iter_mut().enumerate() {
+            let end = sequence.computed + *count;
+            while sequence.table.len() < end.div_ceil(size) {
+                sequence.table.push(self.free.pop().expect("the test has enough blocks"));
+            }
+            plan.seqs.push(SeqId(nth as u64));
+            plan.token_ids.extend(&sequence.tokens[sequence.computed..end]);
+            plan.positions.extend(sequence.computed as u32..end as u32);
+            plan.row_starts.push(plan.token_ids.len() as u32);
+            plan.block_tables.extend(&sequence.table);
+            plan.table_starts.push(plan.block_tables.len() as u32);
+            plan.logit_tokens.push(plan.token_ids.len() as u32 - 1);
+            sequence.computed = end;
+        }
+        let vocab = self.executor.vocab_size();
+        self.executor.execute(&plan).unwrap().chunks(vocab).map(<[f32]>::to_vec).collect()
+    }
+
+    /// One pass over a whole new sequence: the logits after each token that `at` names.
+    pub fn logits_at(&mut self, tokens: &[u32], at: &[u32]) -> Vec<Vec<f32>> {
+        let table: Vec<u32> = (0..tokens.len().div_ceil(self.executor.block_size()) as u32).collect();
+        let plan = StepPlan {
+            seqs: vec![SeqId(0)],
+            token_ids: tokens.to_vec(),
+            positions: (0..tokens.len() as u32).collect(),
+            row_starts: vec![0, tokens.len() as u32],
+            table_starts: vec![0, table.len() as u32],
+            block_tables: table,
+            logit_tokens: at.to_vec(),
+        };
+        let vocab = self.executor.vocab_size();
+        self.executor.execute(&plan).unwrap().chunks(vocab).map(<[f32]>::to_vec).collect()
+    }
+
+    /// Prefills `prompt` in one pass and continues it greedily; gives the tokens and each step's logits.
+    pub fn generate(&mut self, prompt: &[u32], count: usize) -> (Vec<u32>, Vec<Vec<f32>>) {
+        let mut sequence = self.sequence(prompt);
+        let mut all_logits = Vec::new();
+        for _ in 0..count {
+            let missing = sequence.tokens.len() - sequence.computed;
+            let logits = self.step(&mut [(&mut sequence, missing)]).remove(0);
+            sequence.tokens.push(greedy(&logits));
+            all_logits.push(logits);
+        }
+        (sequence.tokens[prompt.len()..].to_vec(), all_logits)
+    }
+}
+
+/// The largest logit's token; the first of equals.
+pub fn greedy(logits: &[f32]) -> u32 {
+    let best = (0..logits.len()).reduce(|best, id| if logits[id] > logits[best] { id } else { best });
+    best.expect("there are logits") as u32
+}
+
+/// Natural-log probabilities.
+pub fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
+    logits.iter().map(|l| f64::from(l - max) - sum.ln()).collect()
+}

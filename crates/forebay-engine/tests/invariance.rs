@@ -1,0 +1,138 @@
+//! The same tokens give the same bits: alone or in a batch, in one chunk or many, in any blocks, on any number of
+//! threads. Prefix caching, preemption and batching are only invisible to clients if this holds.
+
+use std::sync::Arc;
+
+use driver::{Driver, Sequence, greedy, supported_isas};
+use forebay_engine::gguf::ElementType;
+use forebay_engine::model::ModelFile;
+use forebay_engine::model::tiny::TinyLlama;
+use forebay_kernels::Isa;
+use proptest::prelude::*;
+
+mod driver;
+
+const BLOCKS: u32 = 200;
+
+/// An f32 model and two quantised ones (as SmolLM2's file is mixed: Q4_1 layers, a Q8_0 embedding and head).
+fn models() -> Vec<Arc<ModelFile>> {
+    let quantised = TinyLlama { head_dim: 32, ffn_dim: 192, seed: 2, ..TinyLlama::default() };
+    let tiny = [
+        TinyLlama::default(),
+        TinyLlama { weights: ElementType::Q4_1, embeddings: ElementType::Q8_0, ..quantised.clone() },
+        TinyLlama { weights: ElementType::Q4_0, embeddings: ElementType::Q4_0, kv_heads: 4, ..quantised },
+    ];
+    tiny.iter().map(|t| Arc::new(ModelFile::from_bytes(t.to_gguf()).unwrap())).collect()
+}
+
+fn prompt(len: usize, seed: u32) -> Vec<u32> {
+    (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) ^ seed.wrapping_mul(40_503)) >> 7 & 0xff).collect()
+}
+
+/// What a sequence gives alone, in one prefill and then token by token, on one thread, in blocks 0, 1, 2, ...
+struct Expected {
+    prompt: Vec<u32>,
+    tokens: Vec<u32>,
+    logits: Vec<Vec<f32>>,
+}
+
+fn expected(model: &Arc<ModelFile>, isa: Isa, prompt: Vec<u32>, count: usize) -> Expected {
+    let mut driver = Driver::new(model, isa, 1, 16, (0..BLOCKS).rev().collect());
+    let (tokens, logits) = driver.generate(&prompt, count);
+    Expected { prompt, tokens, logits }
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|l| l.to_bits()).collect()
+}
+
+/// Runs all sequences together. Each pass gives every sequence its next chunk (sizes from `chunks`, round robin);
+/// a sequence joins at the pass that `arrivals` says. Asserts that each gives what is expected of it.
+fn check_together(driver: &mut Driver, all: &[Expected], chunks: &[usize], arrivals: &[usize]) {
+    let mut sequences: Vec<Sequence> = all.iter().map(|e| driver.sequence(&e.prompt)).collect();
+    let mut produced = vec![0; all.len()];
+    let mut chunk = chunks.iter().cycle();
+    for pass in 0.. {
+        let mut rows = Vec::new();
+        let mut which = Vec::new();
+        for (nth, sequence) in sequences.iter_mut().enumerate() {
+            if produced[nth] < all[nth].tokens.len() && arrivals[nth] <= pass {
+                let missing = sequence.tokens.len() - sequence.computed;
+                rows.push((sequence, missing.min(*chunk.next().unwrap())));
+                which.push(nth);
+            }
+        }
+        if rows.is_empty() && arrivals.iter().all(|&at| at <= pass) {
+            break;
+        }
+        if rows.is_empty() {
+            continue;
+        }
+        let logits = driver.step(&mut rows);
+        for (nth, logits) in which.into_iter().zip(logits) {
+            if sequences[nth].computed < sequences[nth].tokens.len() {
+                continue;
+            }
+            let at = produced[nth];
+            assert_eq!(bits(&logits), bits(&all[nth].logits[at]), "sequence {nth}, token {at}, pass {pass}");
+            assert_eq!(greedy(&logits), all[nth].tokens[at]);
+            sequences[nth].tokens.push(all[nth].tokens[at]);
+            produced[nth] += 1;
+        }
+    }
+    assert!(produced.iter().zip(all).all(|(done, e)| *done == e.tokens.len()));
+}
+
+#[test]
+fn a_batch_gives_every_sequence_what_it_gets_alone() {
+    for model in models() {
+        for isa in supported_isas() {
+            let all: Vec<Expected> = [1, 5, 33, 64, 17, 2, 100]
+                .into_iter()
+                .enumerate()
+                .map(|(nth, len)| expected(&model, isa, prompt(len, nth as u32), 4))
+                .collect();
+            for threads in [1, 2] {
+                // Every other block, from the end: nothing stands where the reference had it.
+                let order = (0..BLOCKS).map(|b| b * 37 % BLOCKS).collect();
+                let mut driver = Driver::new(&model, isa, threads, 16, order);
+                check_together(&mut driver, &all, &[usize::MAX], &[0; 7]);
+            }
+        }
+    }
+}
+
+/// Beyond 256 tokens attention works in several segments.
+#[test]
+fn a_long_prompt_gives_the_same_in_any_chunks_and_block_sizes() {
+    for model in models() {
+        for isa in supported_isas() {
+            let all = [expected(&model, isa, prompt(700, 3), 3)];
+            for (threads, block_size, chunk) in [(2, 16, 700), (1, 16, 256), (2, 32, 100), (1, 48, 33)] {
+                let blocks = 704 / block_size as u32 + 1;
+                let mut driver = Driver::new(&model, isa, threads, block_size, (0..blocks).collect());
+                check_together(&mut driver, &all, &[chunk], &[0]);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #[test]
+    fn random_arrivals_chunks_and_blocks(
+        which in 0usize..3,
+        lens in prop::collection::vec(1usize..90, 1..7),
+        chunks in prop::collection::vec(1usize..50, 1..6),
+        arrivals in prop::collection::vec(0usize..6, 7),
+        order in Just((0..BLOCKS).collect::<Vec<u32>>()).prop_shuffle(),
+        threads in 1usize..3,
+    ) {
+        let model = &models()[which];
+        let isa = Isa::detect();
+        let all: Vec<Expected> =
+            lens.iter().enumerate().map(|(nth, &len)| expected(model, isa, prompt(len, nth as u32), 3)).collect();
+        let mut driver = Driver::new(model, isa, threads, 16, order);
+        check_together(&mut driver, &all, &chunks, &arrivals[..all.len()]);
+    }
+}

@@ -1,0 +1,192 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::fixtures::{Random, TYPES};
+use crate::{Part, dequantize_row};
+
+fn isas() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| isa.supported())
+}
+
+fn product(pool: &Pool, isa: Isa, parts: &[Part<'_>], cols: usize, x: &[f32]) -> Vec<f32> {
+    let w = Matrix::pack(parts, cols, isa, pool).unwrap();
+    let mut a = Activations::new();
+    a.prepare(pool, &w, x);
+    let mut y = vec![f32::NAN; a.rows() * w.rows()];
+    matmul(pool, &w, &a, &mut y);
+    y
+}
+
+fn weights(ty: TensorType, data: &[u8], cols: usize) -> Vec<Vec<f32>> {
+    data.chunks_exact(ty.row_bytes(cols))
+        .map(|row| {
+            let mut out = vec![0.0; cols];
+            dequantize_row(ty, row, &mut out).unwrap();
+            out
+        })
+        .collect()
+}
+
+/// Against f64 with the dequantised weights, for every type and instruction set, at shapes that leave parts of
+/// tiles and of micro-tiles over.
+#[test]
+fn agrees_with_the_dequantised_weights() {
+    let pool = Pool::new(2);
+    for ty in TYPES {
+        for (rows, cols, tokens) in [(1, 256, 1), (33, 512, 7), (96, 256, 13), (70, 768, 4)] {
+            let mut random = Random(rows as u64);
+            let data = random.tensor(ty, rows, cols);
+            let x = random.floats(tokens * cols);
+            let w = weights(ty, &data, cols);
+            let expect: Vec<f64> = x
+                .chunks_exact(cols)
+                .flat_map(|x| w.iter().map(move |w| x.iter().zip(w).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()))
+                .collect();
+            let norm = (expect.iter().map(|y| y * y).sum::<f64>() / expect.len() as f64).sqrt();
+            // Eight-bit activations are off by up to 0.4 % of the largest of 32; floats by rounding only.
+            let tolerance = if ty.is_quantized() { 0.02 * norm } else { 1e-5 * norm };
+            let mut first: Option<Vec<f32>> = None;
+            for isa in isas() {
+                let y = product(&pool, isa, &[Part { ty, rows, data: &data }], cols, &x);
+                for (i, (y, e)) in y.iter().zip(&expect).enumerate() {
+                    let error = (f64::from(*y) - e).abs();
+                    assert!(error <= tolerance, "{ty:?} {isa} {rows}x{cols} at {i}: {y} for {e}");
+                }
+                let same = first.get_or_insert_with(|| y.clone());
+                assert!(bits(same) == bits(&y), "{ty:?} {rows}x{cols}: {isa} differs from the first ISA");
+            }
+        }
+    }
+}
+
+/// With activations that eight bits hold exactly, only f32 rounding is left.
+#[test]
+fn quantised_products_are_exact_but_for_rounding() {
+    let pool = Pool::new(1);
+    for ty in TYPES {
+        let (rows, cols) = (40, 512);
+        let mut random = Random(7);
+        let data = random.tensor(ty, rows, cols);
+        let x: Vec<f32> =
+            (0..cols).map(|i| if i % 32 == 5 { 127.0 } else { (random.unit() * 127.0).round() }).collect();
+        let expect = weights(ty, &data, cols)
+            .iter()
+            .map(|w| x.iter().zip(w).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>())
+            .collect::<Vec<_>>();
+        let norm = (expect.iter().map(|y| y * y).sum::<f64>() / rows as f64).sqrt();
+        for isa in isas() {
+            let y = product(&pool, isa, &[Part { ty, rows, data: &data }], cols, &x);
+            for (y, e) in y.iter().zip(&expect) {
+                assert!((f64::from(*y) - e).abs() <= 1e-5 * norm, "{ty:?} {isa}: {y} for {e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_largest_codes_and_activations_don_t_saturate() {
+    for isa in isas() {
+        for (code, weight) in [(0x7f, 127.0), (0x80, -128.0), (0x81, -127.0)] {
+            let mut block = vec![code; 34];
+            block[..2].copy_from_slice(&half::f16::ONE.to_le_bytes());
+            for sign in [1.0, -1.0] {
+                let part = Part { ty: TensorType::Q8_0, rows: 1, data: &block };
+                let y = product(&Pool::new(1), isa, &[part], 32, &[127.0 * sign; 32]);
+                assert_eq!(y, [weight * 127.0 * 32.0 * sign], "{isa}");
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_of_several_types_are_rows_of_one_matrix() {
+    let (cols, x) = (256, Random(1).floats(3 * 256));
+    let pool = Pool::new(2);
+    let mut random = Random(2);
+    let tensors: Vec<(TensorType, usize, Vec<u8>)> =
+        [(TensorType::Q4K, 40), (TensorType::Q4K, 5), (TensorType::Q6K, 33), (TensorType::F16, 64), (TensorType::Q4K, 1)]
+            .into_iter()
+            .map(|(ty, rows)| (ty, rows, random.tensor(ty, rows, cols)))
+            .collect();
+    let parts: Vec<Part<'_>> =
+        tensors.iter().map(|(ty, rows, data)| Part { ty: *ty, rows: *rows, data }).collect();
+    for isa in isas() {
+        let y = product(&pool, isa, &parts, cols, &x);
+        let mut expect = vec![Vec::new(); 3];
+        for part in &parts {
+            let y = product(&pool, isa, &[*part], cols, &x);
+            for (expect, y) in expect.iter_mut().zip(y.chunks_exact(part.rows)) {
+                expect.extend_from_slice(y);
+            }
+        }
+        assert_eq!(bits(&y), bits(&expect.concat()), "{isa}");
+    }
+}
+
+#[test]
+fn float_weights_need_no_round_number_of_columns() {
+    let mut random = Random(3);
+    let (rows, cols) = (5, 37);
+    let data = random.tensor(TensorType::F32, rows, cols);
+    let x = random.floats(2 * cols);
+    let part = Part { ty: TensorType::F32, rows, data: &data };
+    let y = product(&Pool::new(1), Isa::detect(), &[part], cols, &x);
+    let w = weights(TensorType::F32, &data, cols);
+    for (i, y) in y.iter().enumerate() {
+        let expect: f32 = x[i / rows * cols..][..cols].iter().zip(&w[i % rows]).map(|(a, b)| a * b).sum();
+        assert!((y - expect).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn bad_shapes_are_refused() {
+    let check = |parts: &[Part<'_>], cols, expect| {
+        assert_eq!(Matrix::pack(parts, cols, Isa::Scalar, &Pool::new(1)).err(), Some(expect));
+    };
+    let ty = TensorType::Q8_0;
+    check(&[], 32, crate::PackError::Empty);
+    check(&[Part { ty, rows: 1, data: &[0; 34] }], 33, crate::PackError::PartialBlock { ty, cols: 33 });
+    check(
+        &[Part { ty, rows: 2, data: &[0; 34] }],
+        32,
+        crate::PackError::Length { ty, rows: 2, cols: 32, expected: 68, found: 34 },
+    );
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// The hard property: a row doesn't know what it was computed with.
+    #[test]
+    fn a_row_has_the_same_bits_alone_and_in_any_batch_on_any_threads(
+        seed: u64,
+        ty in proptest::sample::select(&TYPES[..]),
+        rows in 1_usize..100,
+        blocks in 1_usize..4,
+        tokens in 1_usize..20,
+        threads in 1_usize..4,
+    ) {
+        let cols = blocks * 256;
+        let mut random = Random(seed);
+        let data = random.tensor(ty, rows, cols);
+        let x = random.floats(tokens * cols);
+        let part = Part { ty, rows, data: &data };
+        let pool = Pool::new(threads);
+        let one = Pool::new(1);
+        for isa in isas() {
+            let together = product(&pool, isa, &[part], cols, &x);
+            let w = Matrix::pack(&[part], cols, isa, &one).unwrap();
+            let mut a = Activations::new();
+            let mut alone = vec![0.0; rows];
+            for (x, y) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
+                a.quantize(&one, isa, x, 1, cols);
+                matmul(&one, &w, &a, &mut alone);
+                prop_assert_eq!(bits(&alone), bits(y), "{} {:?}", isa, ty);
+            }
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! How a user names a model: a known name, a path, or `hf:ORG/REPO[/FILE]`.
+
+use std::path::PathBuf;
+
+use crate::catalogue::{self, CATALOGUE, KnownModel};
+
+#[derive(Debug, Clone)]
+pub enum ModelRef {
+    Known(&'static KnownModel),
+    Path(PathBuf),
+    Hub { repo: String, file: Option<String> },
+}
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ReferenceError {
+    #[error(
+        "unknown model `{name}`: known are {}; a file is named by its path (`./{name}.gguf`), a hub repository as \
+         `hf:ORG/REPO`", CATALOGUE.iter().map(|m| format!("`{}`", m.name)).collect::<Vec<_>>().join(", ")
+    )]
+    Unknown { name: String },
+    #[error("`{text}` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`")]
+    BadHub { text: String },
+    #[error("the model's name is empty")]
+    Empty,
+}
+
+impl ModelRef {
+    pub fn parse(text: &str) -> Result<Self, ReferenceError> {
+        let text = text.trim();
+        if text.is_empty() {
+            return Err(ReferenceError::Empty);
+        }
+        if let Some(hub) = text.strip_prefix("hf:") {
+            return parse_hub(text, hub);
+        }
+        if let Some(known) = catalogue::find(text) {
+            return Ok(Self::Known(known));
+        }
+        let looks_like_a_path =
+            text.contains(std::path::MAIN_SEPARATOR) || text.starts_with('.') || text.ends_with(".gguf");
+        if looks_like_a_path {
+            return Ok(Self::Path(text.into()));
+        }
+        Err(ReferenceError::Unknown { name: text.to_owned() })
+    }
+
+    /// What the model is called where nobody says otherwise: its catalogue name, the file's stem, the repository.
+    pub fn default_name(&self) -> String {
+        match self {
+            Self::Known(known) => known.name.to_owned(),
+            Self::Path(path) => {
+                let stem = path.file_stem().unwrap_or(path.as_os_str());
+                stem.to_string_lossy().into_owned()
+            }
+            Self::Hub { repo, .. } => repo.clone(),
+        }
+    }
+}
+
+fn parse_hub(text: &str, hub: &str) -> Result<ModelRef, ReferenceError> {
+    let bad = || ReferenceError::BadHub { text: text.to_owned() };
+    let mut parts = hub.splitn(3, '/');
+    let (org, repo, file) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default(), parts.next());
+    // The name becomes part of a URL and of a directory: nothing but the hub's own alphabet, and no `..`.
+    let plain = |part: &str| {
+        let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        !part.is_empty() && part.len() <= 128 && part.chars().all(ok) && !part.starts_with('.')
+    };
+    if !plain(org) || !plain(repo) || file.is_some_and(|file| !file.split('/').all(plain)) {
+        return Err(bad());
+    }
+    Ok(ModelRef::Hub { repo: format!("{org}/{repo}"), file: file.map(str::to_owned) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_are_told_apart() {
+        let check = |text: &str, expect: &str| {
+            let got = match ModelRef::parse(text) {
+                Ok(ModelRef::Known(known)) => format!("known {}", known.name),
+                Ok(ModelRef::Path(path)) => format!("path {}", path.display()),
+                Ok(ModelRef::Hub { repo, file }) => format!("hub {repo} {}", file.unwrap_or_default()),
+                Err(ReferenceError::Unknown { .. }) => "unknown".into(),
+                Err(error) => error.to_string(),
+            };
+            assert_eq!(got, expect, "{text}");
+        };
+        check("SmolLM2-135M-Instruct", "known smollm2-135m-instruct");
+        check("./a.gguf", "path ./a.gguf");
+        check("a.gguf", "path a.gguf");
+        check("/models/a", "path /models/a");
+        check("hf:Org/Repo-GGUF", "hub Org/Repo-GGUF ");
+        check("hf:Org/Repo/sub/x.Q8_0.gguf", "hub Org/Repo sub/x.Q8_0.gguf");
+        check("gpt-4o", "unknown");
+        check("hf:Org", "`hf:Org` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`");
+        check("hf:../etc/passwd", "`hf:../etc/passwd` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`");
+        check("  ", "the model's name is empty");
+    }
+}

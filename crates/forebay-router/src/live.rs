@@ -1,0 +1,216 @@
+//! What is known about a replica right now, and the guard of a request that it was given.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_placement::{Load, ReplicaState, ReplicaView, Speed};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::config::HealthConfig;
+use crate::health::{Health, Turn};
+use crate::metrics::ReplicaMetrics;
+
+/// Health, load and speed of one replica: shared by the router, the probes and every request in flight.
+pub(crate) struct Live {
+    state: Mutex<State>,
+    metrics: ReplicaMetrics,
+    /// Where the clock of [`Speed`] begins; one for the whole router.
+    begun: Instant,
+}
+
+struct State {
+    health: Health,
+    /// A probe was answered well at least once.
+    proved: bool,
+    load: Load,
+    speed: Speed,
+}
+
+impl Live {
+    pub(crate) fn new(metrics: ReplicaMetrics, begun: Instant) -> Arc<Self> {
+        metrics.healthy.set(1);
+        metrics.in_flight.set(0);
+        metrics.queued_tokens.set(0);
+        let state = State { health: Health::UP, proved: false, load: Load::default(), speed: Speed::UNKNOWN };
+        Arc::new(Self { state: Mutex::new(state), metrics, begun })
+    }
+
+    pub(crate) fn view(&self) -> ReplicaView {
+        let state = self.state.lock();
+        let up = if state.health.is_up() { ReplicaState::Up } else { ReplicaState::Down };
+        ReplicaView { state: up, load: state.load, speed: state.speed }
+    }
+
+    pub(crate) fn on_probe(&self, good: bool, config: &HealthConfig) -> Option<Turn> {
+        let mut state = self.state.lock();
+        state.proved |= good;
+        let turn = state.health.on_probe(good, config);
+        self.note(turn)
+    }
+
+    pub(crate) fn on_connect_error(&self) -> Option<Turn> {
+        let mut state = self.state.lock();
+        let turn = state.health.on_connect_error();
+        self.note(turn)
+    }
+
+    pub(crate) fn proved(&self) -> bool {
+        self.state.lock().proved
+    }
+
+    /// Called under the state's lock, so that the gauge ends up with the newest state.
+    fn note(&self, turn: Option<Turn>) -> Option<Turn> {
+        match turn {
+            Some(Turn::Up) => self.metrics.healthy.set(1),
+            Some(Turn::Down) => self.metrics.healthy.set(0),
+            None => {}
+        }
+        turn
+    }
+
+    fn change_load(&self, change: impl FnOnce(&mut Load)) -> Load {
+        let mut state = self.state.lock();
+        change(&mut state.load);
+        let load = state.load;
+        // Under the lock, so that the gauges never end up with an older value than the state.
+        self.metrics.in_flight.set(i64::from(load.requests));
+        self.metrics.queued_tokens.set(load.queued_tokens as i64);
+        load
+    }
+}
+
+/// One request that a replica was given. Dropping it takes the request out of the replica's load.
+#[must_use = "dropped at once, the request counts for nothing"]
+pub(crate) struct InFlight {
+    live: Arc<Live>,
+    given: Instant,
+    /// Uncached tokens of this request that still count as queued; 0 after its first token.
+    queued: u64,
+    /// Uncached tokens that had to be computed until this request's first token, its own included.
+    ahead: u64,
+    waiting: bool,
+}
+
+impl InFlight {
+    /// Counts a request with so many uncached prompt tokens as given to the replica, now.
+    pub(crate) fn begin(live: &Arc<Live>, uncached_tokens: u32) -> Self {
+        let queued = u64::from(uncached_tokens);
+        let load = live.change_load(|load| {
+            load.requests += 1;
+            load.queued_tokens += queued;
+        });
+        Self {
+            live: Arc::clone(live),
+            given: Instant::now(),
+            queued,
+            ahead: load.queued_tokens,
+            waiting: true,
+        }
+    }
+
+    /// The replica says how much of the prompt it has cached: the guess is put right.
+    pub(crate) fn on_started(&mut self, prompt_tokens: u32, cached_tokens: u32) {
+        self.live.metrics.cached_tokens.inc_by(u64::from(cached_tokens));
+        if !self.waiting {
+            return;
+        }
+        let (was, is) = (self.queued, u64::from(prompt_tokens.saturating_sub(cached_tokens)));
+        self.live.change_load(|load| load.queued_tokens = load.queued_tokens.saturating_sub(was) + is);
+        self.queued = is;
+        self.ahead = self.ahead.saturating_sub(was) + is;
+    }
+
+    /// The first token came: the prompt is computed, and the replica's speed is learned from how long that took.
+    pub(crate) fn on_first_token(&mut self) {
+        if !std::mem::take(&mut self.waiting) {
+            return;
+        }
+        let (elapsed, now) = (self.given.elapsed(), self.live.begun.elapsed());
+        self.learn(now, elapsed);
+        self.release_queued();
+    }
+
+    pub(crate) fn on_cached(&self, cached_tokens: u32) {
+        self.live.metrics.cached_tokens.inc_by(u64::from(cached_tokens));
+    }
+
+    fn learn(&self, now: Duration, elapsed: Duration) {
+        let mut state = self.live.state.lock();
+        state.speed = state.speed.on_first_token(now, self.ahead, elapsed);
+    }
+
+    fn release_queued(&mut self) {
+        let queued = std::mem::take(&mut self.queued);
+        self.live.change_load(|load| load.queued_tokens = load.queued_tokens.saturating_sub(queued));
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        let queued = self.queued;
+        self.live.change_load(|load| {
+            load.requests = load.requests.saturating_sub(1);
+            load.queued_tokens = load.queued_tokens.saturating_sub(queued);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forebay_observe::Registry;
+
+    use super::*;
+    use crate::metrics::Metrics;
+
+    fn live() -> Arc<Live> {
+        let metrics = Metrics::register(&Registry::new()).expect("registered once");
+        Live::new(metrics.replica("m", "r"), Instant::now())
+    }
+
+    fn load(live: &Live) -> (u32, u64) {
+        let load = live.view().load;
+        (load.requests, load.queued_tokens)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_counts_until_it_is_dropped() {
+        let live = live();
+        let mut first = InFlight::begin(&live, 100);
+        let second = InFlight::begin(&live, 50);
+        assert_eq!(load(&live), (2, 150));
+        first.on_first_token();
+        assert_eq!(load(&live), (2, 50));
+        first.on_first_token();
+        drop(first);
+        assert_eq!(load(&live), (1, 50));
+        drop(second);
+        assert_eq!(load(&live), (0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_replica_knows_better_what_is_cached() {
+        let live = live();
+        let mut flight = InFlight::begin(&live, 100);
+        flight.on_started(120, 112);
+        assert_eq!(load(&live), (1, 8));
+        flight.on_first_token();
+        flight.on_started(120, 0);
+        assert_eq!(load(&live), (1, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn speed_is_learned_from_first_tokens_only() {
+        let live = live();
+        let before = InFlight::begin(&live, 744);
+        let mut flight = InFlight::begin(&live, 1_304);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        flight.on_first_token();
+        // 2048 tokens in 2 s, 8/9 of trust, and a ninth of the prior of 2000.
+        let learned = live.view().speed.last_measured().expect("measured");
+        assert!((learned - (1024.0 * 8.0 + 2000.0) / 9.0).abs() < 1e-6, "{learned}");
+        // A request that fails teaches nothing.
+        drop(before);
+        assert_eq!(live.view().speed.last_measured(), Some(learned));
+    }
+}

@@ -1,0 +1,111 @@
+//! `forebay_router_*`.
+
+use forebay_observe::metrics::{Histogram, IntCounter, IntCounterVec, IntGaugeVec, LATENCY_BUCKETS};
+use forebay_observe::{MetricError, Registry};
+
+/// Labels are models and replicas of the configuration, and fixed words: never what a client sent.
+#[derive(Clone)]
+pub(crate) struct Metrics {
+    /// `model`, `replica`, `reason`
+    pub(crate) decisions: IntCounterVec,
+    /// `model`, `replica`
+    pub(crate) in_flight: IntGaugeVec,
+    /// `model`, `replica`
+    pub(crate) queued_tokens: IntGaugeVec,
+    /// `model`, `replica`
+    pub(crate) healthy: IntGaugeVec,
+    /// `model`
+    pub(crate) prompt_tokens: IntCounterVec,
+    /// `model`
+    pub(crate) matched_tokens: IntCounterVec,
+    /// `model`
+    pub(crate) cached_tokens: IntCounterVec,
+    /// `model`
+    pub(crate) retries: IntCounterVec,
+    /// `model`, `reason`
+    pub(crate) refused: IntCounterVec,
+    pub(crate) placing: Histogram,
+}
+
+impl Metrics {
+    pub(crate) fn register(registry: &Registry) -> Result<Self, MetricError> {
+        let at = &["model", "replica"];
+        Ok(Self {
+            decisions: registry.counters(
+                "forebay_router_decisions_total",
+                "Requests given to a replica, by the reason for the choice: only, prefix, load or tie.",
+                &["model", "replica", "reason"],
+            )?,
+            in_flight: registry.gauges(
+                "forebay_router_in_flight",
+                "Requests that a replica was given and has not finished.",
+                at,
+            )?,
+            queued_tokens: registry.gauges(
+                "forebay_router_queued_tokens",
+                "Uncached prompt tokens that wait at a replica for their first token.",
+                at,
+            )?,
+            healthy: registry.gauges(
+                "forebay_router_healthy",
+                "1 while a replica is up, 0 while it is down.",
+                at,
+            )?,
+            prompt_tokens: registry.counters(
+                "forebay_router_prompt_tokens_total",
+                "Prompt tokens of placed requests.",
+                &["model"],
+            )?,
+            matched_tokens: registry.counters(
+                "forebay_router_prefix_matched_tokens_total",
+                "Prompt tokens that the chosen replica was expected to have cached.",
+                &["model"],
+            )?,
+            cached_tokens: registry.counters(
+                "forebay_router_prefix_cached_tokens_total",
+                "Prompt tokens that replicas said were cached: what the expectation is to be compared with.",
+                &["model"],
+            )?,
+            retries: registry.counters(
+                "forebay_router_retries_total",
+                "Requests sent to another replica after one failed.",
+                &["model"],
+            )?,
+            refused: registry.counters(
+                "forebay_router_refused_total",
+                "Requests that found no replica: saturated or no_replica.",
+                &["model", "reason"],
+            )?,
+            placing: registry.histogram(
+                "forebay_router_placing_seconds",
+                "Time to hash a prompt's blocks, look them up and decide.",
+                &placing_buckets(),
+            )?,
+        })
+    }
+
+    /// For one replica.
+    pub(crate) fn replica(&self, model: &str, replica: &str) -> ReplicaMetrics {
+        let at = &[model, replica];
+        ReplicaMetrics {
+            in_flight: self.in_flight.with_label_values(at),
+            queued_tokens: self.queued_tokens.with_label_values(at),
+            healthy: self.healthy.with_label_values(at),
+            cached_tokens: self.cached_tokens.with_label_values(&[model]),
+        }
+    }
+}
+
+/// Placing takes microseconds; the usual latency buckets begin at half a millisecond.
+fn placing_buckets() -> Vec<f64> {
+    let below = [5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4];
+    below.iter().chain(LATENCY_BUCKETS).copied().filter(|&seconds| seconds <= 0.1).collect()
+}
+
+#[derive(Clone)]
+pub(crate) struct ReplicaMetrics {
+    pub(crate) in_flight: forebay_observe::metrics::IntGauge,
+    pub(crate) queued_tokens: forebay_observe::metrics::IntGauge,
+    pub(crate) healthy: forebay_observe::metrics::IntGauge,
+    pub(crate) cached_tokens: IntCounter,
+}

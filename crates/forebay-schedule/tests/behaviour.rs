@@ -1,0 +1,434 @@
+//! One behaviour per test, with numbers small enough to follow on paper: blocks of 4 tokens.
+
+mod sim;
+
+use std::time::Duration;
+
+use forebay_schedule::{AddError, NewSeq, Scheduler, SchedulerConfig, SeqId, StepPlan, TokenOutcome};
+use forebay_types::{Blame, Classify, Code, Retry};
+use sim::{Sim, expected_output, salted, seq};
+
+fn config() -> SchedulerConfig {
+    SchedulerConfig {
+        block_size: 4,
+        blocks: 100,
+        step_tokens_max: 16,
+        running_max: 8,
+        waiting_max: 100,
+        model_len_max: 200,
+        chunk_tokens_min: 1,
+        watermark_permille: 0,
+        ageing: None,
+        ..SchedulerConfig::default()
+    }
+}
+
+/// A prompt that shares no block with another `name`'s.
+fn prompt(name: u32, tokens: u32) -> Vec<u32> {
+    (0..tokens).map(|i| name * 1000 + i).collect()
+}
+
+fn rows(plan: &StepPlan) -> Vec<(u64, usize)> {
+    (0..plan.rows()).map(|r| (plan.seqs[r].0, plan.row(r).len())).collect()
+}
+
+#[test]
+fn decodes_come_first_and_prefill_fills_the_step() {
+    let mut scheduler = Scheduler::new(config());
+    scheduler.try_add(Duration::ZERO, seq(1, [10, 11, 12, 13, 14], 9)).unwrap();
+    assert_eq!(
+        *scheduler.plan_step(Duration::ZERO),
+        StepPlan {
+            seqs: vec![SeqId(1)],
+            token_ids: vec![10, 11, 12, 13, 14],
+            positions: vec![0, 1, 2, 3, 4],
+            row_starts: vec![0, 5],
+            block_tables: vec![0, 1],
+            table_starts: vec![0, 2],
+            logit_tokens: vec![4],
+        }
+    );
+    assert_eq!(scheduler.on_token(SeqId(1), 15), TokenOutcome::Continue);
+    scheduler.try_add(Duration::ZERO, seq(2, prompt(2, 30), 1)).unwrap();
+    // 15 tokens are left for the newcomer; 12 of them fill three blocks.
+    let plan = scheduler.plan_step(Duration::ZERO);
+    assert_eq!(rows(plan), [(1, 1), (2, 12)]);
+    assert_eq!((plan.token_ids[0], plan.positions[0]), (15, 5));
+    assert_eq!(plan.block_table(1), [2, 3, 4]);
+    assert_eq!(plan.logit_tokens, [0], "a chunk in the middle of a prompt has no logits");
+    scheduler.on_token(SeqId(1), 16);
+    assert_eq!(rows(scheduler.plan_step(Duration::ZERO)), [(1, 1), (2, 12)]);
+    scheduler.on_token(SeqId(1), 17);
+    let plan = scheduler.plan_step(Duration::ZERO);
+    assert_eq!(rows(plan), [(1, 1), (2, 6)]);
+    assert_eq!(plan.logit_tokens, [0, 6]);
+    assert_eq!(scheduler.on_token(SeqId(2), 1), TokenOutcome::LengthReached);
+    assert_eq!(scheduler.on_token(SeqId(2), 1), TokenOutcome::Ignored);
+    assert_eq!(scheduler.on_token(SeqId(3), 1), TokenOutcome::Ignored);
+    assert_eq!(scheduler.finish(SeqId(2)).unwrap().generated_tokens, 1);
+    assert_eq!(scheduler.finish(SeqId(2)), None);
+}
+
+#[test]
+fn a_long_prompt_may_be_passed_by_short_ones() {
+    let mut sim = Sim::new(SchedulerConfig { chunk_tokens_max: 8, ..config() });
+    sim.try_add(seq(1, prompt(1, 40), 1)).unwrap();
+    sim.try_add(seq(2, prompt(2, 5), 2)).unwrap();
+    assert_eq!(rows(&sim.step()), [(1, 8), (2, 5)]);
+    assert_eq!(rows(&sim.step()), [(2, 1), (1, 8)]);
+}
+
+#[test]
+fn a_newcomer_waits_for_a_worthwhile_chunk() {
+    let mut sim = Sim::new(SchedulerConfig { chunk_tokens_min: 8, ..config() });
+    sim.try_add(seq(1, prompt(1, 10), 3)).unwrap();
+    sim.try_add(seq(2, prompt(2, 20), 3)).unwrap();
+    assert_eq!(rows(&sim.step()), [(1, 10)], "6 tokens are left");
+    assert_eq!(rows(&sim.step()), [(1, 1), (2, 12)]);
+}
+
+#[test]
+fn a_cached_prefix_is_taken_but_for_the_last_token() {
+    fn check(prompt_tokens: u32, expect_cached: u32) {
+        let mut sim = Sim::new(SchedulerConfig { step_tokens_max: 64, ..config() });
+        for id in 0..2 {
+            sim.try_add(seq(id, prompt(1, prompt_tokens), 1)).unwrap();
+            sim.run(100);
+        }
+        assert_eq!(sim.done[&SeqId(0)].1.cached_tokens, 0);
+        assert_eq!(sim.done[&SeqId(1)].1.cached_tokens, expect_cached, "prompt of {prompt_tokens}");
+        let stats = sim.scheduler.stats();
+        assert_eq!(stats.prefix_query_tokens, u64::from(2 * prompt_tokens));
+        assert_eq!(stats.prefix_hit_tokens, u64::from(expect_cached));
+    }
+    check(1, 0);
+    check(4, 0);
+    check(5, 4);
+    check(8, 4);
+    check(9, 8);
+    check(41, 40);
+}
+
+#[test]
+fn generated_tokens_are_cached_too() {
+    let mut sim = Sim::new(config());
+    sim.try_add(seq(1, prompt(1, 6), 7)).unwrap();
+    sim.run(100);
+    // The next turn of the conversation: all but the last token of the answer was computed, 12 of 13 tokens.
+    let turn = [prompt(1, 6), expected_output(&prompt(1, 6), 7), vec![1, 2, 3]].concat();
+    sim.try_add(seq(2, turn, 1)).unwrap();
+    sim.run(100);
+    assert_eq!(sim.done[&SeqId(2)].1.cached_tokens, 12);
+}
+
+#[test]
+fn salts_keep_caches_apart() {
+    let mut sim = Sim::new(SchedulerConfig { step_tokens_max: 64, ..config() });
+    let mut cached = |new: NewSeq| {
+        let id = new.id;
+        sim.try_add(new).unwrap();
+        sim.run(100);
+        sim.done[&id].1.cached_tokens
+    };
+    assert_eq!(cached(seq(1, prompt(1, 20), 1)), 0);
+    assert_eq!(cached(salted(2, prompt(1, 20), 1, "a")), 0);
+    assert_eq!(cached(salted(3, prompt(1, 20), 1, "b")), 0);
+    assert_eq!(cached(salted(4, prompt(1, 20), 1, "a")), 16);
+    assert_eq!(cached(seq(5, prompt(1, 20), 1)), 16);
+}
+
+#[test]
+fn a_newcomer_waits_for_the_prefix_that_is_being_computed() {
+    let mut sim = Sim::new(config());
+    for id in 1..=3 {
+        sim.try_add(seq(id, prompt(1, 41), 2)).unwrap();
+    }
+    sim.try_add(seq(4, prompt(4, 3), 1)).unwrap();
+    assert_eq!(rows(&sim.step()), [(1, 16)]);
+    assert_eq!(rows(&sim.step()), [(1, 16)]);
+    // The stranger doesn't wait with them.
+    assert_eq!(rows(&sim.step()), [(1, 9), (4, 3)]);
+    assert_eq!(rows(&sim.step()), [(1, 1), (2, 1), (3, 1)]);
+    sim.run(100);
+    assert_eq!(sim.done[&SeqId(3)].1.cached_tokens, 40);
+    assert_eq!(sim.scheduler.stats().prefix_waits, 2 * 3);
+}
+
+#[test]
+fn who_waits_for_a_prefix_goes_on_when_its_maker_leaves() {
+    let mut sim = Sim::new(config());
+    sim.try_add(seq(1, prompt(1, 41), 2)).unwrap();
+    sim.try_add(seq(2, prompt(1, 41), 2)).unwrap();
+    sim.step();
+    sim.step();
+    sim.abort(SeqId(1));
+    assert_eq!(rows(&sim.step()), [(2, 9)], "with what the other had computed");
+}
+
+#[test]
+fn what_an_aborted_waiter_had_seen_is_not_taken_over() {
+    let mut sim = Sim::new(config());
+    sim.try_add(seq(1, prompt(1, 81), 2)).unwrap();
+    sim.try_add(seq(2, prompt(1, 81), 2)).unwrap();
+    for _ in 0..3 {
+        sim.step();
+    }
+    sim.abort(SeqId(2)); // it has seen 8 cached blocks
+    sim.try_add(seq(3, [prompt(1, 81), vec![1]].concat(), 2)).unwrap();
+    sim.abort(SeqId(1));
+    sim.try_add(seq(4, prompt(4, 41), 2)).unwrap();
+    sim.abort(SeqId(3));
+    sim.try_add(seq(5, prompt(4, 41), 2)).unwrap();
+    assert_eq!(rows(&sim.step()), [(4, 16)], "5 waits for what 4 computes");
+    assert_eq!(rows(&sim.step()), [(4, 16)]);
+}
+
+#[test]
+fn an_aborted_sequence_is_out_of_the_next_step_and_its_blocks_are_free() {
+    let mut sim = Sim::new(config());
+    sim.try_add(seq(1, prompt(1, 12), 50)).unwrap();
+    sim.try_add(seq(2, prompt(2, 4), 50)).unwrap();
+    sim.try_add(seq(3, prompt(3, 30), 50)).unwrap();
+    sim.step();
+    assert_eq!(sim.scheduler.stats().blocks_held, 4);
+    sim.abort(SeqId(1));
+    assert_eq!(sim.scheduler.stats().blocks_held, 1);
+    sim.abort(SeqId(3)); // waits
+    assert_eq!(rows(&sim.step()), [(2, 1)]);
+    assert_eq!(sim.scheduler.stats().waiting_tokens, 0);
+    assert_eq!(sim.scheduler.abort(SeqId(1)), None);
+}
+
+#[test]
+fn higher_priority_then_earlier_arrival() {
+    let mut sim = Sim::new(SchedulerConfig { running_max: 1, ..config() });
+    let ask = |id, priority| NewSeq { priority, ..seq(id, prompt(id as u32, 4), 1) };
+    let ahead: Vec<u32> = [(1, 0), (2, -5), (3, 0), (4, 7), (5, 7)]
+        .map(|(id, priority)| sim.try_add(ask(id, priority)).unwrap().ahead)
+        .into();
+    assert_eq!(ahead, [0, 1, 1, 0, 1]);
+    let order: Vec<u64> = std::iter::from_fn(|| sim.step().seqs.first().map(|id| id.0)).collect();
+    assert_eq!(order, [4, 5, 1, 3, 2]);
+}
+
+#[test]
+fn the_first_that_does_not_fit_is_not_passed() {
+    let mut sim = Sim::new(SchedulerConfig { blocks: 10, step_tokens_max: 64, ..config() });
+    sim.try_add(seq(1, prompt(1, 20), 4)).unwrap();
+    sim.try_add(seq(2, prompt(2, 36), 1)).unwrap(); // 9 blocks, 5 are free
+    sim.try_add(seq(3, prompt(3, 4), 1)).unwrap();
+    assert_eq!(rows(&sim.step()), [(1, 20)]);
+    assert_eq!(rows(&sim.step()), [(1, 1)]);
+    sim.run(100);
+}
+
+#[test]
+fn the_watermark_is_left_to_those_who_run() {
+    let admitted = |watermark_permille| {
+        let config = SchedulerConfig { blocks: 10, watermark_permille, step_tokens_max: 64, ..config() };
+        let mut sim = Sim::new(config);
+        sim.try_add(seq(1, prompt(1, 20), 4)).unwrap();
+        sim.try_add(seq(2, prompt(2, 16), 4)).unwrap();
+        let admitted = sim.step().rows();
+        sim.run(100);
+        admitted
+    };
+    assert_eq!(admitted(100), 2, "5 + 4 + 1 blocks");
+    assert_eq!(admitted(101), 1, "2 of 10 blocks stay free");
+}
+
+/// Two or three sequences that decode, in 8 blocks, until one more is needed than there is.
+fn pressed(seqs: &[NewSeq]) -> (Sim, Vec<u64>) {
+    let mut sim = Sim::new(SchedulerConfig { blocks: 8, step_tokens_max: 64, ..config() });
+    for new in seqs {
+        sim.try_add(new.clone()).unwrap();
+    }
+    while sim.scheduler.stats().preemptions == 0 {
+        sim.step();
+    }
+    let victims = sim.alive.keys().filter(|id| sim.scheduler.info(**id).unwrap().preemptions > 0);
+    let victims = victims.map(|id| id.0).collect();
+    (sim, victims)
+}
+
+#[test]
+fn the_victim_is_the_least_important_then_the_cheapest() {
+    let ask = |id: u64, tokens, priority| NewSeq { priority, ..seq(id, prompt(id as u32, tokens), 12) };
+    fn check(seqs: &[NewSeq], expect: u64) {
+        let (mut sim, victims) = pressed(seqs);
+        assert_eq!(victims, [expect], "{seqs:?}");
+        sim.run(200);
+        for new in seqs {
+            assert_eq!(sim.done[&new.id].0, expected_output(&new.prompt, 12));
+        }
+    }
+    check(&[ask(1, 8, 0), ask(2, 16, 0)], 1); // the cheaper, although it came first
+    check(&[ask(1, 16, 0), ask(2, 8, 0)], 2);
+    check(&[ask(1, 12, 0), ask(2, 12, 0)], 2); // as dear: the younger
+    check(&[ask(1, 8, 1), ask(2, 16, 0)], 2); // priority before cost
+    check(&[ask(1, 7, 3), ask(2, 8, 2), ask(3, 6, 2)], 3);
+}
+
+#[test]
+fn what_others_hold_too_is_not_lost_by_preemption() {
+    // 1 and 2 share three blocks; each alone would recompute 16 tokens or more, but only 4 of them are its own.
+    let shared = [prompt(1, 12), vec![5, 6, 7, 8]].concat();
+    let seqs = [seq(1, prompt(1, 16), 12), seq(2, shared, 12), seq(3, prompt(3, 10), 12)];
+    let (mut sim, victims) = pressed(&seqs);
+    assert_eq!(victims, [2]);
+    sim.run(200);
+}
+
+#[test]
+fn nobody_is_admitted_in_a_step_that_preempts() {
+    let mut sim = Sim::new(SchedulerConfig { blocks: 8, running_max: 2, step_tokens_max: 64, ..config() });
+    sim.try_add(seq(1, prompt(1, 16), 12)).unwrap();
+    sim.try_add(seq(2, prompt(2, 14), 12)).unwrap();
+    sim.step();
+    // It would come first and fit into what the victim leaves; the next step takes it.
+    sim.try_add(NewSeq { priority: 1, ..seq(3, prompt(3, 3), 2) }).unwrap();
+    let mut plan = sim.step();
+    while sim.scheduler.stats().preemptions == 0 {
+        plan = sim.step();
+    }
+    assert_eq!(rows(&plan), [(1, 1)]);
+    assert_eq!(rows(&sim.step()), [(1, 1), (3, 3)]);
+    sim.run(200);
+}
+
+#[test]
+fn a_low_priority_is_preempted_twice_and_then_spared() {
+    let preempted = |ageing| {
+        let config = SchedulerConfig { blocks: 8, step_tokens_max: 64, ageing, ..config() };
+        let mut sim = Sim::new(config);
+        sim.try_add(NewSeq { priority: -1, ..seq(0, prompt(99, 4), 20) }).unwrap();
+        for id in 1..60 {
+            // Short enough to be admitted beside it, long enough to need more blocks later.
+            let _full = sim.try_add(seq(id, prompt(id as u32, 11), 9));
+            sim.step();
+            sim.step();
+        }
+        sim.run(2000);
+        sim.done[&SeqId(0)].1.preemptions
+    };
+    let strict = preempted(None);
+    let fair = preempted(Some(Duration::from_millis(1)));
+    assert!(fair <= 2 && strict > 2, "fair {fair}, strict {strict}");
+}
+
+#[test]
+fn a_preempted_sequence_finds_its_blocks_again() {
+    let ask = |id: u64, tokens, max_new| seq(id, prompt(id as u32, tokens), max_new);
+    let (mut sim, victims) = pressed(&[ask(1, 11, 7), ask(2, 13, 9)]);
+    assert_eq!(victims, [1]);
+    sim.run(100);
+    let stats = sim.scheduler.stats();
+    assert_eq!(stats.preemptions, 1);
+    assert!(stats.recomputed_tokens < 8, "its first blocks were still cached: {stats:?}");
+    assert_eq!(sim.done[&SeqId(1)].1.cached_tokens, 0, "that is no gain for the client");
+}
+
+#[test]
+fn equal_choices_share_blocks_as_they_go() {
+    let mut sim = Sim::new(SchedulerConfig { step_tokens_max: 64, ..config() });
+    sim.try_add(seq(1, prompt(1, 9), 20)).unwrap();
+    sim.step();
+    sim.try_add(seq(2, prompt(1, 9), 20)).unwrap();
+    for _ in 0..10 {
+        sim.step();
+    }
+    // Apart they would hold 5 blocks each. One token apart, they hold the same but for the last.
+    assert!(sim.scheduler.stats().blocks_held <= 6, "{:?}", sim.scheduler.stats());
+    sim.run(100);
+}
+
+#[test]
+fn a_failed_step_is_planned_again() {
+    let mut sim = Sim::new(config());
+    sim.try_add(seq(1, prompt(1, 12), 5)).unwrap();
+    sim.step();
+    sim.try_add(seq(2, prompt(2, 20), 5)).unwrap();
+    let failed = sim.plan();
+    assert_eq!(rows(&failed), [(1, 1), (2, 12)]);
+    sim.scheduler.on_step_failed();
+    assert_eq!(sim.scheduler.stats().blocks_cached, 3, "nothing of the failed step is cached");
+    assert_eq!(sim.step(), failed);
+    sim.run(100);
+}
+
+#[test]
+fn a_cleared_cache_hits_nothing() {
+    let mut sim = Sim::new(SchedulerConfig { step_tokens_max: 64, ..config() });
+    sim.try_add(seq(1, prompt(1, 20), 9)).unwrap();
+    sim.step();
+    sim.step();
+    sim.scheduler.clear_cache();
+    sim.run(100);
+    sim.try_add(seq(2, prompt(1, 20), 1)).unwrap();
+    sim.run(100);
+    assert_eq!(sim.done[&SeqId(2)].1.cached_tokens, 0);
+}
+
+#[test]
+fn the_same_calls_give_the_same_plans() {
+    let plans = || {
+        let mut sim = Sim::new(SchedulerConfig { blocks: 12, ..config() });
+        for id in 0..6 {
+            sim.try_add(seq(id, prompt(id as u32 % 4, 5 + 3 * id as u32), 9)).unwrap();
+        }
+        std::iter::from_fn(|| Some(sim.step()).filter(|plan| !plan.is_empty())).collect::<Vec<_>>()
+    };
+    assert_eq!(plans(), plans());
+}
+
+#[test]
+fn refusals_name_the_limit() {
+    fn check(config: SchedulerConfig, queued: u32, new: NewSeq, expect: AddError, code: Code, retry: Retry) {
+        let mut scheduler = Scheduler::new(config);
+        for id in 0..queued {
+            scheduler.try_add(Duration::ZERO, seq(u64::from(id), prompt(id, 10), 1)).unwrap();
+        }
+        let before = scheduler.stats();
+        let error = scheduler.try_add(Duration::ZERO, new).unwrap_err();
+        assert_eq!(error, expect);
+        assert_eq!((error.class().code, error.class().retry), (code, retry), "{error}");
+        assert_eq!(error.class().blame == Blame::Client, retry == Retry::Never && code != Code::Internal);
+        assert_eq!(scheduler.stats(), before);
+        assert_eq!(scheduler.check_invariants(), Ok(()));
+    }
+    let full = SchedulerConfig { waiting_max: 2, ..config() };
+    let busy = Retry::Elsewhere;
+    check(full, 2, seq(9, [1], 1), AddError::QueueFull { limit: 2 }, Code::Overloaded, busy);
+    let full = SchedulerConfig { waiting_tokens_max: 25, ..config() };
+    let expect = AddError::QueueTokensFull { waiting: 20, limit: 25 };
+    check(full.clone(), 2, seq(9, [1; 6], 1), expect, Code::Overloaded, busy);
+
+    let (long, never) = (Code::ContextLengthExceeded, Retry::Never);
+    let expect = AddError::PromptTooLong { prompt_tokens: 200, limit: 200 };
+    check(config(), 0, seq(9, [1; 200], 1), expect, long, never);
+    let small = SchedulerConfig { blocks: 5, ..config() };
+    let expect = AddError::NeverFits { tokens: 22, limit: 20 };
+    check(small.clone(), 0, seq(9, [1; 12], 10), expect, long, never);
+    check(config(), 0, seq(9, [], 1), AddError::EmptyPrompt, Code::BadRequest, never);
+    let expect = AddError::DuplicateId { id: SeqId(1) };
+    check(config(), 2, seq(1, [1], 1), expect, Code::Internal, never);
+
+    // Just inside the limits; output is cut to the model's length.
+    let mut scheduler = Scheduler::new(full);
+    scheduler.try_add(Duration::ZERO, seq(1, [1; 100], 1)).expect("an empty queue takes any prompt");
+    let mut sim = Sim::new(small);
+    assert_eq!(sim.scheduler.seq_tokens_max(), 21);
+    sim.try_add(seq(1, [1; 12], 9)).unwrap();
+    sim.run(100);
+    let mut sim = Sim::new(config());
+    assert_eq!(sim.scheduler.seq_tokens_max(), 200);
+    sim.try_add(seq(1, [1; 190], u32::MAX)).unwrap();
+    sim.run(100);
+    assert_eq!(sim.done[&SeqId(1)].1.generated_tokens, 10);
+}
+
+#[test]
+fn debug_hides_prompt_and_salt() {
+    let text = format!("{:?}", salted(1, [4711, 4712], 5, "salty"));
+    assert!(text.contains("prompt_tokens: 2") && !text.contains("4711") && !text.contains("salty"), "{text}");
+}

@@ -1,0 +1,135 @@
+//! Events to one JSON body, for a client that did not ask for a stream.
+
+use bytes::{Bytes, BytesMut};
+use forebay_types::{Blame, Class, Classify, Code, FinishReason, Usage};
+
+use crate::json::{put, put_raw, put_usage};
+use crate::render::{RenderSpec, put_chat_logprobs, put_completion_logprobs, put_identity};
+use crate::{Api, Event, TokenLogprob};
+
+/// Why the events make no whole reply.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CollectError {
+    #[error("the reply broke off before it was finished")]
+    Cut,
+    #[error("the engine failed while generating")]
+    EngineFailed,
+    #[error("the engine answered for choice {choice}, only {choices} were asked for")]
+    UnknownChoice { choice: u32, choices: u32 },
+}
+
+impl Classify for CollectError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Cut => Class::new(Code::UpstreamFailed, Blame::Us),
+            Self::EngineFailed | Self::UnknownChoice { .. } => Class::new(Code::Internal, Blame::Us),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Choice {
+    text: String,
+    logprobs: Vec<TokenLogprob>,
+    reason: Option<FinishReason>,
+}
+
+/// Folds the events of one call. Memory is bounded by what the call may generate.
+#[derive(Debug)]
+pub struct Collector {
+    id: String,
+    created_unix: u64,
+    spec: RenderSpec,
+    choices: Vec<Choice>,
+    usage: Option<Usage>,
+    error: Option<CollectError>,
+}
+
+impl Collector {
+    /// `id` is the request's id, without a prefix; `created_unix` in seconds.
+    pub fn new(id: &str, created_unix: u64, spec: &RenderSpec) -> Self {
+        Self {
+            id: id.to_owned(),
+            created_unix,
+            spec: spec.clone(),
+            choices: (0..spec.choices).map(|_| Choice::default()).collect(),
+            usage: None,
+            error: None,
+        }
+    }
+
+    pub fn push(&mut self, event: Event) {
+        match event {
+            Event::Started { .. } => {}
+            Event::Delta(delta) => {
+                if let Some(choice) = self.choice(delta.choice) {
+                    if choice.text.is_empty() {
+                        choice.text = delta.text;
+                    } else {
+                        choice.text.push_str(&delta.text);
+                    }
+                    choice.logprobs.extend(delta.logprobs);
+                }
+            }
+            Event::Finished { choice, reason } => {
+                if let Some(choice) = self.choice(choice) {
+                    choice.reason = Some(reason);
+                }
+                if reason == FinishReason::Error {
+                    self.error.get_or_insert(CollectError::EngineFailed);
+                }
+            }
+            Event::Done { usage } => self.usage = Some(usage),
+        }
+    }
+
+    fn choice(&mut self, choice: u32) -> Option<&mut Choice> {
+        let choices = self.spec.choices;
+        let found = self.choices.get_mut(choice as usize);
+        if found.is_none() {
+            self.error.get_or_insert(CollectError::UnknownChoice { choice, choices });
+        }
+        found
+    }
+
+    /// The body, choices in order.
+    ///
+    /// # Errors
+    /// `Cut` without a `Done` or with a choice that did not finish: half a reply is never passed for a whole one.
+    pub fn finish(self) -> Result<Bytes, CollectError> {
+        if let Some(error) = self.error {
+            return Err(error);
+        }
+        let usage = self.usage.ok_or(CollectError::Cut)?;
+        let text_bytes: usize = self.choices.iter().map(|c| c.text.len()).sum();
+        let mut out = BytesMut::with_capacity(512 + text_bytes + text_bytes / 8);
+        put_raw(&mut out, "{");
+        put_identity(&mut out, &self.id, self.created_unix, &self.spec, false);
+        for (index, choice) in self.choices.iter().enumerate() {
+            let reason = choice.reason.ok_or(CollectError::Cut)?;
+            put_raw(&mut out, if index > 0 { ",{\"index\":" } else { ",\"choices\":[{\"index\":" });
+            put(&mut out, &index);
+            match self.spec.api {
+                Api::ChatCompletions => {
+                    put_raw(&mut out, ",\"message\":{\"role\":\"assistant\",\"content\":");
+                    put(&mut out, &choice.text);
+                    put_raw(&mut out, ",\"refusal\":null},\"logprobs\":");
+                    put_chat_logprobs(&mut out, &choice.logprobs);
+                }
+                Api::Completions => {
+                    put_raw(&mut out, ",\"text\":");
+                    put(&mut out, &choice.text);
+                    put_raw(&mut out, ",\"logprobs\":");
+                    put_completion_logprobs(&mut out, &choice.logprobs, &mut 0);
+                }
+            }
+            put_raw(&mut out, ",\"finish_reason\":\"");
+            put_raw(&mut out, reason.as_str());
+            put_raw(&mut out, "\"}");
+        }
+        put_raw(&mut out, "],\"usage\":");
+        put_usage(&mut out, &usage);
+        put_raw(&mut out, "}");
+        Ok(out.freeze())
+    }
+}

@@ -1,0 +1,181 @@
+//! `POST /v1/chat/completions`
+
+use bytes::Bytes;
+use serde_json::{Map, Value};
+
+use super::ParseError;
+use super::field::{Fields, Kind};
+use super::sampling::{self, LOGPROBS_MAX};
+use crate::{Api, ChatMessage, Content, Generate, Prompt};
+
+const MESSAGES_MAX: usize = 4096;
+const PARTS_MAX: usize = 1024;
+/// OpenAI's limit.
+const TOOLS_MAX: usize = 128;
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
+
+pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Generate, ParseError> {
+    let messages = messages(fields)?.ok_or(ParseError::Missing { param: "messages".into() })?;
+    const TEMPLATE: &str = "the model's own chat template is used as it is";
+    fields.refuse("functions", &["[]"], "use 'tools'")?;
+    fields.refuse("function_call", &["\"none\"", "\"auto\""], "use 'tools'")?;
+    fields.refuse("chat_template", &[], TEMPLATE)?;
+    fields.refuse("documents", &["[]"], "put the documents into the messages")?;
+    fields.refuse("continue_final_message", &["false"], "a reply always begins a new message")?;
+    fields.refuse("echo", &["false"], "only completions can repeat their prompt")?;
+    fields.refuse("audio", &[], "the models here answer in text")?;
+    modalities(fields)?;
+    let prompt = Prompt::Chat {
+        messages,
+        tools: tools(fields)?,
+        add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
+        chat_template_kwargs: template_kwargs(fields)?,
+    };
+    sampling::parse(fields, Api::ChatCompletions, prompt, logprobs(fields)?, body)
+}
+
+fn logprobs(fields: &Fields<'_>) -> Result<Option<u32>, ParseError> {
+    let wanted = fields.boolean("logprobs")?.unwrap_or(false);
+    match fields.integer("top_logprobs", 0..=LOGPROBS_MAX)? {
+        Some(top) if top > 0 && !wanted => {
+            Err(ParseError::value("top_logprobs", "only allowed when 'logprobs' is true"))
+        }
+        top => Ok(wanted.then(|| top.unwrap_or(0) as u32)),
+    }
+}
+
+fn modalities(fields: &Fields<'_>) -> Result<(), ParseError> {
+    let items = fields.array("modalities", 8)?.unwrap_or_default();
+    if items.iter().all(|item| item.get() == "\"text\"") {
+        return Ok(());
+    }
+    Err(ParseError::NotSupported { param: "modalities".into(), what: "the models here answer in text" })
+}
+
+fn template_kwargs(fields: &Fields<'_>) -> Result<Option<Map<String, Value>>, ParseError> {
+    match (fields.raw("chat_template_kwargs"), fields.kind("chat_template_kwargs")) {
+        (Some(raw), Some(Kind::Object)) => fields.read("chat_template_kwargs", raw).map(Some),
+        (Some(_), Some(got)) => {
+            Err(ParseError::Type { param: "chat_template_kwargs".into(), expected: "an object", got })
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The tools that the template is to show. None under `tool_choice: "none"`: what the model is not told of, it does
+/// not call.
+pub(super) fn tools(fields: &Fields<'_>) -> Result<Option<Value>, ParseError> {
+    let tools = match (fields.raw("tools"), fields.kind("tools")) {
+        (Some(raw), Some(Kind::Array)) => Some(fields.read::<Vec<Value>>("tools", raw)?),
+        (Some(_), Some(got)) => {
+            return Err(ParseError::Type { param: "tools".into(), expected: "an array of objects", got });
+        }
+        _ => None,
+    };
+    let tools = tools.filter(|tools| !tools.is_empty());
+    for (i, tool) in tools.iter().flatten().enumerate() {
+        if !tool.is_object() {
+            let (param, got) = (format!("tools[{i}]"), Kind::of_value(tool));
+            return Err(ParseError::Type { param, expected: "an object", got });
+        }
+    }
+    fields.check_length("tools", tools.as_ref().map_or(0, Vec::len), TOOLS_MAX)?;
+
+    const FORCED: &str = "a call can't be forced; use 'auto' or 'none'";
+    let shown = match (fields.raw("tool_choice"), fields.kind("tool_choice")) {
+        (None, _) | (_, None) => true,
+        (Some("\"auto\""), _) => true,
+        (Some("\"none\""), _) => false,
+        (Some("\"required\""), _) | (_, Some(Kind::Object)) => {
+            return Err(ParseError::NotSupported { param: "tool_choice".into(), what: FORCED });
+        }
+        (_, Some(Kind::String)) => {
+            let what = "Supported values are: 'none', 'auto' and 'required'";
+            return Err(ParseError::value("tool_choice", what));
+        }
+        (_, Some(got)) => {
+            let expected = "one of a string or an object";
+            return Err(ParseError::Type { param: "tool_choice".into(), expected, got });
+        }
+    };
+    Ok(tools.filter(|_| shown).map(Value::Array))
+}
+
+/// `None` where there is no `messages`.
+pub(super) fn messages(fields: &Fields<'_>) -> Result<Option<Vec<ChatMessage>>, ParseError> {
+    let Some(items) = fields.array("messages", MESSAGES_MAX)? else { return Ok(None) };
+    if items.is_empty() {
+        let what = "empty array. Expected an array with minimum length 1, but got an empty array instead";
+        return Err(ParseError::value("messages", what));
+    }
+    let read = |(i, raw): (usize, &serde_json::value::RawValue)| {
+        let param = format!("messages[{i}]");
+        message(&param, super::field::read(&param, raw.get())?)
+    };
+    items.into_iter().enumerate().map(read).collect::<Result<_, _>>().map(Some)
+}
+
+fn message(param: &str, value: Value) -> Result<ChatMessage, ParseError> {
+    let Value::Object(mut fields) = value else {
+        let got = Kind::of_value(&value);
+        return Err(ParseError::Type { param: param.into(), expected: "an object", got });
+    };
+    let role = match fields.shift_remove("role") {
+        Some(Value::String(role)) => role,
+        None | Some(Value::Null) => return Err(ParseError::Missing { param: format!("{param}.role") }),
+        Some(other) => {
+            let got = Kind::of_value(&other);
+            return Err(ParseError::Type { param: format!("{param}.role"), expected: "a string", got });
+        }
+    };
+    // Templates write the role as it is, so a free text here could fake the end of a message.
+    if !ROLES.contains(&role.as_str()) {
+        let what = "Supported values are: 'system', 'developer', 'user', 'assistant', 'tool' and 'function'";
+        return Err(ParseError::value(format!("{param}.role"), what));
+    }
+    let at = || format!("{param}.content");
+    let content = match fields.shift_remove("content") {
+        Some(Value::String(text)) => Content::Text(text),
+        Some(Value::Array(parts)) => Content::Parts(text_parts(&at(), parts)?),
+        None | Some(Value::Null) if role == "assistant" => Content::None,
+        None => return Err(ParseError::Missing { param: at() }),
+        Some(other) => {
+            let got = Kind::of_value(&other);
+            return Err(ParseError::Type { param: at(), expected: "one of a string or array of objects", got });
+        }
+    };
+    Ok(ChatMessage { role, content, extra: fields })
+}
+
+fn text_parts(param: &str, parts: Vec<Value>) -> Result<Vec<String>, ParseError> {
+    if parts.len() > PARTS_MAX {
+        let what = format!("expected at most {PARTS_MAX} parts, but got {}", parts.len());
+        return Err(ParseError::value(param, what));
+    }
+    let read = |(j, part): (usize, Value)| {
+        let param = format!("{param}[{j}]");
+        let Value::Object(mut part) = part else {
+            let got = Kind::of_value(&part);
+            return Err(ParseError::Type { param, expected: "an object", got });
+        };
+        match part.get("type").and_then(Value::as_str) {
+            Some("text") => match part.shift_remove("text") {
+                Some(Value::String(text)) => Ok(text),
+                None => Err(ParseError::Missing { param: format!("{param}.text") }),
+                Some(other) => {
+                    let (param, got) = (format!("{param}.text"), Kind::of_value(&other));
+                    Err(ParseError::Type { param, expected: "a string", got })
+                }
+            },
+            Some("image_url" | "image" | "input_image") => {
+                Err(ParseError::NotSupported { param, what: "the models here read text, not images" })
+            }
+            Some("input_audio" | "audio_url" | "video_url" | "file") => {
+                Err(ParseError::NotSupported { param, what: "the models here read text, not audio, video or files" })
+            }
+            Some(_) => Err(ParseError::value(format!("{param}.type"), "the supported value is 'text'")),
+            None => Err(ParseError::Missing { param: format!("{param}.type") }),
+        }
+    };
+    parts.into_iter().enumerate().map(read).collect()
+}

@@ -1,0 +1,91 @@
+//! Why a request is not understood.
+
+use forebay_types::{Blame, Class, Classify, Code, Fault};
+use http::Method;
+
+use super::field::Kind;
+
+/// Why a request is not understood. The client's own doing, so that a retry never helps.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParseError {
+    #[error("Unknown request URL: {method} {path}. This server answers {routes}.")]
+    RouteNotFound { method: Method, path: String, routes: &'static str },
+    #[error("Not allowed to {method} on {path}: only {allow} is.")]
+    MethodNotAllowed { method: Method, path: String, allow: Method },
+    #[error("Unsupported content-type '{given}': send the body as 'application/json'.")]
+    NotJsonType { given: String },
+    #[error("The request body is empty: expected a JSON object.")]
+    Empty,
+    #[error("We could not parse the JSON body of your request: {what} at line {line} column {column}.")]
+    BadJson { what: String, line: usize, column: usize },
+    #[error("Invalid type for the request body: expected a JSON object, but got {got} instead.")]
+    NotAnObject { got: Kind },
+    #[error("Duplicate key '{key}' in the request body.")]
+    DuplicateKey { key: String },
+    #[error("Too many keys in the request body: expected at most {limit}.")]
+    TooManyKeys { limit: usize },
+    #[error("Missing required parameter: '{param}'.")]
+    Missing { param: String },
+    #[error("Invalid type for '{param}': expected {expected}, but got {got} instead.")]
+    Type { param: String, expected: &'static str, got: Kind },
+    #[error("Invalid '{param}': {what}.")]
+    Value { param: String, what: String },
+    #[error("'{param}' is not supported here: {what}.")]
+    NotSupported { param: String, what: &'static str },
+}
+
+impl ParseError {
+    pub(super) fn value(param: impl Into<String>, what: impl Into<String>) -> Self {
+        Self::Value { param: param.into(), what: what.into() }
+    }
+
+    /// With the `allow` header that a 405 must have (RFC 9110, 15.5.6). `Fault::from` has no place for it.
+    pub fn into_fault(self) -> Fault {
+        let allow = match &self {
+            Self::MethodNotAllowed { allow, .. } => Some(allow.to_string()),
+            _ => None,
+        };
+        let fault = Fault::from(self);
+        match allow {
+            Some(allow) => fault.header("allow", allow),
+            None => fault,
+        }
+    }
+}
+
+impl Classify for ParseError {
+    fn class(&self) -> Class {
+        let code = match self {
+            Self::RouteNotFound { .. } => Code::RouteNotFound,
+            Self::MethodNotAllowed { .. } => Code::MethodNotAllowed,
+            Self::NotJsonType { .. } => Code::UnsupportedMediaType,
+            Self::NotSupported { .. } => Code::NotSupported,
+            Self::Empty
+            | Self::BadJson { .. }
+            | Self::NotAnObject { .. }
+            | Self::DuplicateKey { .. }
+            | Self::TooManyKeys { .. }
+            | Self::Missing { .. }
+            | Self::Type { .. }
+            | Self::Value { .. } => Code::BadRequest,
+        };
+        Class::new(code, Blame::Client)
+    }
+
+    fn param(&self) -> Option<&str> {
+        match self {
+            Self::Missing { param }
+            | Self::Type { param, .. }
+            | Self::Value { param, .. }
+            | Self::NotSupported { param, .. } => Some(param),
+            Self::RouteNotFound { .. }
+            | Self::MethodNotAllowed { .. }
+            | Self::NotJsonType { .. }
+            | Self::Empty
+            | Self::BadJson { .. }
+            | Self::NotAnObject { .. }
+            | Self::DuplicateKey { .. }
+            | Self::TooManyKeys { .. } => None,
+        }
+    }
+}

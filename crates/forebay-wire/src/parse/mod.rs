@@ -1,0 +1,149 @@
+//! A request's method, path and body to an [`Ask`], or an error that names the field.
+//!
+//! Messages follow OpenAI's wording, as people search for it. A field that nobody here knows is accepted, as it may be
+//! meant for an upstream. A field that is known, would change the answer and is not implemented is refused, and not
+//! ignored. Limits on the body's size are the edge's.
+
+mod chat;
+mod completion;
+mod error;
+mod field;
+mod sampling;
+mod tokenize;
+
+use bytes::Bytes;
+use forebay_types::ModelName;
+use http::Method;
+
+pub use error::ParseError;
+
+use crate::Ask;
+use field::Fields;
+
+/// Bytes that a model's name may have.
+const MODEL_BYTES_MAX: usize = 256;
+
+/// What is answered, for the message of a 404.
+const ROUTES: &str = "POST /v1/chat/completions, POST /v1/completions, POST /tokenize, POST /detokenize, \
+                      GET /v1/models, GET /v1/models/{model}";
+
+enum Route<'a> {
+    Chat,
+    Completions,
+    Tokenize,
+    Detokenize,
+    Models,
+    Model(&'a str),
+}
+
+impl<'a> Route<'a> {
+    fn find(path: &'a str) -> Option<Self> {
+        Some(match path {
+            "/v1/chat/completions" => Self::Chat,
+            "/v1/completions" => Self::Completions,
+            "/tokenize" => Self::Tokenize,
+            "/detokenize" => Self::Detokenize,
+            "/v1/models" | "/v1/models/" => Self::Models,
+            _ => Self::Model(path.strip_prefix("/v1/models/")?),
+        })
+    }
+
+    fn method(&self) -> Method {
+        match self {
+            Self::Chat | Self::Completions | Self::Tokenize | Self::Detokenize => Method::POST,
+            Self::Models | Self::Model(_) => Method::GET,
+        }
+    }
+}
+
+/// Understands one request. Pure; any bytes give an `Ask` or an error, never a panic.
+///
+/// `path` is the path as the LLM API knows it; a query is ignored. A missing `content-type` counts as JSON.
+pub fn parse(
+    method: &Method,
+    path: &str,
+    content_type: Option<&str>,
+    body: &Bytes,
+) -> Result<Ask, ParseError> {
+    let path = path.split_once('?').map_or(path, |(path, _)| path);
+    let route = Route::find(path).ok_or_else(|| ParseError::RouteNotFound {
+        method: method.clone(),
+        path: shown(path),
+        routes: ROUTES,
+    })?;
+    let allow = route.method();
+    if *method != allow {
+        return Err(ParseError::MethodNotAllowed { method: method.clone(), path: shown(path), allow });
+    }
+    match route {
+        Route::Models => return Ok(Ask::ListModels),
+        Route::Model(id) => {
+            let id = percent_decoded(id).filter(|id| id.len() <= MODEL_BYTES_MAX);
+            let id = id.ok_or_else(|| ParseError::value("model", "the name in the path is not valid"))?;
+            return Ok(Ask::GetModel(ModelName::from(id)));
+        }
+        Route::Chat | Route::Completions | Route::Tokenize | Route::Detokenize => {}
+    }
+    if let Some(given) = content_type
+        && !is_json(given)
+    {
+        return Err(ParseError::NotJsonType { given: shown(given) });
+    }
+    let fields = Fields::of_body(body)?;
+    match route {
+        Route::Chat => chat::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),
+        Route::Completions => completion::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),
+        Route::Tokenize => tokenize::parse(&fields, body).map(Ask::Tokenize),
+        Route::Detokenize => tokenize::parse_detokenize(&fields, body).map(Ask::Detokenize),
+        Route::Models | Route::Model(_) => unreachable!("answered above"),
+    }
+}
+
+fn is_json(content_type: &str) -> bool {
+    let essence = content_type.split(';').next().unwrap_or_default().trim();
+    let essence = essence.to_ascii_lowercase();
+    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+}
+
+/// A client's text for a message: bounded, without control characters.
+fn shown(text: &str) -> String {
+    const CHARS_MAX: usize = 100;
+    let mut out: String = text.chars().take(CHARS_MAX).filter(|c| !c.is_control()).collect();
+    if text.chars().nth(CHARS_MAX).is_some() {
+        out.push('…');
+    }
+    out
+}
+
+/// `None` where an escape is broken or the bytes are not UTF-8. `+` stays `+`: it is a path, not a form.
+fn percent_decoded(text: &str) -> Option<String> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        if byte != b'%' {
+            out.push(byte);
+            continue;
+        }
+        let mut digit = || char::from(bytes.next()?).to_digit(16);
+        out.push((digit()? * 16 + digit()?) as u8);
+    }
+    String::from_utf8(out).ok()
+}
+
+fn model(fields: &Fields<'_>) -> Result<Option<ModelName>, ParseError> {
+    let Some(name) = fields.string("model")? else { return Ok(None) };
+    if name.is_empty() {
+        return Err(ParseError::value("model", "empty string. Expected the name of a model"));
+    }
+    if name.len() > MODEL_BYTES_MAX {
+        return Err(ParseError::value("model", format!("longer than {MODEL_BYTES_MAX} bytes")));
+    }
+    Ok(Some(ModelName::from(name)))
+}
+
+fn required_model(fields: &Fields<'_>) -> Result<ModelName, ParseError> {
+    model(fields)?.ok_or(ParseError::Missing { param: "model".into() })
+}
+
+#[cfg(test)]
+mod tests;
