@@ -86,7 +86,11 @@ impl std::error::Error for DeError {}
 
 impl de::Error for DeError {
     fn custom<T: fmt::Display>(message: T) -> Self {
-        Self::new(Mistake::Custom(message.to_string()))
+        let message = message.to_string();
+        match message.starts_with("data did not match any variant of untagged enum") {
+            true => Self::new(Mistake::Custom("none of the forms that are allowed here".to_owned())),
+            false => Self::new(Mistake::Custom(message)),
+        }
     }
 
     fn invalid_type(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
@@ -135,7 +139,12 @@ fn describe(found: de::Unexpected<'_>) -> (String, Option<String>) {
         U::Map => ("a mapping".to_owned(), None),
         U::UnitVariant => ("a name alone".to_owned(), None),
         U::NewtypeVariant | U::TupleVariant | U::StructVariant => ("a name with a value".to_owned(), None),
-        other => (other.to_string(), None),
+        // "integer `18446744073709551616` as i128": the number is enough.
+        other => {
+            let text = other.to_string();
+            let number = text.strip_prefix("integer ").and_then(|text| text.strip_suffix(" as i128"));
+            (number.unwrap_or(&text).to_owned(), None)
+        }
     }
 }
 
@@ -155,7 +164,8 @@ fn plainly(expected: &str) -> String {
         "a nonzero u8" | "a nonzero u16" | "a nonzero u32" | "a nonzero u64" | "a nonzero usize" => {
             "a whole number above 0".to_owned()
         }
-        "a string" | "a borrowed string" | "a character" => "text".to_owned(),
+        "a string" | "a borrowed string" => "text".to_owned(),
+        "a character" => "a single character".to_owned(),
         "a boolean" => "`true` or `false`".to_owned(),
         "a sequence" => "a list".to_owned(),
         "a map" => "a mapping".to_owned(),

@@ -25,7 +25,11 @@ impl Severity {
 ///
 /// Messages are one line, lower case, no full stop, names in backticks; never a secret's value.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Diagnostic {
+pub struct Diagnostic(Box<Parts>);
+
+/// Boxed above, so that a diagnostic is a cheap `Err`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Parts {
     pub(crate) severity: Severity,
     pub(crate) message: String,
     /// `router.fleets[0].model`; empty for the whole file.
@@ -48,7 +52,7 @@ impl Diagnostic {
     }
 
     fn new(severity: Severity, message: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Parts {
             severity,
             message: message.into(),
             path: String::new(),
@@ -56,57 +60,61 @@ impl Diagnostic {
             label: None,
             secondary: None,
             help: None,
-        }
+        }))
+    }
+
+    pub(crate) fn parts(&self) -> &Parts {
+        &self.0
     }
 
     /// A few words beside the underlined place.
     #[must_use]
     pub fn label(mut self, label: impl Into<String>) -> Self {
-        self.label = Some(label.into());
+        self.0.label = Some(label.into());
         self
     }
 
     /// What to do about it, on a line of its own.
     #[must_use]
     pub fn help(mut self, help: impl Into<String>) -> Self {
-        self.help = Some(help.into());
+        self.0.help = Some(help.into());
         self
     }
 
     #[must_use]
     pub(crate) fn at_span(mut self, span: Span) -> Self {
-        self.span = Some(span);
+        self.0.span = Some(span);
         self
     }
 
     #[must_use]
     pub(crate) fn at_path(mut self, path: impl Into<String>) -> Self {
-        self.path = path.into();
+        self.0.path = path.into();
         self
     }
 
     /// A second place that has to do with it.
     #[must_use]
     pub(crate) fn secondary(mut self, span: Span, label: impl Into<String>) -> Self {
-        self.secondary = Some((span, label.into()));
+        self.0.secondary = Some((span, label.into()));
         self
     }
 
     pub fn severity(&self) -> Severity {
-        self.severity
+        self.0.severity
     }
 
     pub fn message(&self) -> &str {
-        &self.message
+        &self.0.message
     }
 
     /// The configuration path, `router.fleets[0].model`; empty for the whole file.
     pub fn path(&self) -> &str {
-        &self.path
+        &self.0.path
     }
 
     pub fn span(&self) -> Option<Span> {
-        self.span
+        self.0.span
     }
 }
 
@@ -134,7 +142,7 @@ impl Diagnostics {
 
     /// Stable: what is at one place stays in the order it was found.
     fn sort(&mut self) {
-        self.items.sort_by_key(|item| item.span.map(|span| span.start));
+        self.items.sort_by_key(|item| item.span().map(|span| span.start));
     }
 
     pub fn push(&mut self, diagnostic: Diagnostic) {
@@ -155,7 +163,7 @@ impl Diagnostics {
     }
 
     pub fn errors(&self) -> usize {
-        self.items.iter().filter(|item| item.severity == Severity::Error).count()
+        self.items.iter().filter(|item| item.severity() == Severity::Error).count()
     }
 
     pub fn has_errors(&self) -> bool {

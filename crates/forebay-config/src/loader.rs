@@ -178,8 +178,9 @@ impl<'a> Collector<'a> {
         if !self.follows(&place, &mistake) {
             let diagnostic = self.diagnostic(&place, at_key, &mistake);
             // One mistake behind an anchor is one mistake, however often it is used.
-            let same = |other: &&Diagnostic| other.span == diagnostic.span && other.label == diagnostic.label;
-            if self.found.iter().find(same).is_none() {
+            let place_and_label = |one: &Diagnostic| (one.span(), one.parts().label.clone());
+            let same = |other: &Diagnostic| place_and_label(other) == place_and_label(&diagnostic);
+            if !self.found.iter().any(same) {
                 self.found.push(diagnostic);
             }
         } else if self.found.is_empty() {

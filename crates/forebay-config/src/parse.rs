@@ -12,7 +12,7 @@ use crate::source::{FILE_BYTES_MAX, Position, Source, Span};
 use crate::tree::{Entry, Node, Scalar, Value};
 
 /// Containers in containers. The longest path of a real file is about eight.
-pub(crate) const DEPTH_MAX: usize = 64;
+const DEPTH_MAX: usize = 64;
 /// Values in the tree, copies for aliases included.
 const NODES_MAX: usize = 100_000;
 /// Text in the tree, copies included: four times the largest file.
@@ -55,6 +55,10 @@ fn scalar_node(span: Span, text: String, plain: bool) -> Node {
 fn not_yaml(error: &ScanError) -> Diagnostic {
     let start = position(*error.marker());
     let info = error.info();
+    // The parser's own limit, for containers that it opens before it tells us.
+    if info.contains("recursion limit") {
+        return too_deep(Span { start, end: start });
+    }
     let diagnostic =
         Diagnostic::error("this is not YAML").at_span(Span { start, end: start }).label(info.to_owned());
     // The parser says what it could not do; here is what people did.
@@ -76,6 +80,10 @@ fn not_yaml(error: &ScanError) -> Diagnostic {
         return diagnostic;
     };
     diagnostic.help(help)
+}
+
+fn too_deep(span: Span) -> Diagnostic {
+    Diagnostic::error(format!("nested deeper than {DEPTH_MAX} levels")).at_span(span)
 }
 
 /// Containers that are still open, and what is known so far.
@@ -178,7 +186,7 @@ impl Builder {
     /// Accounts for nodes about to be added here, or refuses them.
     fn grow(&mut self, added: Size, span: Span) -> Result<(), Diagnostic> {
         if self.stack.len() + added.depth > DEPTH_MAX {
-            return Err(Diagnostic::error(format!("nested deeper than {DEPTH_MAX} levels")).at_span(span));
+            return Err(too_deep(span));
         }
         self.size.nodes += added.nodes;
         self.size.text_bytes += added.text_bytes;

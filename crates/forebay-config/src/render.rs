@@ -15,6 +15,8 @@ use crate::source::Span;
 /// Characters of a source line that are shown, and how many of them stand before the place of the mistake.
 const LINE_CHARS_MAX: usize = 140;
 const LEAD_CHARS_MAX: usize = 60;
+/// Longest real help line is about 150.
+const MESSAGE_CHARS_MAX: usize = 400;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Style {
@@ -65,6 +67,7 @@ struct Mark<'a> {
 }
 
 fn block(out: &mut String, shown: &Shown, item: &Diagnostic, style: Style) {
+    let item = item.parts();
     let ink = match item.severity {
         Severity::Error => Ink::Error,
         Severity::Warning => Ink::Warning,
@@ -169,12 +172,18 @@ fn printable(c: char) -> char {
     if c.is_control() || reorders { ' ' } else { c }
 }
 
+/// A message as one line of bounded length: it may quote the file.
 fn one_line(text: &str) -> String {
-    text.chars().map(printable).collect()
+    let mut line: String = text.chars().take(MESSAGE_CHARS_MAX).map(printable).collect();
+    if text.chars().nth(MESSAGE_CHARS_MAX).is_some() {
+        line.push('…');
+    }
+    line
 }
 
 pub(crate) fn json(shown: &Shown, items: &[Diagnostic]) -> Value {
     let one = |item: &Diagnostic| {
+        let item = item.parts();
         let mut object = Map::new();
         let mut set = |key: &str, value: Value| object.insert(key.to_owned(), value);
         set("severity", json!(item.severity.as_str()));

@@ -30,7 +30,7 @@ mod service;
 mod tls;
 
 #[cfg(test)]
-mod testing;
+mod tests;
 
 pub use config::{EdgeConfig, EdgeConfigError, EdgeLimits, RouteConfig, Switch, TlsConfig};
 pub use listen::{BindError, BoundEdge, DrainReport, Edge, EdgeDeps};

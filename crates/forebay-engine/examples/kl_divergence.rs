@@ -86,15 +86,24 @@ impl Totals {
         let float = |at: usize| f32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
         let (scale, low) = (f64::from(float(0)), f64::from(float(4)));
         let quants = quants.as_chunks::<2>().0.iter().take(vocab);
-        let theirs: Vec<f64> =
-            quants.map(|q| low + scale * f64::from(u16::from_le_bytes(*q))).collect();
+        let theirs: Vec<f64> = quants.map(|q| low + scale * f64::from(u16::from_le_bytes(*q))).collect();
 
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
         let log_sum = f64::from(max) + sum.ln();
         let ours = |id: usize| f64::from(logits[id]) - log_sum;
 
-        let kl: f64 = (0..vocab).map(|id| theirs[id].exp() * (theirs[id] - ours(id))).sum();
+        // Tokens at the floor are "at most this likely": together they are one event.
+        let (mut kl, mut p_rest, mut q_rest) = (0.0, 1.0, 1.0);
+        for id in (0..vocab).filter(|&id| theirs[id] > low) {
+            let p = theirs[id].exp();
+            kl += p * (theirs[id] - ours(id));
+            p_rest -= p;
+            q_rest -= ours(id).exp();
+        }
+        if p_rest > 1e-6 && q_rest > 1e-6 {
+            kl += p_rest * (p_rest / q_rest).ln();
+        }
         let best_ours = (0..vocab).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
         let best = (0..vocab).max_by(|&a, &b| theirs[a].total_cmp(&theirs[b])).unwrap_or(0);
         self.positions += 1;

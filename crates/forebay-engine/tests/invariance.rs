@@ -102,6 +102,17 @@ fn a_batch_gives_every_sequence_what_it_gets_alone() {
     }
 }
 
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    for model in models() {
+        let all = supported_isas().map(|isa| expected(&model, isa, prompt(300, 9), 2)).collect::<Vec<_>>();
+        for other in &all[1..] {
+            assert_eq!(other.tokens, all[0].tokens);
+            assert!(other.logits.iter().zip(&all[0].logits).all(|(a, b)| bits(a) == bits(b)));
+        }
+    }
+}
+
 /// Beyond 256 tokens attention works in several segments.
 #[test]
 fn a_long_prompt_gives_the_same_in_any_chunks_and_block_sizes() {

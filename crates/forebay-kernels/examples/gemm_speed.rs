@@ -102,13 +102,21 @@ fn attend(isa: Isa, threads: usize) {
     println!("{isa}: KV write {:.0} ns/token", start.elapsed().as_nanos() as f64 / 32768.0);
     let table: Vec<u32> = (0..2048).collect();
     let shape = AttnShape { heads, q_stride: heads * dim, scale: 0.125, window: None };
-    for (name, rows, queries, position) in
-        [("prefill", 1, 512, 0), ("prefill", 1, 512, 1536), ("decode", 1, 1, 511), ("decode", 32, 1, 511), ("decode", 1, 1, 8191)]
-    {
+    for (name, rows, queries, position) in [
+        ("prefill", 1, 512, 0),
+        ("prefill", 1, 512, 1536),
+        ("decode", 1, 1, 511),
+        ("decode", 32, 1, 511),
+        ("decode", 1, 1, 8191),
+    ] {
         let q = input(rows * queries * heads * dim);
         let mut out = vec![0.0; q.len()];
         let list: Vec<AttnRow<'_>> = (0..rows)
-            .map(|r| AttnRow { queries: r * queries..(r + 1) * queries, position, block_table: &table[r * 32..] })
+            .map(|r| AttnRow {
+                queries: r * queries..(r + 1) * queries,
+                position,
+                block_table: &table[r * 32..],
+            })
             .collect();
         let seconds = best(|| attention(&pool, &cache, 0, shape, &list, &q, &mut out));
         let pairs: usize = rows * (0..queries).map(|i| position + i + 1).sum::<usize>();
@@ -127,7 +135,11 @@ fn small(rows: usize) {
     let gate_up = input(rows * 3072);
     let mut out = vec![0.0; rows * 1536];
     let silu = best(|| silu_mul(&gate_up, 1536, &mut out));
-    println!("per row: rms_norm {:.0} ns, silu_mul {:.0} ns", norm * 1e9 / rows as f64, silu * 1e9 / rows as f64);
+    println!(
+        "per row: rms_norm {:.0} ns, silu_mul {:.0} ns",
+        norm * 1e9 / rows as f64,
+        silu * 1e9 / rows as f64
+    );
 }
 
 fn main() {

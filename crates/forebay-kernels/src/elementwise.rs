@@ -214,7 +214,8 @@ mod tests {
             silu_mul(&x, width, &mut out);
             check("silu", &out, pairs().map(|(g, u)| g / (1.0 + (-g).exp()) * u), 1e-6);
             gelu_tanh_mul(&x, width, &mut out);
-            let gelu = |g: f64| 0.5 * g * (1.0 + (0.797_884_560_802_865_4 * (g + 0.044_715 * g.powi(3))).tanh());
+            let gelu =
+                |g: f64| 0.5 * g * (1.0 + (0.797_884_560_802_865_4 * (g + 0.044_715 * g.powi(3))).tanh());
             check("gelu", &out, pairs().map(|(g, u)| gelu(g) * u), 1e-5);
         }
     }
@@ -267,7 +268,11 @@ mod tests {
             for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
                 let got = isa.run(Exp(x));
                 assert_eq!(got, Isa::Scalar.run(Exp(x)));
-                assert!((f64::from(got[7]) - expect).abs() <= 2e-7 * expect, "e^{x}: {} for {expect}", got[7]);
+                assert!(
+                    (f64::from(got[7]) - expect).abs() <= 2e-7 * expect,
+                    "e^{x}: {} for {expect}",
+                    got[7]
+                );
             }
         }
     }

@@ -43,7 +43,8 @@ impl Random {
         let mut out = Vec::new();
         for _ in 0..rows * cols / ty.block_len() {
             let mut block: Vec<u8> = (0..ty.block_bytes()).map(|_| self.bits() as u8).collect();
-            let mut put = |at: usize, x: f32| block[at..at + 2].copy_from_slice(&f16::from_f32(x).to_le_bytes());
+            let mut put =
+                |at: usize, x: f32| block[at..at + 2].copy_from_slice(&f16::from_f32(x).to_le_bytes());
             let (a, b) = (self.unit() * 0.1, self.unit() * 0.1);
             match ty {
                 TensorType::F32 => block = a.to_le_bytes().to_vec(),

@@ -31,8 +31,8 @@ impl MappedFile {
         let file = File::open(path).map_err(|source| MapError::Open { path: path.to_owned(), source })?;
         // SAFETY: read-only and private to the type; a change of the file by others is documented above and
         // can change what is read, but no Rust value is ever built from it without being checked.
-        let map = unsafe { Mmap::map(&file) }
-            .map_err(|source| MapError::Map { path: path.to_owned(), source })?;
+        let map =
+            unsafe { Mmap::map(&file) }.map_err(|source| MapError::Map { path: path.to_owned(), source })?;
         Ok(Self { map })
     }
 }

@@ -113,7 +113,8 @@ pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) -> Result<(
                 for (i, out) in out.chunks_exact_mut(32).enumerate() {
                     let group = Group::read(ty, block, i);
                     for (j, o) in out.iter_mut().enumerate() {
-                        *o = (f32::from(group.q[j]) - f32::from(group.offset)) * group.scale[j / 16] + group.min;
+                        *o = (f32::from(group.q[j]) - f32::from(group.offset)) * group.scale[j / 16]
+                            + group.min;
                     }
                 }
             }
@@ -216,5 +217,66 @@ fn scale_min_k4(q: &[u8], j: usize) -> (u8, u8) {
         (q[j] & 63, q[j + 4] & 63)
     } else {
         (q[j + 4] & 15 | q[j - 4] >> 6 << 4, q[j + 4] >> 4 | q[j] >> 6 << 4)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from_hex(s: &str) -> Vec<u8> {
+        s.as_bytes()
+            .chunks(2)
+            .map(|h| u8::from_str_radix(std::str::from_utf8(h).unwrap(), 16).unwrap())
+            .collect()
+    }
+
+    /// Blocks and values from llama.cpp's own Python library.
+    #[test]
+    fn reads_blocks_as_ggml_does() {
+        let mut seen = 0;
+        for line in include_str!("../tests/data/ggml_blocks.txt").lines().filter(|l| !l.starts_with('#')) {
+            let fields: Vec<&str> = line.split(' ').collect();
+            let ty = crate::fixtures::TYPES.into_iter().find(|ty| format!("{ty:?}") == fields[0]).unwrap();
+            let (block, expect) = (from_hex(fields[1]), from_hex(fields[2]));
+            let mut out = vec![0.0; ty.block_len()];
+            dequantize_row(ty, &block, &mut out).unwrap();
+            for (i, (x, e)) in out.iter().zip(expect.as_chunks::<4>().0).enumerate() {
+                let e = f32::from_be_bytes(*e);
+                assert!((x - e).abs() <= 2e-7 * (1.0 + e.abs()), "{ty:?} at {i}: {x} for {e}");
+            }
+            seen += 1;
+        }
+        assert_eq!(seen, 10);
+    }
+
+    #[test]
+    fn sizes_are_those_of_ggml() {
+        let check = |number, len, bytes| {
+            let ty = TensorType::from_ggml(number).unwrap();
+            assert_eq!((ty.block_len(), ty.block_bytes()), (len, bytes), "{ty:?}");
+        };
+        check(0, 1, 4);
+        check(1, 1, 2);
+        check(2, 32, 18);
+        check(3, 32, 20);
+        check(6, 32, 22);
+        check(7, 32, 24);
+        check(8, 32, 34);
+        check(12, 256, 144);
+        check(13, 256, 176);
+        check(14, 256, 210);
+        check(30, 1, 2);
+        assert_eq!(TensorType::from_ggml(10), None);
+        assert_eq!(TensorType::Q4_1.row_bytes(576), 360);
+    }
+
+    #[test]
+    fn wrong_lengths_are_refused() {
+        let ty = TensorType::Q8_0;
+        let partial = dequantize_row(ty, &[0; 34], &mut [0.0; 31]);
+        assert_eq!(partial, Err(DequantizeError::PartialBlock { ty, cols: 31 }));
+        let short = dequantize_row(ty, &[0; 33], &mut [0.0; 32]);
+        assert_eq!(short, Err(DequantizeError::Length { ty, cols: 32, expected: 34, found: 33 }));
     }
 }

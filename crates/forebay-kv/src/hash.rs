@@ -5,6 +5,8 @@
 //! `--prefix-caching-hash-algo sha256_cbor` and ours stand in one index. (vLLM's default `sha256` hashes a Python
 //! pickle; nothing outside Python can follow that.)
 
+use std::fmt;
+
 use forebay_types::{BlockHash, TokenId};
 use sha2::{Digest, Sha256};
 
@@ -75,13 +77,20 @@ pub fn block_hash(parent: &BlockHash, tokens: &[TokenId], extra: &[ExtraKey<'_>]
 }
 
 /// Hashes a growing sequence block by block: each token is hashed once, over the sequence's whole life.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct BlockHasher {
     block_size: usize,
     cache_salt: Option<CacheSalt>,
     hashes: Vec<BlockHash>,
     /// Tokens after the last full block, fewer than `block_size`.
     partial: Vec<TokenId>,
+}
+
+impl fmt::Debug for BlockHasher {
+    /// Without the tokens: they are the client's.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockHasher").field("tokens", &self.tokens()).field("hashes", &self.hashes).finish()
+    }
 }
 
 impl BlockHasher {
@@ -344,7 +353,7 @@ mod tests {
         salted.extend(&ids(0..8));
         assert_ne!(plain.hashes()[0], salted.hashes()[0]);
         assert_ne!(plain.hashes()[1], salted.hashes()[1]);
-        assert!(!format!("{salted:?}").contains("tenant-secret"));
+        assert!(!format!("{salted:?} {:?}", salted.cache_salt()).contains("tenant-secret"));
     }
 
     proptest! {

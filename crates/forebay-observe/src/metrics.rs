@@ -3,6 +3,9 @@
 //! Names follow the field (`vllm:*` for the engine, `forebay_<layer>_*` for the rest). Labels are bounded by
 //! configuration (models, replicas, consumers), never by what a client sends.
 
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 use prometheus::{Encoder, TextEncoder};
 
 pub use prometheus::{
@@ -21,7 +24,39 @@ pub struct MetricError(#[from] prometheus::Error);
 
 /// All metrics of the process. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Registry(prometheus::Registry);
+pub struct Registry {
+    prometheus: prometheus::Registry,
+    families: Arc<Mutex<Vec<Family>>>,
+}
+
+/// One registered family, for the generated reference.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Family {
+    pub name: String,
+    /// `counter`, `gauge` or `histogram`.
+    pub kind: &'static str,
+    pub labels: Vec<String>,
+    pub help: String,
+}
+
+/// A kind of metric that can be registered.
+pub trait Metric: prometheus::core::Collector + Clone + 'static {
+    const KIND: &'static str;
+}
+
+macro_rules! kinds {
+    ($($kind:literal: $($metric:ty),+;)+) => {
+        $($(impl Metric for $metric {
+            const KIND: &'static str = $kind;
+        })+)+
+    };
+}
+
+kinds! {
+    "counter": IntCounter, IntCounterVec;
+    "gauge": Gauge, GaugeVec, IntGauge, IntGaugeVec;
+    "histogram": Histogram, HistogramVec;
+}
 
 impl Registry {
     pub fn new() -> Self {
@@ -29,12 +64,16 @@ impl Registry {
     }
 
     /// Registers a collector and returns it: `registry.add(IntCounter::new(...))?`.
-    pub fn add<C: prometheus::core::Collector + Clone + 'static>(
-        &self,
-        metric: prometheus::Result<C>,
-    ) -> Result<C, MetricError> {
+    pub fn add<M: Metric>(&self, metric: prometheus::Result<M>) -> Result<M, MetricError> {
         let metric = metric?;
-        self.0.register(Box::new(metric.clone()))?;
+        self.prometheus.register(Box::new(metric.clone()))?;
+        let families = metric.desc().into_iter().map(|desc| Family {
+            name: desc.fq_name.clone(),
+            kind: M::KIND,
+            labels: desc.variable_labels.clone(),
+            help: desc.help.clone(),
+        });
+        self.families.lock().extend(families);
         Ok(metric)
     }
 
@@ -72,7 +111,7 @@ impl Registry {
     pub fn render(&self) -> String {
         let mut out = Vec::new();
         // Encoding to memory fails only for inconsistent metric families, which `add` refuses.
-        if TextEncoder::new().encode(&self.0.gather(), &mut out).is_err() {
+        if TextEncoder::new().encode(&self.prometheus.gather(), &mut out).is_err() {
             tracing::error!("metrics can't be encoded");
         }
         String::from_utf8(out).unwrap_or_default()
@@ -81,17 +120,9 @@ impl Registry {
     /// `content-type` of [`Registry::render`].
     pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-    /// Every registered family: name, type and help, sorted. What the metrics reference is generated from.
-    pub fn families(&self) -> Vec<(String, String, String)> {
-        let mut families: Vec<_> = self
-            .0
-            .gather()
-            .iter()
-            .map(|f| {
-                let kind = format!("{:?}", f.get_field_type()).to_lowercase();
-                (f.name().to_owned(), kind, f.help().to_owned())
-            })
-            .collect();
+    /// Every registered family, sorted, also those without a series yet. The metrics reference is made from it.
+    pub fn families(&self) -> Vec<Family> {
+        let mut families = self.families.lock().clone();
         families.sort();
         families
     }

@@ -183,9 +183,11 @@ impl Classify for PlaceError {
 /// O(replicas). Source of the form of the cost: Dynamo's KV router (prefill and decode load) and SMG's expected wait,
 /// both in units of their own; here in seconds, so that no weights are left to tune.
 pub fn decide(view: &FleetView<'_>, ask: &Ask<'_>, seed: u64) -> Result<Decision, PlaceError> {
-    let fastest = view.replicas.iter().filter_map(|r| r.speed.last_measured()).fold(None, |max: Option<f64>, rate| {
-        Some(max.map_or(rate, |max| max.max(rate)))
-    });
+    let fastest = view
+        .replicas
+        .iter()
+        .filter_map(|r| r.speed.last_measured())
+        .fold(None, |max: Option<f64>, rate| Some(max.map_or(rate, |max| max.max(rate))));
     let prior = fastest.unwrap_or(PREFILL_RATE_PRIOR);
 
     let mut candidates = Vec::with_capacity(view.replicas.len());
@@ -223,8 +225,11 @@ pub fn decide(view: &FleetView<'_>, ask: &Ask<'_>, seed: u64) -> Result<Decision
     let is_lowest = |c: &&Candidate| c.cost_s() <= lowest * (1.0 + TIE);
     let ties = candidates.iter().filter(is_lowest).count();
     let lot = (mix(seed) % ties as u64) as usize;
-    let chosen =
-        *candidates.iter().filter(is_lowest).nth(lot).expect("the lowest cost is one of the candidates' costs");
+    let chosen = *candidates
+        .iter()
+        .filter(is_lowest)
+        .nth(lot)
+        .expect("the lowest cost is one of the candidates' costs");
 
     let most_cached = candidates.iter().map(|c| c.cached_blocks).max().unwrap_or(0);
     let why = if candidates.len() == 1 {

@@ -89,7 +89,10 @@ mod tests {
     fn samples_move_the_mean_by_their_length() {
         let check = |before: Speed, tokens: u64, elapsed: Duration, expect: f64| {
             let after = before.on_first_token(S, tokens, elapsed).last_measured().expect("measured");
-            assert!((after - expect).abs() < 1e-6, "{before:?} {tokens} {elapsed:?}: {after}, expected {expect}");
+            assert!(
+                (after - expect).abs() < 1e-6,
+                "{before:?} {tokens} {elapsed:?}: {after}, expected {expect}"
+            );
         };
         // 256 tokens: trust 1/2. Unmeasured: half sample, half prior.
         check(Speed::UNKNOWN, 256, S, 0.5 * 256.0 + 0.5 * PREFILL_RATE_PRIOR);

@@ -224,8 +224,11 @@ fn fleet_target(
     at: &str,
     deps: &ProxyDeps<'_>,
 ) -> Result<Target, ProxyBuildError> {
-    let only_for_providers =
-        [("model", link.model.is_some()), ("api-key", link.api_key.is_some()), ("base-url", link.base_url.is_some())];
+    let only_for_providers = [
+        ("model", link.model.is_some()),
+        ("api-key", link.api_key.is_some()),
+        ("base-url", link.base_url.is_some()),
+    ];
     if let Some((key, _)) = only_for_providers.into_iter().find(|(_, present)| *present) {
         return Err(ProxyBuildError::NotForFleets { at: format!("{at}.{key}"), key });
     }
@@ -264,12 +267,11 @@ fn provider_target(
         .map(|key| key.resolve(env))
         .transpose()
         .map_err(|source| ProxyBuildError::Secret { at: format!("{at}.api-key"), source })?;
-    let upstream = Upstream::new(deps.client.clone(), base_url, key.as_ref().map(SecretValue::expose)).map_err(
-        |source| {
+    let upstream = Upstream::new(deps.client.clone(), base_url, key.as_ref().map(SecretValue::expose))
+        .map_err(|source| {
             let key = if source == BaseUrlError::Key { "api-key" } else { "base-url" };
             ProxyBuildError::Url { at: format!("{at}.{key}"), source }
-        },
-    )?;
+        })?;
     Ok((upstream, model))
 }
 

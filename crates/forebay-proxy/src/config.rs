@@ -110,3 +110,50 @@ impl Provider {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str) -> Result<ProxyConfig, String> {
+        let source = forebay_config::Source::new("forebay.yaml", text);
+        forebay_config::load(&source).map(|loaded| loaded.config).map_err(|found| found.to_string())
+    }
+
+    #[test]
+    fn the_file() {
+        let config = load(
+            "models:
+  - name: gpt-4o
+    deployments:
+      - {fleet: smollm2-135m-instruct}
+      - {provider: anthropic, model: claude-sonnet-4-5, api-key: env:ANTHROPIC_API_KEY}
+      - {provider: openai, model: gpt-4o, api-key: env:OPENAI_API_KEY, base-url: \"https://api.openai.com/v1\"}
+    retries: 2
+first-byte-timeout: 90s
+",
+        )
+        .expect("valid");
+        let links = &config.models[0].deployments;
+        assert_eq!(links[0].fleet.as_deref(), Some("smollm2-135m-instruct"));
+        assert_eq!(links[1].provider, Some(Provider::Anthropic));
+        assert_eq!(links[2].api_key, Some(Secret::env("OPENAI_API_KEY")));
+        assert_eq!(links[2].base_url.as_deref(), Some("https://api.openai.com/v1"));
+        assert_eq!(config.models[0].retries, Some(2));
+        assert_eq!(config.first_byte_timeout, HumanDuration::from_secs(90));
+        assert_eq!(config.cooldown, CooldownConfig::default());
+    }
+
+    #[test]
+    fn mistakes_point_at_themselves() {
+        let check = |text: &str, expect: &[&str]| {
+            let shown = load(text).expect_err("a mistake");
+            for part in expect {
+                assert!(shown.contains(part), "{shown}");
+            }
+        };
+        check("retris: 10\n", &["forebay.yaml:1:1", "did you mean `retries`?"]);
+        let text = "models:\n  - name: m\n    deployments: [{provider: openia}]\n";
+        check(text, &["forebay.yaml:3:30", "openia"]);
+    }
+}

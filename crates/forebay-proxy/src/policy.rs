@@ -131,7 +131,8 @@ mod tests {
         };
         use Retry::{After, Elsewhere, Never};
         use Tried::{Fleet, Provider};
-        let status = |status: u16| Provider(FaultKind::Refused(StatusCode::from_u16(status).expect("status")));
+        let status =
+            |status: u16| Provider(FaultKind::Refused(StatusCode::from_u16(status).expect("status")));
         let again = Verdict::Again { not_before: Duration::ZERO };
         let s = Duration::from_secs;
 

@@ -22,9 +22,6 @@ use crate::policy::{Tried, Verdict, backoff, counts_against, verdict};
 const X_FOREBAY_DEPLOYMENT: HeaderName = HeaderName::from_static("x-forebay-deployment");
 const X_FOREBAY_ATTEMPTS: HeaderName = HeaderName::from_static("x-forebay-attempts");
 
-/// Of a name that a client made up, in an error.
-const NAME_CHARS_MAX: usize = 128;
-
 /// L3: turns a model's name into somebody who answers.
 pub struct Proxy<Next> {
     next: Next,
@@ -41,7 +38,7 @@ pub struct Proxy<Next> {
 pub enum ResolveError {
     /// OpenAI's words, which also hide whether a model exists that the caller may not use.
     #[error("The model `{model}` does not exist or you do not have access to it.")]
-    NoModel { model: String },
+    NoModel { model: ModelName },
     #[error("there is more than one model here; say which in `model`")]
     ModelNotGiven,
     #[error("the model `{model}` runs at a provider, which has no such endpoint")]
@@ -127,7 +124,7 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
         };
         self.model(name).filter(|model| list::may_see(caller, &model.name)).ok_or_else(|| {
             self.metrics.unknown_models.inc();
-            ResolveError::NoModel { model: name.as_str().chars().take(NAME_CHARS_MAX).collect() }
+            ResolveError::NoModel { model: name.clone() }
         })
     }
 
@@ -218,8 +215,13 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
         match &link.target {
             Target::Fleet(fleet) => {
                 let fleet = fleet.clone();
-                let resolved =
-                    flow.advance(|Admitted { caller, ask, ids, held }| Resolved { caller, ask, ids, held, fleet });
+                let resolved = flow.advance(|Admitted { caller, ask, ids, held }| Resolved {
+                    caller,
+                    ask,
+                    ids,
+                    held,
+                    fleet,
+                });
                 let call = self.next.call(resolved);
                 // With nobody after it, giving up early would only lose the place in the queue.
                 let bound = !is_last_link || model.first_byte_is_own;
@@ -232,11 +234,9 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
                 };
                 result.map_err(|fault| (fault, Tried::Fleet))
             }
-            Target::Provider { upstream, model: name } => {
-                provider(upstream, name, model, &flow)
-                    .await
-                    .map_err(|UpstreamFault { kind, fault }| (fault, Tried::Provider(kind)))
-            }
+            Target::Provider { upstream, model: name } => provider(upstream, name, model, &flow)
+                .await
+                .map_err(|UpstreamFault { kind, fault }| (fault, Tried::Provider(kind))),
         }
     }
 

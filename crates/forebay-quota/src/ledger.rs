@@ -8,7 +8,7 @@ use forebay_types::{Blame, Class, Classify, Code, Retry};
 use parking_lot::Mutex;
 
 use crate::Window;
-use crate::bucket::Bucket;
+use crate::bucket::{Bucket, ClaimId};
 
 /// Proof that quota was reserved for a request: nothing below the gateway can be called without one.
 ///
@@ -137,21 +137,18 @@ impl Ledger {
             let Window { limit, remaining, .. } = bucket.window();
             Some(Refused { limited, limit, remaining, requested, retry_after })
         };
-        let refusals = [
-            check(&buckets.requests, Limited::Requests, 1),
-            check(&buckets.tokens, Limited::Tokens, tokens),
-        ];
+        let refusals =
+            [check(&buckets.requests, Limited::Requests, 1), check(&buckets.tokens, Limited::Tokens, tokens)];
         let wait = |refused: &Refused| refused.retry_after.unwrap_or(Duration::MAX);
         if let Some(refused) = refusals.into_iter().flatten().max_by_key(wait) {
             return Err(refused);
         }
         if let Some(bucket) = &mut buckets.requests {
-            bucket.take(1);
+            let claim = bucket.take(1);
+            bucket.settle(claim, 1, 1);
         }
-        if let Some(bucket) = &mut buckets.tokens {
-            bucket.take(tokens);
-        }
-        Ok(Hold { ledger: self.clone(), held: tokens, spent: 0, now, settled: false })
+        let claim = buckets.tokens.as_mut().map(|bucket| bucket.take(tokens));
+        Ok(Hold { ledger: self.clone(), claim, held: tokens, spent: 0, now })
     }
 
     pub fn snapshot(&self, now: Duration) -> Snapshot {
@@ -163,11 +160,11 @@ impl Ledger {
         }
     }
 
-    fn settle(&self, now: Duration, held: u64, used: u64) {
+    fn settle(&self, now: Duration, claim: ClaimId, held: u64, used: u64) {
         let mut buckets = self.0.lock();
         buckets.advance(now);
         if let Some(bucket) = &mut buckets.tokens {
-            if used > held { bucket.take(used - held) } else { bucket.give_back(held - used) }
+            bucket.settle(claim, held, used);
         }
     }
 }
@@ -181,11 +178,12 @@ impl Ledger {
 #[must_use = "a dropped hold is given back"]
 pub struct Hold {
     ledger: Ledger,
+    /// Taken by the settlement; `None` also where tokens are unlimited.
+    claim: Option<ClaimId>,
     held: u64,
     spent: u64,
     /// The latest time this hold heard of: `Drop` has none.
     now: Duration,
-    settled: bool,
 }
 
 impl Hold {
@@ -207,19 +205,23 @@ impl Hold {
 
     /// Charges `used` tokens instead of what was taken: the rest goes back, and more than was taken becomes debt, at
     /// most one full bucket.
+    ///
+    /// A refund never fills the bucket beyond its brim, nor makes up for refill that the hold itself made room for.
     pub fn settle(mut self, now: Duration, used: u64) {
-        self.settled = true;
-        self.ledger.settle(now, self.held, used);
+        self.close(now, used);
+    }
+
+    fn close(&mut self, now: Duration, used: u64) {
+        if let Some(claim) = self.claim.take() {
+            self.ledger.settle(now, claim, self.held, used);
+        }
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        if !self.settled {
-            // A refund is exact at any time up to the present, as refilling and refunding commute below the brim. A
-            // charge for more than was held may miss refill that spilled over since; that favours the consumer.
-            self.ledger.settle(self.now, self.held, self.spent);
-        }
+        // At the last time that is known: refill since then comes with the next call on the ledger.
+        self.close(self.now, self.spent);
     }
 }
 

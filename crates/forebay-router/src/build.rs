@@ -44,7 +44,9 @@ pub enum RouterBuildError {
         list(engines)
     )]
     NoEngine { at: String, model: ModelName, engines: Vec<ModelName> },
-    #[error("there is neither an engine in this process nor a fleet; add an `engine` section or `router.fleets`")]
+    #[error(
+        "there is neither an engine in this process nor a fleet; add an `engine` section or `router.fleets`"
+    )]
     Nothing,
     #[error("more than {REPLICAS_MAX} replicas")]
     TooManyReplicas,
@@ -89,8 +91,11 @@ pub(crate) struct Built<E> {
     pub(crate) metrics: Metrics,
 }
 
+/// `configured` is false where the defaults stand in for a missing section: then no fleet at all is right, for a
+/// proxy that only knows providers.
 pub(crate) fn build<E>(
     config: &RouterConfig,
+    configured: bool,
     deps: &RouterDeps<'_>,
     mut engines: HashMap<ModelName, Arc<E>>,
     begun: Instant,
@@ -98,7 +103,7 @@ pub(crate) fn build<E>(
     let metrics = Metrics::register(deps.registry)?;
     let listed: Vec<FleetConfig> =
         if config.fleets.is_empty() { one_per_engine(&engines) } else { config.fleets.clone() };
-    if listed.is_empty() {
+    if listed.is_empty() && configured {
         return Err(RouterBuildError::Nothing);
     }
     if listed.iter().map(|fleet| fleet.replicas.len()).sum::<usize>() > REPLICAS_MAX {

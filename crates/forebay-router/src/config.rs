@@ -162,6 +162,49 @@ mod tests {
         check("http://host/?x=1", Err(ParseReplicaError::Query));
     }
 
+    fn load(text: &str) -> Result<RouterConfig, String> {
+        let source = forebay_config::Source::new("forebay.yaml", text);
+        forebay_config::load(&source).map(|loaded| loaded.config).map_err(|found| found.to_string())
+    }
+
+    #[test]
+    fn the_file() {
+        let config = load(
+            "fleets:\n  - model: smollm2-135m-instruct\n    replicas: [engine, \"http://127.0.0.1:8001\"]\n\
+             queued-tokens-max: 10\nhealth: {interval: 1s}\n",
+        );
+        let expect = RouterConfig {
+            fleets: vec![FleetConfig {
+                model: "smollm2-135m-instruct".to_owned(),
+                replicas: vec![
+                    ReplicaTarget::Engine,
+                    ReplicaTarget::Http("http://127.0.0.1:8001".to_owned()),
+                ],
+                served_name: None,
+                api_key: None,
+            }],
+            queued_tokens_max: 10,
+            health: HealthConfig { interval: HumanDuration::from_secs(1), ..HealthConfig::default() },
+            ..RouterConfig::default()
+        };
+        assert_eq!(config, Ok(expect));
+    }
+
+    #[test]
+    fn mistakes_point_at_themselves() {
+        let check = |text: &str, expect: &[&str]| {
+            let shown = load(text).expect_err("a mistake");
+            for part in expect {
+                assert!(shown.contains(part), "{shown}");
+            }
+        };
+        check("queued-token-max: 10\n", &["forebay.yaml:1:1", "did you mean `queued-tokens-max`?"]);
+        check(
+            "fleets:\n  - model: m\n    replicas: [engin]\n",
+            &["forebay.yaml:3:16", "a replica is `engine` or a base URL like `http://127.0.0.1:8001`"],
+        );
+    }
+
     #[test]
     fn an_error_never_repeats_a_password() {
         let error = ReplicaTarget::try_from("http://me:secret@host".to_owned()).expect_err("user info");

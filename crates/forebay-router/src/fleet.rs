@@ -50,27 +50,14 @@ impl<E> Fleet<E> {
         seed: u64,
     ) -> Result<Decision, PlaceError> {
         let views: Vec<ReplicaView> = self.replicas.iter().map(|replica| replica.live.view()).collect();
-        let matched = self.matched(need);
         let ask = Ask {
             prompt_tokens: need.prompt_tokens,
             block_tokens,
-            matched_blocks: &matched,
+            matched_blocks: &need.matched,
             output_tokens: self.lengths.expect(need.tokens_max, need.choices),
             tried,
         };
         decide(&FleetView { model: &self.model, replicas: &views, queued_tokens_max, now }, &ask, seed)
-    }
-
-    /// Blocks that each replica holds of the prompts, all prompts together.
-    fn matched(&self, need: &Need) -> Vec<u32> {
-        let mut blocks = vec![0u32; self.replicas.len()];
-        for chain in &need.chains {
-            let matches = self.prefixes.matched(chain);
-            for (blocks, replica) in blocks.iter_mut().zip(&self.replicas) {
-                *blocks = blocks.saturating_add(matches.blocks(replica.lane));
-            }
-        }
-        blocks
     }
 
     /// A request could not connect to a replica: it gets no more until a probe succeeds.
@@ -82,8 +69,13 @@ impl<E> Fleet<E> {
         }
     }
 
+    /// The replicas' places in the prefix index.
+    pub(crate) fn lanes(&self) -> Vec<Lane> {
+        self.replicas.iter().map(|replica| replica.lane).collect()
+    }
+
     /// Whether knowing the prompt's blocks can change anything: with one replica only whether it is full.
-    pub(crate) fn needs_hashes(&self, need: &Need, queued_tokens_max: u64) -> bool {
+    pub(crate) fn needs_blocks(&self, need: &Need, queued_tokens_max: u64) -> bool {
         match &self.replicas[..] {
             [only] => only.live.view().load.queued_tokens + u64::from(need.prompt_tokens) > queued_tokens_max,
             _ => true,

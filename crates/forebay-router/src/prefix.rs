@@ -71,7 +71,9 @@ impl ModelPrefixes {
     /// The replica's place, given out on first use. Replicas come from the configuration, so they are few.
     pub(crate) fn lane(&self, replica: &ReplicaId) -> Lane {
         let mut lanes = self.lanes.write();
-        let next = Lane(u16::try_from(lanes.len()).expect("fewer than 65536 replicas, checked when fleets are built"));
+        let next = Lane(
+            u16::try_from(lanes.len()).expect("fewer than 65536 replicas, checked when fleets are built"),
+        );
         *lanes.entry(replica.clone()).or_insert(next)
     }
 

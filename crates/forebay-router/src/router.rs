@@ -97,9 +97,10 @@ impl<E: Stage<Placed>> Router<E> {
         deps: RouterDeps<'_>,
         engines: HashMap<ModelName, Arc<E>>,
     ) -> Result<Self, RouterBuildError> {
+        let configured = config.is_some();
         let config = config.cloned().unwrap_or_default();
         let begun = Instant::now();
-        let Built { fleets, watches, metrics } = build(&config, &deps, engines, begun)?;
+        let Built { fleets, watches, metrics } = build(&config, configured, &deps, engines, begun)?;
         let seed = AtomicU64::new(RandomState::new().hash_one(0));
         Ok(Self { fleets, config, metrics, begun, seed, _watches: watches })
     }
@@ -152,19 +153,13 @@ impl<E: Stage<Placed>> Router<E> {
     ) -> Result<Reply, Failed> {
         match &replica.at {
             At::Engine(engine) => {
-                let placed = flow.advance(|Resolved { caller, ask, ids, held, .. }| Placed {
-                    caller,
-                    ask,
-                    ids,
-                    held,
-                });
+                let placed =
+                    flow.advance(|Resolved { caller, ask, ids, held, .. }| Placed { caller, ask, ids, held });
                 engine.call(placed).await.map_err(|fault| Failed { fault, unreachable: false })
             }
             At::Http(upstream) => {
                 // Before the answer: of two equal prompts in a row, the second should find the first.
-                for chain in &need.chains {
-                    fleet.prefixes.insert(replica.lane, chain);
-                }
+                need.guess_cached(&fleet.prefixes, replica.lane).await;
                 self.forward(upstream, &fleet.served_name, &flow).await
             }
         }
@@ -215,9 +210,9 @@ impl<E: Stage<Placed>> Stage<Resolved> for Router<E> {
         let block_tokens = fleet.prefixes.block_tokens(self.config.block_size);
         let mut need = Need::of(&flow.stage.ask, &flow.stage.ids);
         if let Ask::Generate(call) = &flow.stage.ask
-            && fleet.needs_hashes(&need, self.config.queued_tokens_max)
+            && fleet.needs_blocks(&need, self.config.queued_tokens_max)
         {
-            need.hash(call, &flow.stage.ids, block_tokens).await;
+            need.look_up(call, &flow.stage.ids, block_tokens, &fleet.prefixes, fleet.lanes()).await;
         }
 
         let attempts_max = fleet.replicas.len().min(self.config.attempts_max.max(1) as usize);
@@ -243,7 +238,8 @@ impl<E: Stage<Placed>> Stage<Resolved> for Router<E> {
             tried.push(decision.replica);
             let is_last = tried.len() >= attempts_max;
             // The last attempt takes the request itself; the prompt is copied only while another may follow.
-            let this = if is_last { flow.take() } else { flow.clone() }.expect("taken by the last attempt only");
+            let this =
+                if is_last { flow.take() } else { flow.clone() }.expect("taken by the last attempt only");
 
             let handed = std::time::Instant::now();
             let flight = InFlight::begin(&replica.live, decision.uncached_tokens);
@@ -251,13 +247,15 @@ impl<E: Stage<Placed>> Stage<Resolved> for Router<E> {
                 Ok(mut reply) => {
                     trace.note(Layer::Router, "replica", handed, format!("{} answers", replica.id));
                     let model = fleet.model.as_str();
-                    let (prompt, matched) = (u64::from(need.prompt_tokens), u64::from(decision.cached_tokens));
+                    let (prompt, matched) =
+                        (u64::from(need.prompt_tokens), u64::from(decision.cached_tokens));
                     self.metrics.prompt_tokens.with_label_values(&[model]).inc_by(prompt);
                     self.metrics.matched_tokens.with_label_values(&[model]).inc_by(matched);
                     reply.headers.insert(X_FOREBAY_REPLICA, replica.label.clone());
                     let (form, lengths) = (reply.form, Arc::clone(&fleet.lengths));
-                    return Ok(reply
-                        .map_chunks(|chunks| Tracked::wrap(chunks, form, flight, lengths, need.choices)));
+                    return Ok(
+                        reply.map_chunks(|chunks| Tracked::wrap(chunks, form, flight, lengths, need.choices))
+                    );
                 }
                 Err(Failed { fault, unreachable }) => {
                     drop(flight);

@@ -17,7 +17,8 @@ pub(crate) struct Tracked {
     chunks: ChunkStream,
     flight: Option<InFlight>,
     lengths: Arc<Lengths>,
-    /// Whether a chunk comes as soon as there is a token: not so for a JSON body from elsewhere.
+    /// Whether a chunk comes as soon as there is a token. Not so for a JSON body from elsewhere: its prompt counts as
+    /// queued until the body is there, and nothing is learned from it.
     token_by_token: bool,
     choices: u32,
     completion_tokens: u32,

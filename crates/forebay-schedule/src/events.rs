@@ -6,7 +6,7 @@ use forebay_types::{BlockHash, TokenId};
 use crate::pool::FullBlock;
 
 /// Events in three flat arrays: recording one in the middle of planning allocates nothing once they have grown.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct EventLog {
     recording: bool,
     block_size: u32,
@@ -16,7 +16,7 @@ pub(crate) struct EventLog {
     tokens: Vec<TokenId>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 enum Entry {
     Stored { hashes: u32, parent: Option<BlockHash>, cache_salt: Option<CacheSalt> },
     Removed { hashes: u32 },

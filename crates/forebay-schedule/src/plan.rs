@@ -19,7 +19,7 @@ pub struct SeqId(pub u64);
 /// | `logit_tokens`   | `[S]`           | indices into `[T]` whose next-token logits are wanted, ascending |
 ///
 /// After the pass row `r` has `positions[row_starts[r + 1] - 1] + 1` tokens in its KV blocks. The tokens of a row
-/// are consecutive. A block is written by at most one row of a pass.
+/// are consecutive. A block is written by at most one row of a pass, and no other row of that pass reads it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StepPlan {
     pub seqs: Vec<SeqId>,

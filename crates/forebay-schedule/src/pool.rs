@@ -16,7 +16,7 @@ use crate::events::EventLog;
 use crate::invariants::BrokenInvariant;
 
 /// A block that has just become full, as the cache stores it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct FullBlock<'a> {
     /// Hash of the block before; `None` for a sequence's first.
     pub parent: Option<BlockHash>,
@@ -27,7 +27,7 @@ pub struct FullBlock<'a> {
 }
 
 /// A fixed number of KV blocks, named `0..blocks`. Every operation is O(1) and allocates nothing.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct BlockPool {
     refs: Vec<u32>,
     hashes: Vec<Option<BlockHash>>,

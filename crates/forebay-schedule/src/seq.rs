@@ -62,7 +62,6 @@ pub(crate) enum Phase {
     Running,
 }
 
-#[derive(Debug, Clone)]
 pub(crate) struct Seq {
     pub(crate) id: SeqId,
     pub(crate) phase: Phase,

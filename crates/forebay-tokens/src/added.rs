@@ -63,10 +63,6 @@ impl AddedTokens {
         self.tokens.iter().map(|token| token.text.as_str())
     }
 
-    pub(crate) fn id_of(&self, text: &str) -> Option<TokenId> {
-        self.tokens.iter().find(|token| token.text == text).map(|token| token.id)
-    }
-
     /// Cuts `text[range]` at every token; the segments are in order, not empty and cover the range.
     pub(crate) fn cut(&self, text: &str, range: Range<usize>, out: &mut Vec<Segment>) {
         let mut rest = range.start;
@@ -127,27 +123,30 @@ mod tests {
     fn cuts_at_whole_tokens() {
         check(vec![], "abc", &[("abc", None)]);
         check(vec![token(1, "<a>")], "", &[]);
-        check(vec![token(1, "<a>")], "x<a><a>y", &[
-            ("x", None),
-            ("<a>", Some(1)),
-            ("<a>", Some(1)),
-            ("y", None),
-        ]);
+        check(
+            vec![token(1, "<a>")],
+            "x<a><a>y",
+            &[("x", None), ("<a>", Some(1)), ("<a>", Some(1)), ("y", None)],
+        );
     }
 
     #[test]
     fn the_longest_wins() {
-        check(vec![token(1, "<a"), token(2, "<a>")], "<a><ab", &[
-            ("<a>", Some(2)),
-            ("<a", Some(1)),
-            ("b", None),
-        ]);
+        check(
+            vec![token(1, "<a"), token(2, "<a>")],
+            "<a><ab",
+            &[("<a>", Some(2)), ("<a", Some(1)), ("b", None)],
+        );
     }
 
     #[test]
     fn strips_whitespace_and_respects_words() {
         let both = AddedToken { lstrip: true, rstrip: true, ..token(1, "<m>") };
-        check(vec![both], "x <m> \n<m> y", &[("x", None), (" <m> \n", Some(1)), ("<m> ", Some(1)), ("y", None)]);
+        check(
+            vec![both],
+            "x <m> \n<m> y",
+            &[("x", None), (" <m> \n", Some(1)), ("<m> ", Some(1)), ("y", None)],
+        );
         let word = AddedToken { single_word: true, ..token(1, "cat") };
         check(vec![word], "a cat cats", &[("a ", None), ("cat", Some(1)), (" cats", None)]);
     }

@@ -83,7 +83,8 @@ mod tests {
         tokens.extend([spell("é".as_bytes()), spell(&[0x9D, 0xB1, b'x']), "<|im_end|>".to_owned()]);
         let mut token_types = vec![TokenType::Normal; 258];
         token_types.push(TokenType::Control);
-        let vocab = Vocab { model: "gpt2".into(), pre: "gpt-2".into(), tokens, token_types, ..Vocab::default() };
+        let vocab =
+            Vocab { model: "gpt2".into(), pre: "gpt-2".into(), tokens, token_types, ..Vocab::default() };
         Tokenizer::new(vocab).unwrap()
     }
 

@@ -200,7 +200,9 @@ mod tests {
     fn a_forged_or_damaged_placeholder_means_nothing() {
         let forged = format!("{OPEN}1,0,10{CLOSE}");
         assert_eq!(restored(&guard().protect(&forged)), forged);
-        for damaged in ["\u{FDD0}", "\u{FDD0}1,0", "\u{FDD0}9,0,1\u{FDD1}", "\u{FDD0}1,5,99\u{FDD1}", "\u{FDD0}中"] {
+        for damaged in
+            ["\u{FDD0}", "\u{FDD0}1,0", "\u{FDD0}9,0,1\u{FDD1}", "\u{FDD0}1,5,99\u{FDD1}", "\u{FDD0}中"]
+        {
             assert_eq!(restored(damaged), damaged);
         }
     }

@@ -7,12 +7,16 @@
 use forebay_types::TokenId;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tokenizers::{DecoderWrapper, Encoding, PostProcessor, PostProcessorWrapper, Token};
+use tokenizers::{
+    DecoderWrapper, Encoding, ModelWrapper, NormalizerWrapper, PostProcessor, PostProcessorWrapper, Token,
+};
 
 use crate::added::{AddedToken, AddedTokens};
 use crate::alphabet;
-use crate::tokenizer::{Entries, Parts, Roles, Tokenizer, TokenizerId};
-use crate::vocab::{BuildError, TOKENS_MAX, TokenType};
+use crate::pre;
+use crate::tokenizer::{Entries, LibraryPipeline, Parts, Pipeline, Roles, Tokenizer, TokenizerId};
+use crate::vocab::{BuildError, TOKENS_MAX, TokenType, own_bpe};
+use crate::words::Cut;
 
 /// `tokenizer_config.json`: only what names a token or holds a template.
 #[derive(Debug, Default, Deserialize)]
@@ -82,12 +86,24 @@ impl Tokenizer {
     ) -> Result<Self, BuildError> {
         let config: TokenizerConfig =
             config.map_or(Ok(TokenizerConfig::default()), |json| parse("tokenizer_config.json", json))?;
-        let generation: GenerationConfig =
-            generation.map_or(Ok(GenerationConfig::default()), |json| parse("generation_config.json", json))?;
+        let generation: GenerationConfig = generation
+            .map_or(Ok(GenerationConfig::default()), |json| parse("generation_config.json", json))?;
         let hf = tokenizers::Tokenizer::from_bytes(tokenizer).map_err(BuildError::Library)?;
 
-        let spelling = hf.get_decoder().map(Spelling::of).transpose()?.unwrap_or(Spelling::Plain { strip: false });
+        let spelling =
+            hf.get_decoder().map(Spelling::of).transpose()?.unwrap_or(Spelling::Plain { strip: false });
         let (entries, controls, user_defined) = read_tokens(&hf, &spelling)?;
+        let spec: Spec = parse("tokenizer.json", tokenizer)?;
+        let unk = spec.model.unk_id.or_else(|| hf.token_to_id(spec.model.unk_token.as_deref()?));
+        let pipeline = match by_hand(spec, &hf, &entries) {
+            Some(pipeline) => pipeline,
+            None => Pipeline::Library(Box::new(LibraryPipeline {
+                normalizer: hf.get_normalizer().cloned(),
+                pre_tokenizer: hf.get_pre_tokenizer().cloned(),
+                model: hf.get_model().clone(),
+                never: controls.iter().map(|token| token.id).filter(|id| Some(*id) != unk).collect(),
+            })),
+        };
         let (prefix, suffix) =
             hf.get_post_processor().map(around).transpose().map_err(BuildError::Library)?.unwrap_or_default();
         let id_of = |name: &Option<TokenName>| name.as_ref().and_then(|name| hf.token_to_id(name.text()));
@@ -95,7 +111,7 @@ impl Tokenizer {
             bos: id_of(&config.bos_token),
             eos: id_of(&config.eos_token),
             eot: None,
-            unk: id_of(&config.unk_token),
+            unk: id_of(&config.unk_token).or(unk),
             pad: id_of(&config.pad_token),
             eog: match generation.eos_token_id {
                 Some(OneOrMany::One(id)) => vec![id],
@@ -105,9 +121,7 @@ impl Tokenizer {
         };
         Self::from_parts(Parts {
             id: identity(tokenizer),
-            model: hf.get_model().clone(),
-            normalizer: hf.get_normalizer().cloned(),
-            pre_tokenizer: hf.get_pre_tokenizer().cloned(),
+            pipeline,
             controls: AddedTokens::new(controls)?,
             user_defined: AddedTokens::new(user_defined)?,
             prefix,
@@ -126,10 +140,115 @@ fn identity(tokenizer: &[u8]) -> TokenizerId {
     TokenizerId(hash.finalize().into())
 }
 
+/// The parts of `tokenizer.json` that decide whether our own pipeline gives the same ids.
+#[derive(Deserialize)]
+struct Spec {
+    pre_tokenizer: Option<PreSpec>,
+    model: ModelSpec,
+}
+
+#[derive(Deserialize)]
+struct ModelSpec {
+    #[serde(default)]
+    merges: Vec<MergeSpec>,
+    /// By text (BPE, WordPiece, WordLevel), or by id (Unigram).
+    unk_token: Option<String>,
+    unk_id: Option<TokenId>,
+}
+
+/// `a b`, or since 2024 `["a", "b"]`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum MergeSpec {
+    Text(String),
+    Pair(String, String),
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type")]
+enum PreSpec {
+    ByteLevel {
+        add_prefix_space: bool,
+        #[serde(default = "yes")]
+        use_regex: bool,
+    },
+    Digits {
+        individual_digits: bool,
+    },
+    Split {
+        pattern: PatternSpec,
+        behavior: String,
+        invert: bool,
+    },
+    Sequence {
+        pretokenizers: Vec<PreSpec>,
+    },
+    #[serde(other)]
+    Other,
+}
+
+#[derive(Deserialize)]
+enum PatternSpec {
+    Regex(String),
+    /// A literal; no byte-level model cuts at one.
+    String(serde::de::IgnoredAny),
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl PreSpec {
+    fn by_hand(&self) -> Option<Cut> {
+        use PreSpec::{ByteLevel, Digits, Sequence, Split};
+        match self {
+            ByteLevel { add_prefix_space: false, use_regex: true } => Some(Cut::Gpt2 { each_digit: false }),
+            Sequence { pretokenizers } => match pretokenizers.as_slice() {
+                [
+                    Digits { individual_digits: true },
+                    ByteLevel { add_prefix_space: false, use_regex: true },
+                ] => Some(Cut::Gpt2 { each_digit: true }),
+                [
+                    Split { pattern: PatternSpec::Regex(pattern), behavior, invert: false },
+                    ByteLevel { add_prefix_space: false, use_regex: false },
+                ] if behavior == "Isolated" => pre::pattern_by_hand(pattern),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+/// Our own pipeline, where it gives the ids that the library gives. Anything unusual is left to the library.
+fn by_hand(spec: Spec, hf: &tokenizers::Tokenizer, entries: &Entries) -> Option<Pipeline> {
+    let ModelWrapper::BPE(bpe) = hf.get_model() else { return None };
+    let usual = bpe.dropout.is_none()
+        && bpe.unk_token.is_none()
+        && !bpe.byte_fallback
+        && bpe.continuing_subword_prefix.as_ref().is_none_or(String::is_empty)
+        && bpe.end_of_word_suffix.as_ref().is_none_or(String::is_empty);
+    let nfc = match hf.get_normalizer() {
+        None => false,
+        Some(NormalizerWrapper::NFC(_)) => true,
+        Some(_) => return None,
+    };
+    if !usual || !matches!(hf.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
+        return None;
+    }
+    let cut = spec.pre_tokenizer?.by_hand()?;
+    let merges = spec.model.merges.into_iter().map(|merge| match merge {
+        MergeSpec::Text(text) => text,
+        MergeSpec::Pair(left, right) => format!("{left} {right}"),
+    });
+    let bpe = own_bpe(entries, &merges.collect::<Vec<_>>(), bpe.ignore_merges).ok()?;
+    Some(Pipeline::ByHand { nfc, cut, bpe: Box::new(bpe) })
+}
+
 type Tokens = (Entries, Vec<AddedToken>, Vec<AddedToken>);
 
 fn read_tokens(hf: &tokenizers::Tokenizer, spelling: &Spelling) -> Result<Tokens, BuildError> {
-    let mut by_id: Vec<(TokenId, String)> = hf.get_vocab(true).into_iter().map(|(text, id)| (id, text)).collect();
+    let mut by_id: Vec<(TokenId, String)> =
+        hf.get_vocab(true).into_iter().map(|(text, id)| (id, text)).collect();
     by_id.sort_unstable();
     let count = by_id.last().map_or(0, |(id, _)| *id as usize + 1);
     if count > TOKENS_MAX {
@@ -157,7 +276,11 @@ fn read_tokens(hf: &tokenizers::Tokenizer, spelling: &Spelling) -> Result<Tokens
                     single_word: token.single_word,
                 };
                 let kind = if token.special { TokenType::Control } else { TokenType::UserDefined };
-                if token.special { controls.push(ours) } else { user_defined.push(ours) }
+                if token.special {
+                    controls.push(ours)
+                } else {
+                    user_defined.push(ours)
+                }
                 entries.push(token.content.clone(), kind, |text, out| out.extend_from_slice(text.as_bytes()));
             }
             None => entries.push(text, TokenType::Normal, |text, out| spelling.bytes_of(text, out)),
@@ -258,4 +381,144 @@ impl Spelling {
 fn byte_token(text: &str) -> Option<u8> {
     let hex = text.strip_prefix("<0x")?.strip_suffix('>')?;
     if hex.len() == 2 { u8::from_str_radix(hex, 16).ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::Special;
+    use serde_json::{Value, json};
+
+    const TINY: &str = include_str!("../tests/fixtures/tiny.json");
+
+    fn load(change: impl FnOnce(&mut Value)) -> Result<Tokenizer, BuildError> {
+        let mut spec: Value = serde_json::from_str(TINY).unwrap();
+        change(&mut spec);
+        Tokenizer::from_json(spec.to_string().as_bytes(), None, None)
+    }
+
+    /// The file as changed, and the same with a no-op that keeps it from our own pipeline.
+    fn check_same_ids(change: impl Fn(&mut Value)) {
+        let own = load(&change).unwrap();
+        let library = load(|spec| {
+            change(spec);
+            let normalizer = spec["normalizer"].take();
+            let steps = if normalizer.is_null() { vec![] } else { vec![normalizer] };
+            spec["normalizer"] = json!({"type": "Sequence", "normalizers": steps});
+        })
+        .unwrap();
+        assert!(own.is_by_hand() && !library.is_by_hand());
+        for text in [
+            "",
+            "The turbines, 12345 of them!\n\n  e\u{301} ﬁn <|im_start|> <tool_call>x",
+            "e\u{301}",
+            "東京 は",
+        ] {
+            for special in [Special::NONE, Special::ALL] {
+                let expect = library.encode(text, special).unwrap();
+                assert_eq!(own.encode(text, special).unwrap(), expect, "{text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn own_pipeline_gives_the_ids_of_the_library() {
+        let split = |pattern: &str| {
+            json!({"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+            ]})
+        };
+        let llama = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+        check_same_ids(|_| ());
+        check_same_ids(|spec| spec["normalizer"] = json!({"type": "NFC"}));
+        check_same_ids(|spec| spec["pre_tokenizer"] = split(llama));
+        check_same_ids(|spec| spec["model"]["ignore_merges"] = json!(true));
+        let digits = json!({"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": true},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        ]});
+        check_same_ids(|spec| spec["pre_tokenizer"] = digits.clone());
+    }
+
+    #[test]
+    fn what_our_pipeline_does_not_know_goes_to_the_library() {
+        let goes = |change: fn(&mut Value)| assert!(!load(change).unwrap().is_by_hand());
+        goes(|spec| spec["normalizer"] = json!({"type": "Lowercase"}));
+        goes(|spec| spec["pre_tokenizer"]["add_prefix_space"] = json!(true));
+        goes(|spec| spec["pre_tokenizer"] = json!({"type": "Whitespace"}));
+        goes(|spec| spec["model"]["unk_token"] = json!("<|endoftext|>"));
+    }
+
+    /// Llama 2's kind: `▁` for spaces, bytes as `<0x..>`, a space put in front and taken away again.
+    #[test]
+    fn sentencepiece_spelling() {
+        let vocab: serde_json::Map<String, Value> =
+            ["<unk>", "<s>", "<0x0A>", "<0xC3>", "<0xA9>", "▁", "h", "i", "▁h"]
+                .iter()
+                .enumerate()
+                .map(|(id, text)| ((*text).to_owned(), json!(id)))
+                .collect();
+        let added = |id: u32, text: &str| {
+            json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        };
+        let spec = json!({
+            "version": "1.0", "truncation": null, "padding": null,
+            "added_tokens": [added(0, "<unk>"), added(1, "<s>")],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ]},
+            "pre_tokenizer": null,
+            "post_processor": null,
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ]},
+            "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": true, "fuse_unk": true,
+                      "vocab": vocab, "merges": [["▁", "h"]]},
+        })
+        .to_string();
+        let config = json!({"bos_token": {"content": "<s>"}, "eos_token": "<unk>"}).to_string();
+        let generation = json!({"eos_token_id": [7, 0]}).to_string();
+        let tokenizer =
+            Tokenizer::from_json(spec.as_bytes(), Some(config.as_bytes()), Some(generation.as_bytes()))
+                .unwrap();
+        let ids = tokenizer.encode("hi é\n", Special::NONE).unwrap();
+        assert_eq!(ids, [8, 7, 5, 3, 4, 2]);
+        assert_eq!(tokenizer.decode(&ids, true), "hi é\n");
+        assert_eq!(tokenizer.token_bytes(8), b" h");
+        assert_eq!(tokenizer.encode("<s>", Special::PARSE).unwrap(), [1]);
+        assert_eq!(tokenizer.eog(), [0, 7]);
+    }
+
+    /// Models that look whole words up would find a control token that a client wrote as a word.
+    #[test]
+    fn a_word_lookup_makes_no_control_token() {
+        let special = |id: u32, text: &str| {
+            json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        };
+        let spec = json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+            "added_tokens": [special(0, "[UNK]"), special(1, "</s>")],
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": {"type": "Fuse"},
+            "model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {"[UNK]": 0, "</s>": 1, "word": 2}},
+        });
+        let tokenizer = Tokenizer::from_json(spec.to_string().as_bytes(), None, None).unwrap();
+        assert_eq!(tokenizer.encode("word </s> other", Special::NONE).unwrap(), [2, 0]);
+        assert_eq!(tokenizer.encode("word </s> other", Special::PARSE).unwrap(), [2, 1, 0]);
+        assert_eq!(tokenizer.unk(), Some(0));
+    }
+
+    #[test]
+    fn an_unknown_decoder_is_an_error() {
+        let error = load(|spec| {
+            spec["decoder"] =
+                json!({"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": true})
+        });
+        assert_eq!(error.unwrap_err().to_string(), "the decoder `CTC` of tokenizer.json is not supported");
+    }
 }

@@ -12,10 +12,11 @@
 //! the shape of a chat message, keep a clock (a template that prints the date is given one), or count money.
 //!
 //! **Invariant**: only the template's own text makes control tokens. What clients write (contents, tool schemas,
-//! arguments, template arguments) is encoded as plain text; see [`guard`](crate::TextModel) in `guard.rs`.
+//! arguments, template arguments) is encoded as plain text; see `guard.rs`.
 
 mod added;
 mod alphabet;
+mod bpe;
 mod detokenize;
 mod guard;
 mod json;
@@ -25,6 +26,7 @@ mod template;
 mod text_model;
 mod tokenizer;
 mod vocab;
+mod words;
 
 pub use detokenize::Detokenizer;
 pub use stop::{Piece, StopError, StopMatcher};

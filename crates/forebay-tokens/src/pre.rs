@@ -12,6 +12,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use crate::vocab::BuildError;
+use crate::words;
 
 /// One step of the cut; each step cuts the pieces of the step before.
 enum Cut {
@@ -22,11 +23,11 @@ enum Cut {
     Pattern(&'static str),
 }
 
-struct Pre {
+pub(crate) struct Pre {
     names: &'static [&'static str],
     cuts: &'static [Cut],
     /// A word that is a token is that token, whatever the merges say.
-    ignore_merges: bool,
+    pub(crate) ignore_merges: bool,
 }
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -34,14 +35,24 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const MINICPM5: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const SEED_CODER: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
-const BAILING: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+const BAILING: &str =
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DEEPSEEK_V3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
 
 const TABLE: &[Pre] = &[
     Pre {
-        names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"],
+        names: &[
+            "smollm",
+            "starcoder",
+            "refact",
+            "command-r",
+            "codeshell",
+            "exaone",
+            "minerva-7b",
+            "mellum2",
+        ],
         cuts: &[Cut::EachDigit, Cut::Gpt2],
         ignore_merges: false,
     },
@@ -64,20 +75,45 @@ const TABLE: &[Pre] = &[
         ignore_merges: false,
     },
     Pre {
-        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "glm4", "glm5"],
+        names: &[
+            "llama-bpe",
+            "llama3",
+            "llama-v3",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "glm4",
+            "glm5",
+        ],
         cuts: &[Cut::Pattern(LLAMA3)],
         ignore_merges: true,
     },
     Pre { names: &["dbrx", "smaug-bpe", "chatglm-bpe"], cuts: &[Cut::Pattern(LLAMA3)], ignore_merges: false },
     Pre {
-        names: &["qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2", "kormo", "solar-open", "f2llmv2"],
+        names: &[
+            "qwen2",
+            "deepseek-r1-qwen",
+            "stablelm2",
+            "hunyuan",
+            "megrez",
+            "grok-2",
+            "kormo",
+            "solar-open",
+            "f2llmv2",
+        ],
         cuts: &[Cut::Pattern(QWEN2)],
         ignore_merges: false,
     },
     Pre { names: &["qwen35"], cuts: &[Cut::Pattern(QWEN35)], ignore_merges: false },
     Pre {
         names: &["deepseek-v3", "hunyuan-dense", "joyai-llm"],
-        cuts: &[Cut::Pattern(r"\p{N}{1,3}"), Cut::Pattern("[一-龥\u{3040}-ゟ゠-ヿ]+"), Cut::Pattern(DEEPSEEK_V3)],
+        cuts: &[
+            Cut::Pattern(r"\p{N}{1,3}"),
+            Cut::Pattern("[一-龥\u{3040}-ゟ゠-ヿ]+"),
+            Cut::Pattern(DEEPSEEK_V3),
+        ],
         ignore_merges: false,
     },
     Pre {
@@ -103,7 +139,11 @@ const TABLE: &[Pre] = &[
         ignore_merges: true,
     },
     Pre { names: &["seed-coder"], cuts: &[Cut::Pattern(SEED_CODER)], ignore_merges: false },
-    Pre { names: &["bailingmoe", "bailingmoe2", "llada-moe"], cuts: &[Cut::Pattern(BAILING)], ignore_merges: false },
+    Pre {
+        names: &["bailingmoe", "bailingmoe2", "llada-moe"],
+        cuts: &[Cut::Pattern(BAILING)],
+        ignore_merges: false,
+    },
     Pre {
         names: &["falcon"],
         cuts: &[Cut::Pattern(r"[\p{P}\$\+<=>\^~\|`]+"), Cut::Gpt2, Cut::Pattern("[0-9][0-9][0-9]")],
@@ -126,35 +166,60 @@ pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     TABLE.iter().flat_map(|pre| pre.names.iter().copied())
 }
 
-/// The cut by its GGUF name, and whether a word that is a token skips the merges. A GGUF without the key (old
-/// files) says "", which llama.cpp takes as `default`.
-pub(crate) fn pre_tokenizer(name: &str) -> Result<(PreTokenizerWrapper, bool), BuildError> {
+/// The entry by its GGUF name. A GGUF without the key (old files) says "", which llama.cpp takes as `default`.
+pub(crate) fn find(name: &str) -> Result<&'static Pre, BuildError> {
     let wanted = if name.is_empty() { "default" } else { name };
-    let pre = TABLE
+    TABLE
         .iter()
         .find(|pre| pre.names.contains(&wanted))
-        .ok_or_else(|| BuildError::UnknownPre { pre: name.to_owned() })?;
-    let mut steps: Vec<PreTokenizerWrapper> = Vec::with_capacity(pre.cuts.len() + 1);
-    let mut in_alphabet = false;
-    for (index, cut) in pre.cuts.iter().enumerate() {
-        match cut {
-            Cut::EachDigit => steps.push(Digits::new(true).into()),
-            // As the last step, the library's own GPT-2 cut also maps bytes to the alphabet. In the middle it must
-            // not: later patterns look at the text itself.
-            Cut::Gpt2 if index + 1 == pre.cuts.len() => {
-                steps.push(ByteLevel::new(false, true, true).into());
-                in_alphabet = true;
-            }
-            Cut::Gpt2 => steps.push(split(
-                r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-            )?),
-            Cut::Pattern(pattern) => steps.push(split(pattern)?),
+        .ok_or_else(|| BuildError::UnknownPre { pre: name.to_owned() })
+}
+
+impl Pre {
+    /// The cut that `words.rs` does by hand, if it is one of those.
+    pub(crate) fn by_hand(&self) -> Option<words::Cut> {
+        match self.cuts {
+            [Cut::Gpt2] => Some(words::Cut::Gpt2 { each_digit: false }),
+            [Cut::EachDigit, Cut::Gpt2] => Some(words::Cut::Gpt2 { each_digit: true }),
+            [Cut::Pattern(pattern)] => pattern_by_hand(pattern),
+            _ => None,
         }
     }
-    if !in_alphabet {
-        steps.push(ByteLevel::new(false, true, false).into());
+
+    /// The cut by the library.
+    pub(crate) fn by_library(&self) -> Result<PreTokenizerWrapper, BuildError> {
+        let mut steps: Vec<PreTokenizerWrapper> = Vec::with_capacity(self.cuts.len() + 1);
+        let mut in_alphabet = false;
+        for (index, cut) in self.cuts.iter().enumerate() {
+            match cut {
+                Cut::EachDigit => steps.push(Digits::new(true).into()),
+                // As the last step, the library's own GPT-2 cut also maps bytes to the alphabet. In the middle it must
+                // not: later patterns look at the text itself.
+                Cut::Gpt2 if index + 1 == self.cuts.len() => {
+                    steps.push(ByteLevel::new(false, true, true).into());
+                    in_alphabet = true;
+                }
+                Cut::Gpt2 => steps.push(split(
+                    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+                )?),
+                Cut::Pattern(pattern) => steps.push(split(pattern)?),
+            }
+        }
+        if !in_alphabet {
+            steps.push(ByteLevel::new(false, true, false).into());
+        }
+        Ok(PreTokenizerWrapper::Sequence(Sequence::new(steps)))
     }
-    Ok((PreTokenizerWrapper::Sequence(Sequence::new(steps)), pre.ignore_merges))
+}
+
+/// The cut that `words.rs` does by hand for a regular expression.
+pub(crate) fn pattern_by_hand(pattern: &str) -> Option<words::Cut> {
+    match pattern {
+        LLAMA3 => Some(words::Cut::Llama3 { digits_max: 3, marks: false }),
+        QWEN2 => Some(words::Cut::Llama3 { digits_max: 1, marks: false }),
+        QWEN35 => Some(words::Cut::Llama3 { digits_max: 1, marks: true }),
+        _ => None,
+    }
 }
 
 fn split(pattern: &str) -> Result<PreTokenizerWrapper, BuildError> {
@@ -169,7 +234,7 @@ mod tests {
     use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
     fn check(pre: &str, text: &str, expect: &[&str]) {
-        let (cutter, _) = pre_tokenizer(pre).unwrap();
+        let cutter = find(pre).unwrap().by_library().unwrap();
         let mut pieces = PreTokenizedString::from(text);
         cutter.pre_tokenize(&mut pieces).unwrap();
         let got: Vec<&str> = pieces
@@ -198,7 +263,7 @@ mod tests {
     fn every_name_builds_and_is_listed_once() {
         let mut all: Vec<&str> = names().collect();
         for name in &all {
-            pre_tokenizer(name).unwrap();
+            find(name).unwrap().by_library().unwrap();
         }
         let count = all.len();
         all.sort_unstable();
@@ -208,7 +273,7 @@ mod tests {
 
     #[test]
     fn an_unknown_name_is_an_error_that_lists_the_known() {
-        let error = pre_tokenizer("gemma4").unwrap_err().to_string();
+        let error = find("gemma4").map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("`gemma4`") && error.contains("llama-bpe"), "{error}");
     }
 }

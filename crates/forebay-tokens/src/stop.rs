@@ -24,7 +24,9 @@ pub enum StopError {
 impl Classify for StopError {
     fn class(&self) -> Class {
         match self {
-            Self::Empty | Self::TooMany { .. } | Self::TooLong { .. } => Class::new(Code::BadRequest, Blame::Client),
+            Self::Empty | Self::TooMany { .. } | Self::TooLong { .. } => {
+                Class::new(Code::BadRequest, Blame::Client)
+            }
         }
     }
 

@@ -115,7 +115,7 @@ impl TextModel {
     ///
     /// Only the template's own text makes control tokens; in messages, tools, documents and template arguments,
     /// `<|im_end|>` is six harmless tokens of plain text (see `guard.rs`). For conversations without such text the
-    /// ids are those of vLLM and Transformers. Pure; 20 to 50 ms per MB.
+    /// ids are those of vLLM and Transformers. Pure.
     pub fn encode_chat(&self, prompt: &ChatPrompt<'_>) -> Result<Vec<TokenId>, ChatError> {
         let rendered = self.template.render_guarded(prompt, Some(self.tokenizer.guard()))?;
         Ok(self.tokenizer.encode_rendered(&rendered)?)

@@ -1,26 +1,31 @@
 //! The tokenizer: text to ids and back.
 //!
-//! The work is the `tokenizers` crate's (normalizer, pre-tokenizer, model); around it stand what that crate does not
-//! give: control tokens per call ([`Special`]), the raw bytes of a token in O(1), and an identity ([`TokenizerId`]).
+//! Two pipelines give the same ids. Byte-level BPE with one of the usual patterns (GPT-2, SmolLM, Llama 3, Qwen) goes
+//! through `words.rs` and `bpe.rs`: linear, no cache. Everything else is the `tokenizers` crate's (normalizer,
+//! pre-tokenizer, model), which is about 20 times slower and keeps up to 10,000 words per thread (each under 256
+//! bytes). Neither shares state between threads, so `encode` scales with cores.
 //!
-//! Cost: encoding is O(n log n) in the length of the longest word and linear otherwise; the library keeps up to
-//! 10,000 words per thread (each under 256 bytes), so text in natural language is mostly hash look-ups. No state is
-//! shared between threads, so `encode` scales with cores.
+//! Around them stands what that crate does not give: control tokens per call ([`Special`]), the raw bytes of a token
+//! in O(1), and an identity ([`TokenizerId`]).
 
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
+use ahash::AHashSet;
 use forebay_types::{Blame, Class, Classify, Code, TokenId};
 use tokenizers::normalizer::Range as TextRange;
+use tokenizers::normalizers::NFC;
 use tokenizers::{
     Model, ModelWrapper, NormalizedString, Normalizer, NormalizerWrapper, OffsetReferential, OffsetType,
     PreTokenizedString, PreTokenizer, PreTokenizerWrapper, Token,
 };
 
 use crate::added::{AddedTokens, Segment};
+use crate::bpe::{ByteBpe, Scratch};
 use crate::guard::Guard;
 use crate::vocab::{BuildError, TokenType};
+use crate::words::Cut;
 
 /// Longest text that is encoded in one call. The library keeps about 40 bytes per byte of text while it works.
 pub(crate) const TEXT_BYTES_MAX: usize = 16 << 20;
@@ -74,9 +79,7 @@ pub struct Tokenizer {
 
 struct Inner {
     id: TokenizerId,
-    model: ModelWrapper,
-    normalizer: Option<NormalizerWrapper>,
-    pre_tokenizer: Option<PreTokenizerWrapper>,
+    pipeline: Pipeline,
     controls: AddedTokens,
     user_defined: AddedTokens,
     guard: Guard,
@@ -85,6 +88,26 @@ struct Inner {
     entries: Entries,
     roles: Roles,
     strip_first_space: bool,
+}
+
+/// How text without whole-string tokens becomes ids.
+pub(crate) enum Pipeline {
+    ByHand {
+        /// Normalize to NFC first.
+        nfc: bool,
+        cut: Cut,
+        bpe: Box<ByteBpe>,
+    },
+    Library(Box<LibraryPipeline>),
+}
+
+pub(crate) struct LibraryPipeline {
+    pub(crate) normalizer: Option<NormalizerWrapper>,
+    pub(crate) pre_tokenizer: Option<PreTokenizerWrapper>,
+    pub(crate) model: ModelWrapper,
+    /// Control tokens that stand in the model's own vocabulary: a model that looks up whole words (Unigram,
+    /// WordLevel) would make them of plain text, so they are dropped from what it says.
+    pub(crate) never: AHashSet<TokenId>,
 }
 
 /// Ids with a role. `eog` is every token that ends a generation, `eos` and `eot` among them.
@@ -109,9 +132,15 @@ pub(crate) struct Entries {
 }
 
 impl Entries {
-    pub(crate) fn push(&mut self, text: String, kind: TokenType, write_bytes: impl FnOnce(&str, &mut Vec<u8>)) {
+    pub(crate) fn push(
+        &mut self,
+        text: String,
+        kind: TokenType,
+        write_bytes: impl FnOnce(&str, &mut Vec<u8>),
+    ) {
         write_bytes(&text, &mut self.bytes);
-        self.ends.push(u32::try_from(self.bytes.len()).expect("vocabularies are limited to far less than 4 GiB"));
+        self.ends
+            .push(u32::try_from(self.bytes.len()).expect("vocabularies are limited to far less than 4 GiB"));
         self.texts.push(text);
         self.types.push(kind);
     }
@@ -128,7 +157,11 @@ impl Entries {
         self.texts.get(id as usize).map(String::as_str)
     }
 
-    fn bytes(&self, id: TokenId) -> &[u8] {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (TokenId, &str, TokenType)> {
+        (0..).zip(&self.texts).zip(&self.types).map(|((id, text), kind)| (id, text.as_str(), *kind))
+    }
+
+    pub(crate) fn bytes(&self, id: TokenId) -> &[u8] {
         let id = id as usize;
         let Some(end) = self.ends.get(id) else { return &[] };
         let start = if id == 0 { 0 } else { self.ends[id - 1] };
@@ -139,9 +172,7 @@ impl Entries {
 /// The parts of a tokenizer, however it was described.
 pub(crate) struct Parts {
     pub(crate) id: TokenizerId,
-    pub(crate) model: ModelWrapper,
-    pub(crate) normalizer: Option<NormalizerWrapper>,
-    pub(crate) pre_tokenizer: Option<PreTokenizerWrapper>,
+    pub(crate) pipeline: Pipeline,
     pub(crate) controls: AddedTokens,
     pub(crate) user_defined: AddedTokens,
     pub(crate) prefix: Vec<TokenId>,
@@ -179,16 +210,21 @@ impl Tokenizer {
         if entries.len() == 0 {
             return Err(BuildError::Empty);
         }
-        for (role, id) in
-            [("bos", roles.bos), ("eos", roles.eos), ("eot", roles.eot), ("unk", roles.unk), ("pad", roles.pad)]
-        {
+        for (role, id) in [
+            ("bos", roles.bos),
+            ("eos", roles.eos),
+            ("eot", roles.eot),
+            ("unk", roles.unk),
+            ("pad", roles.pad),
+        ] {
             if let Some(id) = id.filter(|id| *id as usize >= entries.len()) {
                 return Err(BuildError::BadSpecialId { role, id, tokens: entries.len() });
             }
         }
         roles.eog.extend(roles.eos.into_iter().chain(roles.eot));
         roles.eog.extend((0..).zip(&entries.texts).filter_map(|(id, text)| {
-            (entries.types[id as usize] == TokenType::Control && EOG_TEXTS.contains(&text.as_str())).then_some(id)
+            (entries.types[id as usize] == TokenType::Control && EOG_TEXTS.contains(&text.as_str()))
+                .then_some(id)
         }));
         roles.eog.sort_unstable();
         roles.eog.dedup();
@@ -196,9 +232,7 @@ impl Tokenizer {
         Ok(Self {
             inner: Arc::new(Inner {
                 id: parts.id,
-                model: parts.model,
-                normalizer: parts.normalizer,
-                pre_tokenizer: parts.pre_tokenizer,
+                pipeline: parts.pipeline,
                 controls,
                 user_defined: parts.user_defined,
                 guard,
@@ -215,7 +249,7 @@ impl Tokenizer {
         self.inner.id
     }
 
-    /// Ids of a text. Pure; takes about 20 to 50 ms per MB on one core.
+    /// Ids of a text. Pure, no allocation per word.
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<TokenId>, EncodeError> {
         check_length(text)?;
         let mut segments = Vec::new();
@@ -263,35 +297,36 @@ impl Tokenizer {
                 None => inner.user_defined.cut(text, segment.range, &mut cut),
             }
         }
-        self.run_pipeline(text, &cut).map_err(EncodeError::Library)
+        match &inner.pipeline {
+            Pipeline::ByHand { nfc, cut: pattern, bpe } => {
+                let mut ids = Vec::with_capacity(text.len() / 3);
+                let mut scratch = Scratch::default();
+                for Segment { range, id } in cut {
+                    let part = &text[range];
+                    match id {
+                        Some(id) => ids.push(id),
+                        // ASCII is in NFC.
+                        None if *nfc && !part.is_ascii() => {
+                            let mut normal = NormalizedString::from(part);
+                            NFC.normalize(&mut normal).map_err(EncodeError::Library)?;
+                            pattern.words(normal.get(), |word| {
+                                bpe.encode(word.as_bytes(), &mut scratch, &mut ids)
+                            });
+                        }
+                        None => {
+                            pattern.words(part, |word| bpe.encode(word.as_bytes(), &mut scratch, &mut ids));
+                        }
+                    }
+                }
+                Ok(ids)
+            }
+            Pipeline::Library(library) => library.run(text, &cut).map_err(EncodeError::Library),
+        }
     }
 
-    /// The steps of `tokenizers::Tokenizer::encode`, with our cut in place of its own added-token search. One
-    /// string for all segments, as there: some pre-tokenizers treat the start of the text differently.
-    fn run_pipeline(&self, text: &str, segments: &[Segment]) -> tokenizers::Result<Vec<TokenId>> {
-        let inner = &*self.inner;
-        let mut pieces = PreTokenizedString::from(text);
-        pieces.split(|_, whole| {
-            segments
-                .iter()
-                .map(|segment| {
-                    let slice = whole
-                        .slice(TextRange::Original(segment.range.clone()))
-                        .ok_or("a segment is not on character boundaries")?;
-                    Ok((slice, segment.id.map(|id| vec![Token::new(id, String::new(), (0, 0))])))
-                })
-                .collect::<tokenizers::Result<Vec<(NormalizedString, Option<Vec<Token>>)>>>()
-        })?;
-        if let Some(normalizer) = &inner.normalizer {
-            pieces.normalize(|piece| normalizer.normalize(piece))?;
-        }
-        if let Some(pre_tokenizer) = &inner.pre_tokenizer {
-            pre_tokenizer.pre_tokenize(&mut pieces)?;
-        }
-        pieces.tokenize(|piece| inner.model.tokenize(piece.get()))?;
-        // `Normalized`, because the original offsets are never looked at and cost more.
-        let splits = pieces.get_splits(OffsetReferential::Normalized, OffsetType::None);
-        Ok(splits.into_iter().filter_map(|(_, _, tokens)| tokens.as_ref()).flatten().map(|token| token.id).collect())
+    #[cfg(test)]
+    pub(crate) fn is_by_hand(&self) -> bool {
+        matches!(self.inner.pipeline, Pipeline::ByHand { .. })
     }
 
     /// Text of ids. With `skip_special`, control tokens are left out; bytes that are not UTF-8 become U+FFFD.
@@ -326,9 +361,11 @@ impl Tokenizer {
         self.inner.entries.text(id)
     }
 
-    /// The id of a token as the vocabulary spells it; control tokens by their text.
+    /// The id of a token as the vocabulary spells it; control tokens by their text. Looks through the whole
+    /// vocabulary: ask once, at start-up.
     pub fn id_of(&self, piece: &str) -> Option<TokenId> {
-        self.inner.controls.id_of(piece).or_else(|| self.inner.user_defined.id_of(piece)).or_else(|| self.inner.model.token_to_id(piece))
+        let position = self.inner.entries.texts.iter().rposition(|text| text == piece)?;
+        TokenId::try_from(position).ok()
     }
 
     /// A control token: left out of what a client reads.
@@ -368,6 +405,44 @@ impl Tokenizer {
     }
 }
 
+impl LibraryPipeline {
+    /// The steps of `tokenizers::Tokenizer::encode`, with our cut in place of its own added-token search. One
+    /// string for all segments, as there: some pre-tokenizers treat the start of the text differently.
+    fn run(&self, text: &str, segments: &[Segment]) -> tokenizers::Result<Vec<TokenId>> {
+        let mut pieces = PreTokenizedString::from(text);
+        pieces.split(|_, whole| {
+            segments
+                .iter()
+                .map(|segment| {
+                    let slice = whole
+                        .slice(TextRange::Original(segment.range.clone()))
+                        .ok_or("a segment is not on character boundaries")?;
+                    Ok((slice, segment.id.map(|id| vec![Token::new(id, String::new(), (0, 0))])))
+                })
+                .collect::<tokenizers::Result<Vec<(NormalizedString, Option<Vec<Token>>)>>>()
+        })?;
+        if let Some(normalizer) = &self.normalizer {
+            pieces.normalize(|piece| normalizer.normalize(piece))?;
+        }
+        if let Some(pre_tokenizer) = &self.pre_tokenizer {
+            pre_tokenizer.pre_tokenize(&mut pieces)?;
+        }
+        pieces.tokenize(|piece| {
+            let mut tokens = self.model.tokenize(piece.get())?;
+            tokens.retain(|token| !self.never.contains(&token.id));
+            Ok(tokens)
+        })?;
+        // `Normalized`, because the original offsets are never looked at and cost more.
+        let splits = pieces.get_splits(OffsetReferential::Normalized, OffsetType::None);
+        Ok(splits
+            .into_iter()
+            .filter_map(|(_, _, tokens)| tokens.as_ref())
+            .flatten()
+            .map(|token| token.id)
+            .collect())
+    }
+}
+
 fn check_length(text: &str) -> Result<(), EncodeError> {
     if text.len() > TEXT_BYTES_MAX {
         return Err(EncodeError::TooLong { bytes: text.len(), limit: TEXT_BYTES_MAX });
@@ -377,6 +452,9 @@ fn check_length(text: &str) -> Result<(), EncodeError> {
 
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokenizer").field("id", &self.inner.id).field("vocab_size", &self.vocab_size()).finish()
+        f.debug_struct("Tokenizer")
+            .field("id", &self.inner.id)
+            .field("vocab_size", &self.vocab_size())
+            .finish()
     }
 }

@@ -1,5 +1,7 @@
 //! Against golden files made by the `tokenizers` Python package and by Jinja2; see `fixtures/make_golden.py`.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests are outside of what the lint excepts.
+
 use std::time::{Duration, SystemTime};
 
 use forebay_tokens::{ChatPrompt, CivilTime, Special, TextModel, TokenType, Tokenizer, Vocab};

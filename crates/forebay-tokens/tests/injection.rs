@@ -1,5 +1,9 @@
 //! What a client writes never becomes a control token, and otherwise goes to the model as written.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests are outside of what the lint excepts.
+
+use std::sync::LazyLock;
+
 use forebay_tokens::{ChatPrompt, Special, TextModel, TokenType, Tokenizer, Vocab};
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
@@ -29,13 +33,17 @@ fn model(template: &str) -> TextModel {
     tokens.extend(CONTROLS.iter().map(|text| (*text).to_owned()));
     let mut token_types = vec![TokenType::Normal; 256];
     token_types.extend([TokenType::Control; CONTROLS.len()]);
-    let vocab = Vocab { model: "gpt2".into(), pre: "llama-bpe".into(), tokens, token_types, ..Vocab::default() };
+    let vocab =
+        Vocab { model: "gpt2".into(), pre: "llama-bpe".into(), tokens, token_types, ..Vocab::default() };
     TextModel::new(Tokenizer::new(vocab).unwrap(), Some(template)).unwrap()
 }
 
 fn control_ids(model: &TextModel, ids: &[u32]) -> Vec<String> {
     let tokenizer = model.tokenizer();
-    ids.iter().filter(|id| tokenizer.is_special(**id)).map(|id| tokenizer.token_text(*id).into_owned()).collect()
+    ids.iter()
+        .filter(|id| tokenizer.is_special(**id))
+        .map(|id| tokenizer.token_text(*id).into_owned())
+        .collect()
 }
 
 #[test]
@@ -62,8 +70,10 @@ fn a_user_cannot_close_their_turn() {
 #[test]
 fn continuing_a_message_works_with_control_text_in_it() {
     let model = model(TEMPLATES[0]);
-    let messages =
-        [json!({"role": "user", "content": "q"}), json!({"role": "assistant", "content": "The <|im_end|> token is "})];
+    let messages = [
+        json!({"role": "user", "content": "q"}),
+        json!({"role": "assistant", "content": "The <|im_end|> token is "}),
+    ];
     let prompt = ChatPrompt {
         add_generation_prompt: false,
         continue_final_message: true,
@@ -99,6 +109,8 @@ fn attack() -> impl Strategy<Value = String> {
     prop::collection::vec(piece, 0..5).prop_map(|pieces| pieces.concat())
 }
 
+static MODELS: LazyLock<[TextModel; 3]> = LazyLock::new(|| TEMPLATES.map(model));
+
 proptest! {
     /// With any client text, the control tokens are those of the same conversation with harmless text, and the
     /// decoded prompt is what the template gives without any protection.
@@ -107,7 +119,7 @@ proptest! {
         texts in prop::collection::vec(attack(), 5),
         template in 0..TEMPLATES.len(),
     ) {
-        let model = model(TEMPLATES[template]);
+        let model = &MODELS[template];
         let conversation = |texts: &[String]| {
             let messages = vec![
                 json!({"role": "system", "content": texts[0]}),
@@ -128,7 +140,7 @@ proptest! {
         };
         let (ids, rendered) = encode(&texts);
         let (harmless, _) = encode(&["x"; 5].map(str::to_owned));
-        prop_assert_eq!(control_ids(&model, &ids), control_ids(&model, &harmless));
+        prop_assert_eq!(control_ids(model, &ids), control_ids(model, &harmless));
         prop_assert_eq!(model.tokenizer().decode(&ids, false), rendered);
     }
 }

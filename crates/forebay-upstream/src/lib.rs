@@ -16,6 +16,9 @@ mod reply;
 mod tls;
 mod upstream;
 
+#[cfg(test)]
+mod tests;
+
 
 pub use client::{ClientConfig, Collected, HttpClient, Roots, full};
 pub use error::UpstreamError;

@@ -127,8 +127,7 @@ pub fn render_fault(fault: &Fault) -> (StatusCode, HeaderMap, Bytes) {
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     for (name, value) in &fault.headers {
         // A value that is not a legal header is dropped: an error must not fail on its decoration.
-        if let (Ok(name), Ok(value)) =
-            (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_str(value))
+        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_str(value))
         {
             headers.append(name, value);
         }

@@ -8,11 +8,19 @@ use forebay_types::{FinishReason, TokenId, Usage};
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The prompt was accepted. Sent before the first token, so that headers can leave.
-    Started { prompt_tokens: u32, cached_tokens: u32 },
+    Started {
+        prompt_tokens: u32,
+        cached_tokens: u32,
+    },
     Delta(Delta),
-    Finished { choice: u32, reason: FinishReason },
+    Finished {
+        choice: u32,
+        reason: FinishReason,
+    },
     /// Everything is finished. Always last; a stream that ends without it was cut.
-    Done { usage: Usage },
+    Done {
+        usage: Usage,
+    },
 }
 
 /// New text of one choice. `text` is valid UTF-8 and may be empty while bytes or a stop-string match are held back.

@@ -29,7 +29,7 @@ pub use ask::{
     Api, Ask, ChatMessage, Content, Detokenize, Generate, Prompt, Sampling, Tokenize, TokenizeInput,
 };
 pub use collect::{CollectError, Collector};
-pub use error::{ErrorRow, UpstreamError, error_rows, error_row, fault_frame, parse_error, render_fault};
+pub use error::{ErrorRow, UpstreamError, error_row, error_rows, fault_frame, parse_error, render_fault};
 pub use event::{Chunk, Delta, Event, TokenLogprob, TopLogprob};
 pub use models::{ModelCard, render_model, render_models};
 pub use parse::{ParseError, parse};

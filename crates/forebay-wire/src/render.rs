@@ -261,3 +261,6 @@ fn put_top(out: &mut BytesMut, token: TokenId, text: &str, logprob: f32, top: &[
     }
     put_raw(out, "}");
 }
+
+#[cfg(test)]
+mod tests;

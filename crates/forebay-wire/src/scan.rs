@@ -141,7 +141,8 @@ mod tests {
 
     #[test]
     fn frames() {
-        let check = |frame: &str, expect: FrameInfo| assert_eq!(scan_frame(frame.as_bytes()), expect, "{frame}");
+        let check =
+            |frame: &str, expect: FrameInfo| assert_eq!(scan_frame(frame.as_bytes()), expect, "{frame}");
         let none = FrameInfo::default();
         let text = FrameInfo { deltas: 1, ..none };
         check(": ping\n\n", none);
@@ -150,13 +151,19 @@ mod tests {
         check("data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"hi\"}}],\"usage\":null}\n\n", text);
         check("data: {\"choices\": [{\"delta\": {\"content\": \"hi\"}}], \"usage\": null}\n\n", text);
         check("data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n", none);
-        check("data: {\"choices\":[{\"delta\":{},\"logprobs\":{\"content\":[{\"token\":\"a\"}]}}]}\n\n", none);
+        check(
+            "data: {\"choices\":[{\"delta\":{},\"logprobs\":{\"content\":[{\"token\":\"a\"}]}}]}\n\n",
+            none,
+        );
         check("data: {\"choices\":[{\"text\":\"hi\",\"index\":0}]}\n\n", text);
         check(
             "data: {\"choices\":[{\"delta\":{\"tool_calls\":[{\"function\":{\"arguments\":\"{}\"}}]}}]}\n\n",
             text,
         );
-        check("data: {\"choices\":[{\"delta\":{\"reasoning\":\"a\",\"reasoning_content\":\"a\"}}]}\n\n", text);
+        check(
+            "data: {\"choices\":[{\"delta\":{\"reasoning\":\"a\",\"reasoning_content\":\"a\"}}]}\n\n",
+            text,
+        );
         // Text that looks like JSON stays text.
         check("data: {\"choices\":[{\"delta\":{\"content\":\"{\\\"content\\\":\\\"x\\\"}\"}}]}\n\n", text);
         check("data: {\"choices\":[{\"delta\":{\"content\":\"\\\"error\\\"\"}}]}\n\n", text);

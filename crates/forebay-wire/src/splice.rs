@@ -133,7 +133,8 @@ pub fn for_upstream(call: &Generate, model: &str) -> Result<Bytes, SpliceError> 
         let object = Object::scan(&call.body)?;
         let options = object.members.iter().find(|m| m.is(&call.body, "stream_options"));
         let options = options.map(|m| call.body.slice(m.value.clone())).filter(|v| v.first() == Some(&b'{'));
-        let options = splice(&options.unwrap_or(Bytes::from_static(b"{}")), &[Edit::raw("include_usage", "true")])?;
+        let options =
+            splice(&options.unwrap_or(Bytes::from_static(b"{}")), &[Edit::raw("include_usage", "true")])?;
         let at = call.body.len();
         let options = String::from_utf8(options.into()).map_err(|_| SpliceError::Malformed { at })?;
         edits.push(Edit::raw("stream_options", options));
@@ -280,7 +281,11 @@ mod tests {
         };
         let model = || Edit::string("model", "m");
         check(r#"{"model":"x","n":1.0e0}"#, &[model()], r#"{"model":"m","n":1.0e0}"#);
-        check(" { \"a\" : [1, {\"model\":2}] ,\n \"model\" : \"x\" } ", &[model()], " { \"a\" : [1, {\"model\":2}] ,\n \"model\" : \"m\" } ");
+        check(
+            " { \"a\" : [1, {\"model\":2}] ,\n \"model\" : \"x\" } ",
+            &[model()],
+            " { \"a\" : [1, {\"model\":2}] ,\n \"model\" : \"m\" } ",
+        );
         check(r#"{"a":"}\",{\\"}"#, &[model()], r#"{"a":"}\",{\\","model":"m"}"#);
         check("{}", &[model()], r#"{"model":"m"}"#);
         check("{ }", &[Edit::remove("x")], "{ }");
@@ -303,9 +308,20 @@ mod tests {
 
     #[test]
     fn what_is_no_object_is_refused() {
-        for body in
-            ["", "[]", "1", "{", "{\"a\"", "{\"a\":", "{\"a\":1", "{\"a\":1,}", "{\"a\":[}", "{} x", "{a:1}", "{\"a\\"]
-        {
+        for body in [
+            "",
+            "[]",
+            "1",
+            "{",
+            "{\"a\"",
+            "{\"a\":",
+            "{\"a\":1",
+            "{\"a\":1,}",
+            "{\"a\":[}",
+            "{} x",
+            "{a:1}",
+            "{\"a\\",
+        ] {
             assert!(splice(&Bytes::from(body), &[Edit::remove("x")]).is_err(), "{body}");
         }
     }

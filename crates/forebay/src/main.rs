@@ -1,2 +1,36 @@
 //! Forebay: the LLM serving stack in one program.
-fn main() {}
+#![allow(clippy::print_stdout, clippy::print_stderr)] // A command-line program.
+
+mod check;
+mod cli;
+mod log;
+mod model;
+mod progress;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command.unwrap_or_else(|| Command::Serve(cli::Serve::default())) {
+        Command::Serve(args) => serve::serve(&args),
+        Command::Worker(args) => serve::worker(&args),
+        Command::Check(args) => return check::run(&args),
+        Command::Model(command) => model::run(&command),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "forebay", &mut std::io::stdout());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", forebay_app::one_line(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -113,7 +113,7 @@ impl fmt::Display for ByteSize {
         const WRITTEN: &[&str] = &["TiB", "GiB", "MiB", "KiB", "TB", "GB", "MB", "KB"];
         for name in WRITTEN {
             for (unit, unit_bytes) in UNITS {
-                if unit == name && self.0 != 0 && self.0 % unit_bytes == 0 {
+                if unit == name && self.0 != 0 && self.0.is_multiple_of(*unit_bytes) {
                     return write!(f, "{}{unit}", self.0 / unit_bytes);
                 }
             }

@@ -123,10 +123,7 @@ mod tests {
         use PlanError::*;
         check(|_| {}, Ok(()));
         check(|p| *p = StepPlan::default(), Ok(()));
-        check(
-            |p| p.positions.truncate(3),
-            Err(Length { field: "positions", found: 3, expected: 4 }),
-        );
+        check(|p| p.positions.truncate(3), Err(Length { field: "positions", found: 3, expected: 4 }));
         check(|p| p.row_starts = vec![0, 4], Err(Length { field: "row_starts", found: 2, expected: 3 }));
         check(|p| p.row_starts = vec![0, 3, 5], Err(Starts { field: "row_starts", end: 4 }));
         check(|p| p.row_starts = vec![0, 5, 4], Err(Starts { field: "row_starts", end: 4 }));

@@ -16,7 +16,8 @@ use forebay_schedule::StepPlan;
 use super::check::{Bounds, check_plan};
 use super::{ExecError, Executor};
 use crate::model::{
-    Activation, HEAD_DIM_MAX, HeadNorms, Layer, ModelFile, ModelSpec, RopeLayout, SpecError, Weights, WeightsError,
+    Activation, HEAD_DIM_MAX, HeadNorms, Layer, ModelFile, ModelSpec, RopeLayout, SpecError, Weights,
+    WeightsError,
 };
 
 /// How to run a model.
@@ -89,7 +90,11 @@ impl CpuExecutor {
     }
 
     /// As [`CpuExecutor::new`], with compute threads that others (the sampler) use between passes.
-    pub fn with_pool(file: &Arc<ModelFile>, options: &CpuOptions, pool: Arc<Pool>) -> Result<Self, BuildError> {
+    pub fn with_pool(
+        file: &Arc<ModelFile>,
+        options: &CpuOptions,
+        pool: Arc<Pool>,
+    ) -> Result<Self, BuildError> {
         let spec = ModelSpec::from_gguf(file.gguf())?;
         let weights = Weights::load(file, &spec, options.isa, &pool)?;
         let cache =
@@ -348,4 +353,3 @@ fn norm_heads(heads: &mut [f32], weight: &[f32], eps: f32) {
         rms_norm(before, weight, eps, head);
     }
 }
-

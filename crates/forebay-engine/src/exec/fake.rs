@@ -56,7 +56,10 @@ impl FakeExecutor {
     /// the answer). It depends on the sequence's content alone, so it survives chunking, preemption and batching.
     /// With an empty `after`, every sequence is answered so. The longest match wins, then the first script.
     pub fn script(mut self, after: &[u32], answer: &[u32]) -> Self {
-        assert!(answer.iter().all(|&t| (t as usize) < self.bounds.vocab), "a scripted token is in the vocabulary");
+        assert!(
+            answer.iter().all(|&t| (t as usize) < self.bounds.vocab),
+            "a scripted token is in the vocabulary"
+        );
         self.scripts.push(Script { after: after.to_vec(), answer: answer.to_vec() });
         self
     }

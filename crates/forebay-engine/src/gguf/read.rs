@@ -61,7 +61,9 @@ pub enum GgufError {
     Shape { tensor: String, shape: Vec<u64>, why: &'static str },
     #[error("tensor `{tensor}` has its data at offset {offset}, which is not a multiple of {alignment}")]
     Misaligned { tensor: String, offset: u64, alignment: u64 },
-    #[error("tensor `{tensor}` needs {bytes} bytes at offset {offset}, the file has {data} bytes of tensor data")]
+    #[error(
+        "tensor `{tensor}` needs {bytes} bytes at offset {offset}, the file has {data} bytes of tensor data"
+    )]
     OutOfFile { tensor: String, offset: u64, bytes: u64, data: u64 },
 }
 
@@ -166,7 +168,9 @@ impl DirectoryEntry {
         let bytes = shape
             .iter()
             .try_fold(1u64, |all, &dim| all.checked_mul(dim))
-            .and_then(|values| (values / element.block_len() as u64).checked_mul(element.block_bytes() as u64))
+            .and_then(|values| {
+                (values / element.block_len() as u64).checked_mul(element.block_bytes() as u64)
+            })
             .ok_or_else(|| bad("its size overflows"))?;
         if !offset.is_multiple_of(alignment) {
             return Err(GgufError::Misaligned { tensor: name, offset, alignment });

@@ -109,7 +109,10 @@ fn each_fault_is_named() {
         &entry(8, &100u64.to_le_bytes()),
         "the file ends in the middle of the value of `k`: 100 bytes are needed, 0 are left",
     );
-    check(&entry(8, &u64::MAX.to_le_bytes()), "the value of `k` is 18446744073709551615, the limit is 4194304");
+    check(
+        &entry(8, &u64::MAX.to_le_bytes()),
+        "the value of `k` is 18446744073709551615, the limit is 4194304",
+    );
     // An array of two million u64 in a file of a few bytes.
     let array = [&10u32.to_le_bytes()[..], &2_000_000u64.to_le_bytes()].concat();
     check(
@@ -126,7 +129,10 @@ fn each_fault_is_named() {
 
     check(&tensor(&[4], 4, 0, 16), "tensor `t` has the unknown element type 4");
     check(&tensor(&[], 0, 0, 0), "tensor `t` has the shape [], which is not usable: it has no dimensions");
-    check(&tensor(&[4, 0], 0, 0, 0), "tensor `t` has the shape [4, 0], which is not usable: a dimension is zero");
+    check(
+        &tensor(&[4, 0], 0, 0, 0),
+        "tensor `t` has the shape [4, 0], which is not usable: a dimension is zero",
+    );
     check(
         &tensor(&[33], 8, 0, 0),
         "tensor `t` has the shape [33], which is not usable: rows are not whole blocks",

@@ -31,8 +31,12 @@ pub struct Family {
 }
 
 /// The architectures that we run.
-pub const FAMILIES: &[Family] =
-    &[Family { name: "llama", rope: RopeLayout::Interleaved, activation: Activation::Silu }];
+pub const FAMILIES: &[Family] = &[
+    // Also SmolLM, Mistral and others that are converted as `llama`.
+    Family { name: "llama", rope: RopeLayout::Interleaved, activation: Activation::Silu },
+    Family { name: "qwen2", rope: RopeLayout::HalfSplit, activation: Activation::Silu },
+    Family { name: "qwen3", rope: RopeLayout::HalfSplit, activation: Activation::Silu },
+];
 
 /// Rotary positions.
 #[derive(Debug, Clone, PartialEq)]

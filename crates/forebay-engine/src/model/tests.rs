@@ -80,7 +80,7 @@ fn metadata_is_checked_and_what_is_wrong_is_named() {
     check(&[("general.architecture", none())], "the model file has no `general.architecture`");
     check(
         &[("general.architecture", text("mamba"))],
-        "architecture `mamba` is not supported; supported: llama",
+        "architecture `mamba` is not supported; supported: llama, qwen2, qwen3",
     );
     check(&[("llama.block_count", none())], "the model file has no `llama.block_count`");
     check(&[("llama.block_count", text("2"))], "`llama.block_count` is a string; a count expected");
@@ -159,7 +159,12 @@ fn a_tensor_that_is_wrong_or_unknown_is_named() {
     );
     check(
         |file| {
-            file.tensor("output.weight", &[64, 256], ElementType::from_ggml(28).unwrap(), vec![0; 64 * 256 * 8]);
+            file.tensor(
+                "output.weight",
+                &[64, 256],
+                ElementType::from_ggml(28).unwrap(),
+                vec![0; 64 * 256 * 8],
+            );
         },
         "tensor `output.weight` is stored as F64, which is not supported",
     );

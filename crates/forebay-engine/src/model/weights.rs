@@ -91,7 +91,12 @@ pub struct Weights {
 
 impl Weights {
     /// Packs every tensor of the file. Takes seconds for a large model; reads the whole file once.
-    pub fn load(file: &Arc<ModelFile>, spec: &ModelSpec, isa: Isa, pool: &Pool) -> Result<Self, WeightsError> {
+    pub fn load(
+        file: &Arc<ModelFile>,
+        spec: &ModelSpec,
+        isa: Isa,
+        pool: &Pool,
+    ) -> Result<Self, WeightsError> {
         let mut loader = Loader { file, isa, pool, used: HashSet::new() };
         let (dim, q_dim, kv_dim) = (spec.dim, spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim);
 

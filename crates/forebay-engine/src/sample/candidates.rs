@@ -17,7 +17,7 @@ impl Candidates {
     /// Draws one token: the one whose interval of the cumulative distribution holds `uniform`, in [0, 1).
     ///
     /// Temperature scales the logits first, so the filters see the distribution that is drawn from. Tokens are laid
-    /// out by id without top-k and top-p, by falling probability (ties by id) with them: a fixed order, so equal
+    /// out by id where top-k and top-p cut nothing, else by falling probability (ties by id): a fixed order, so equal
     /// logits and an equal `uniform` give an equal token.
     pub fn draw(&mut self, logits: &[f32], params: &Sampling, uniform: f64) -> TokenId {
         let inverse = 1.0 / params.temperature;
@@ -119,10 +119,11 @@ mod tests {
                 .map(|(id, &l)| (id as TokenId, ((l - max) / params.temperature).exp()))
                 .collect();
             all.retain(|&(_, p)| p >= params.min_p);
-            if params.top_k > 0 || params.top_p < 1.0 {
+            let cut_by_k = params.top_k > 0 && (params.top_k as usize) < all.len();
+            if cut_by_k || params.top_p < 1.0 {
                 all.sort_by(by_probability);
             }
-            if params.top_k > 0 {
+            if cut_by_k {
                 all.truncate(params.top_k as usize);
             }
             let total: f64 = all.iter().map(|&(_, p)| f64::from(p)).sum();

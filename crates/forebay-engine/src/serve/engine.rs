@@ -245,7 +245,6 @@ impl Engine {
                 stop: call.stop.clone(),
                 matcher,
                 stop_token_ids: call.stop_token_ids.clone(),
-                include_stop: call.include_stop_str_in_output,
                 ignore_eos: call.ignore_eos,
                 min_tokens: call.min_tokens,
                 logprobs: call.logprobs,

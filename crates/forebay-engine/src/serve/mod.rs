@@ -11,6 +11,9 @@ mod step_loop;
 mod submission;
 mod text;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use forebay_kv::KvEvent;

@@ -38,7 +38,6 @@ pub(crate) struct How {
     /// Made once per request from `stop`; every choice matches with a copy.
     pub matcher: StopMatcher,
     pub stop_token_ids: Vec<TokenId>,
-    pub include_stop: bool,
     pub ignore_eos: bool,
     pub min_tokens: u32,
     pub logprobs: Option<u32>,

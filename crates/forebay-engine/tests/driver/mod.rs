@@ -10,36 +10,42 @@ use forebay_schedule::{SeqId, StepPlan};
 
 /// Tokens of one sequence and where its KV stands.
 #[derive(Debug, Clone)]
-pub struct Sequence {
-    pub tokens: Vec<u32>,
+pub(crate) struct Sequence {
+    pub(crate) tokens: Vec<u32>,
     /// How many tokens have their KV in the blocks.
-    pub computed: usize,
-    pub table: Vec<u32>,
+    pub(crate) computed: usize,
+    pub(crate) table: Vec<u32>,
 }
 
 /// An executor with a free list of blocks.
-pub struct Driver {
-    pub executor: CpuExecutor,
+pub(crate) struct Driver {
+    pub(crate) executor: CpuExecutor,
     free: Vec<u32>,
 }
 
-pub fn supported_isas() -> impl Iterator<Item = Isa> {
+pub(crate) fn supported_isas() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.supported())
 }
 
 impl Driver {
     /// `block_order`: the free list, last one taken first; its length is the number of blocks.
-    pub fn new(model: &Arc<ModelFile>, isa: Isa, threads: usize, block_size: usize, block_order: Vec<u32>) -> Self {
+    pub(crate) fn new(
+        model: &Arc<ModelFile>,
+        isa: Isa,
+        threads: usize,
+        block_size: usize,
+        block_order: Vec<u32>,
+    ) -> Self {
         let options = CpuOptions { isa, threads, block_size, blocks: block_order.len(), positions_max: 1024 };
         Self { executor: CpuExecutor::new(model, &options).unwrap(), free: block_order }
     }
 
-    pub fn sequence(&self, tokens: &[u32]) -> Sequence {
+    pub(crate) fn sequence(&self, tokens: &[u32]) -> Sequence {
         Sequence { tokens: tokens.to_vec(), computed: 0, table: Vec::new() }
     }
 
     /// Computes the next `count` tokens of each sequence in one pass; gives the logits of each one's last.
-    pub fn step(&mut self, rows: &mut [(&mut Sequence, usize)]) -> Vec<Vec<f32>> {
+    pub(crate) fn step(&mut self, rows: &mut [(&mut Sequence, usize)]) -> Vec<Vec<f32>> {
         let size = self.executor.block_size();
         let mut plan = StepPlan { row_starts: vec![0], table_starts: vec![0], ..StepPlan::default() };
         for (nth, (sequence, count)) in rows.iter_mut().enumerate() {
@@ -61,7 +67,7 @@ impl Driver {
     }
 
     /// One pass over a whole new sequence: the logits after each token that `at` names.
-    pub fn logits_at(&mut self, tokens: &[u32], at: &[u32]) -> Vec<Vec<f32>> {
+    pub(crate) fn logits_at(&mut self, tokens: &[u32], at: &[u32]) -> Vec<Vec<f32>> {
         let table: Vec<u32> = (0..tokens.len().div_ceil(self.executor.block_size()) as u32).collect();
         let plan = StepPlan {
             seqs: vec![SeqId(0)],
@@ -77,7 +83,7 @@ impl Driver {
     }
 
     /// Prefills `prompt` in one pass and continues it greedily; gives the tokens and each step's logits.
-    pub fn generate(&mut self, prompt: &[u32], count: usize) -> (Vec<u32>, Vec<Vec<f32>>) {
+    pub(crate) fn generate(&mut self, prompt: &[u32], count: usize) -> (Vec<u32>, Vec<Vec<f32>>) {
         let mut sequence = self.sequence(prompt);
         let mut all_logits = Vec::new();
         for _ in 0..count {
@@ -91,13 +97,13 @@ impl Driver {
 }
 
 /// The largest logit's token; the first of equals.
-pub fn greedy(logits: &[f32]) -> u32 {
+pub(crate) fn greedy(logits: &[f32]) -> u32 {
     let best = (0..logits.len()).reduce(|best, id| if logits[id] > logits[best] { id } else { best });
     best.expect("there are logits") as u32
 }
 
 /// Natural-log probabilities.
-pub fn log_softmax(logits: &[f32]) -> Vec<f64> {
+pub(crate) fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
     logits.iter().map(|l| f64::from(l - max) - sum.ln()).collect()

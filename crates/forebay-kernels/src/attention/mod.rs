@@ -8,23 +8,25 @@
 //! A unit of work is a few queries of one sequence and one KV head; its queries, times the heads that share
 //! that KV head, are the rows of the micro-tiles, so keys and values are loaded once for several of them.
 
+mod tile;
+
 use std::cell::RefCell;
 use std::ops::Range;
 
+use crate::Pool;
 use crate::buffer::SharedMut;
 use crate::kv_cache::KvCache;
 use crate::simd::{LANES, Simd, WithSimd};
-use crate::Pool;
 
 /// Tokens that are one softmax before merging. 256 scores of a row are 1 KiB; keys and values of a segment, at 64
 /// dimensions, 64 KiB: they stay in the L2 cache while all rows of a unit pass over them.
 const SEGMENT: usize = 256;
 /// Query-head rows of a unit: enough to use each load of keys eight times over.
 const UNIT_ROWS: usize = 48;
-/// Key groups (of 16 tokens) scored together: with 6 rows 24 accumulators.
-const GROUPS: usize = 4;
-/// Most rows of a micro-tile on any instruction set.
+/// Rows of a micro-tile.
 const ROWS_MAX: usize = 6;
+/// Vectors that a micro-tile is wide, where registers suffice ([`Simd::ATTENTION_VECTORS`]); else 1.
+const WIDE: usize = 4;
 
 /// Queries of one sequence, at consecutive positions.
 #[derive(Debug, Clone)]
@@ -80,36 +82,107 @@ pub fn attention(
     assert!(q.len() >= end.saturating_sub(1) * shape.q_stride + width * end.min(1), "q has every query");
     assert!(out.len() >= end * width, "out has every query");
 
-    let group = shape.heads / cache.kv_heads();
-    let unit_queries = (UNIT_ROWS / group).max(1);
-    let units = rows.iter().map(|row| row.queries.len().div_ceil(unit_queries)).sum::<usize>();
-    let out = SharedMut::new(out);
-    pool.run(units * cache.kv_heads(), &|chunk| {
-        let (mut index, kv_head) = (chunk / cache.kv_heads(), chunk % cache.kv_heads());
-        for row in rows {
-            let count = row.queries.len().div_ceil(unit_queries);
+    let pass = Pass { cache, layer, shape, rows, q, out: SharedMut::new(out) };
+    let items = pass.units() * cache.kv_heads();
+    let segments = rows.iter().map(|row| (row.position + row.queries.len()).div_ceil(SEGMENT)).max();
+    match segments {
+        // Long sequences but few of them: threads would be left without work.
+        Some(segments @ 2..) if items < 4 * pool.threads() && pool.threads() > 1 => {
+            pass.run_split(pool, segments)
+        }
+        _ => pool.run(items, &|item| {
+            let unit = pass.unit(item);
+            SCRATCH.with_borrow_mut(|scratch| {
+                scratch.begin(&unit);
+                cache.isa().run(Run { unit: &unit, scratch, segments: unit.segments() });
+                let sums = scratch.sums.chunks_exact(cache.value_dim());
+                for (row, (state, sums)) in scratch.state.iter().zip(sums).enumerate() {
+                    unit.finish(row, state.weight, sums);
+                }
+            });
+        }),
+    }
+}
+
+/// Everything about one call.
+struct Pass<'a> {
+    cache: &'a KvCache,
+    layer: usize,
+    shape: AttnShape,
+    rows: &'a [AttnRow<'a>],
+    q: &'a [f32],
+    out: SharedMut<f32>,
+}
+
+impl<'a> Pass<'a> {
+    fn group(&self) -> usize {
+        self.shape.heads / self.cache.kv_heads()
+    }
+
+    fn unit_queries(&self) -> usize {
+        (UNIT_ROWS / self.group()).max(1)
+    }
+
+    fn units(&self) -> usize {
+        self.rows.iter().map(|row| row.queries.len().div_ceil(self.unit_queries())).sum()
+    }
+
+    /// Item `i` of units times KV heads. No two items share a row and head of `out`.
+    fn unit(&self, item: usize) -> Unit<'a> {
+        let (mut index, kv_head) = (item / self.cache.kv_heads(), item % self.cache.kv_heads());
+        for row in self.rows {
+            let count = row.queries.len().div_ceil(self.unit_queries());
             if index < count {
                 // The last queries see most tokens: first, lest the region end with one long unit.
-                let first = (count - 1 - index) * unit_queries;
-                let unit = Unit {
-                    cache,
-                    layer,
-                    shape,
+                let first = (count - 1 - index) * self.unit_queries();
+                return Unit {
+                    cache: self.cache,
+                    layer: self.layer,
+                    shape: self.shape,
                     kv_head,
-                    group,
+                    group: self.group(),
                     blocks: row.block_table,
                     first_query: row.queries.start + first,
-                    queries: unit_queries.min(row.queries.len() - first),
+                    queries: self.unit_queries().min(row.queries.len() - first),
                     position: row.position + first,
-                    q,
-                    out,
+                    q: self.q,
+                    out: self.out,
                 };
-                SCRATCH.with_borrow_mut(|scratch| cache.isa().run(Run { unit, scratch }));
-                return;
             }
             index -= count;
         }
-    });
+        unreachable!("item {item} of {}", self.units() * self.cache.kv_heads())
+    }
+
+    /// Segments in parallel too, then merged in the same order as always. Takes memory for the parts.
+    fn run_split(&self, pool: &Pool, segments: usize) {
+        let items = self.units() * self.cache.kv_heads();
+        let rows = self.unit_queries() * self.group();
+        let value_dim = self.cache.value_dim();
+        let mut sums = vec![0.0_f32; items * segments * rows * value_dim];
+        let mut states = vec![State::default(); items * segments * rows];
+        let (all_sums, all_states) = (SharedMut::new(&mut sums), SharedMut::new(&mut states));
+        pool.run(items * segments, &|part| {
+            let unit = self.unit(part / segments);
+            // SAFETY: every part has its own `rows` rows, and both vectors outlive the region.
+            let sums = unsafe { all_sums.slice(part * rows * value_dim, rows * value_dim) };
+            // SAFETY: as above.
+            let states = unsafe { all_states.slice(part * rows, rows) };
+            SCRATCH.with_borrow_mut(|scratch| {
+                scratch.begin(&unit);
+                let segment = part % segments;
+                self.cache.isa().run(Run { unit: &unit, scratch, segments: segment..segment + 1 });
+                sums[..scratch.sums.len()].copy_from_slice(&scratch.sums);
+                states[..scratch.state.len()].copy_from_slice(&scratch.state);
+            });
+        });
+        pool.run(items, &|item| {
+            let at = item * segments * rows;
+            let sums = &sums[at * value_dim..][..segments * rows * value_dim];
+            let states = &states[at..][..segments * rows];
+            self.cache.isa().run(Merge { unit: self.unit(item), rows, sums, states });
+        });
+    }
 }
 
 thread_local! {
@@ -126,14 +199,37 @@ struct Scratch {
     state: Vec<State>,
 }
 
+impl Scratch {
+    /// Takes the unit's queries and forgets all else.
+    fn begin(&mut self, unit: &Unit<'_>) {
+        let dim = unit.cache.head_dim();
+        self.queries.clear();
+        self.state.clear();
+        self.sums.clear();
+        self.sums.resize(unit.rows() * unit.cache.value_dim(), 0.0);
+        for row in 0..unit.rows() {
+            let at = unit.offset(row, unit.shape.q_stride);
+            self.queries.extend(unit.q[at..at + dim].iter().map(|x| x * unit.shape.scale));
+            let Range { start, end } = unit.seen(row);
+            self.state.push(State { first: start, end, ..State::default() });
+        }
+    }
+}
+
 /// The softmax of a row so far.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 struct State {
     /// The row sees tokens `first..end`.
     first: usize,
     end: usize,
     max: f32,
     weight: f32,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self { first: 0, end: 0, max: f32::NEG_INFINITY, weight: 0.0 }
+    }
 }
 
 /// A few queries of one sequence and one KV head.
@@ -156,6 +252,18 @@ impl Unit<'_> {
         self.queries * self.group
     }
 
+    /// Those that any of its queries sees.
+    fn segments(&self) -> Range<usize> {
+        self.seen(0).start / SEGMENT..self.seen(self.rows() - 1).end.div_ceil(SEGMENT)
+    }
+
+    /// The tokens that a row sees.
+    fn seen(&self, row: usize) -> Range<usize> {
+        let end = self.position + row / self.group + 1;
+        let first = self.shape.window.map_or(0, |window| end.saturating_sub(window.max(1)));
+        first..end
+    }
+
     /// Where row `r` (query-major) starts in a matrix of queries with this distance between them.
     fn offset(&self, row: usize, stride: usize) -> usize {
         let head = self.kv_head * self.group + row % self.group;
@@ -165,6 +273,19 @@ impl Unit<'_> {
     fn place(&self, token: usize) -> (u32, usize) {
         let size = self.cache.block_size();
         (self.blocks[token / size], token % size / LANES)
+    }
+
+    /// Writes a row's result.
+    #[inline(always)]
+    fn finish(&self, row: usize, weight: f32, sums: &[f32]) {
+        let dim = self.cache.head_dim();
+        // SAFETY: inside `out`, as `attention` checked; this query and head belong to this unit alone, and `out`
+        // is borrowed until all units are done.
+        let out = unsafe { self.out.slice(self.offset(row, self.shape.heads * dim), dim) };
+        let by = 1.0 / weight;
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = sum * by;
+        }
     }
 
     #[inline(always)]
@@ -180,244 +301,65 @@ impl Unit<'_> {
     }
 }
 
-struct Run<'a> {
-    unit: Unit<'a>,
+/// Some segments of a unit, one merged into the next in `scratch`.
+struct Run<'a, 'b> {
+    unit: &'a Unit<'b>,
     scratch: &'a mut Scratch,
+    segments: Range<usize>,
 }
 
-impl WithSimd for Run<'_> {
+impl WithSimd for Run<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn with<S: Simd>(self, s: S) {
-        let Self { unit, scratch } = self;
-        let (dim, value_dim) = (unit.cache.head_dim(), unit.cache.value_dim());
-        scratch.queries.clear();
-        scratch.state.clear();
-        scratch.sums.clear();
-        scratch.sums.resize(unit.rows() * value_dim, 0.0);
-        for row in 0..unit.rows() {
-            let at = unit.offset(row, unit.shape.q_stride);
-            scratch.queries.extend(unit.q[at..at + dim].iter().map(|x| x * unit.shape.scale));
-            let end = unit.position + row / unit.group + 1;
-            let first = unit.shape.window.map_or(0, |window| end.saturating_sub(window.max(1)));
-            scratch.state.push(State { first, end, max: f32::NEG_INFINITY, weight: 0.0 });
-        }
-        let (first, end) = (scratch.state[0].first, scratch.state[unit.rows() - 1].end);
-        for segment in first / SEGMENT..end.div_ceil(SEGMENT) {
+        let Self { unit, scratch, segments } = self;
+        for segment in segments {
             let mut row = 0;
             while row < unit.rows() {
-                let left = (unit.rows() - row).min(S::TILE_ROWS);
-                match left {
-                    1 => tile::<S, 1>(s, &unit, scratch, segment, row),
-                    2 => tile::<S, 2>(s, &unit, scratch, segment, row),
-                    3 => tile::<S, 3>(s, &unit, scratch, segment, row),
-                    4 => tile::<S, 4>(s, &unit, scratch, segment, row),
-                    5 => tile::<S, 5>(s, &unit, scratch, segment, row),
-                    _ => tile::<S, 6>(s, &unit, scratch, segment, row),
+                let left = unit.rows() - row;
+                row += tile::some_rows(s, unit, scratch, segment, row, left);
+            }
+        }
+    }
+}
+
+/// All segments of a unit, oldest first: the same operations as [`Run`] does after each.
+struct Merge<'a> {
+    unit: Unit<'a>,
+    /// Rows of a part; the unit may have fewer.
+    rows: usize,
+    /// `[segment][rows][value_dim]`
+    sums: &'a [f32],
+    /// `[segment][rows]`
+    states: &'a [State],
+}
+
+impl WithSimd for Merge<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with<S: Simd>(self, s: S) {
+        let dim = self.unit.cache.value_dim();
+        let mut total = vec![0.0; dim];
+        for row in 0..self.unit.rows() {
+            let mut state = State::default();
+            total.fill(0.0);
+            for (part, own) in self.states.iter().enumerate().skip(row).step_by(self.rows) {
+                if own.weight == 0.0 {
+                    continue;
                 }
-                row += left;
-            }
-        }
-        for (row, (state, sums)) in scratch.state.iter().zip(scratch.sums.chunks_exact(value_dim)).enumerate() {
-            let at = unit.offset(row, unit.shape.heads * dim);
-            // SAFETY: inside `out` (checked by `attention`); this query and head belong to this unit alone.
-            let out = unsafe { unit.out.slice(at, dim) };
-            let by = 1.0 / state.weight;
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = sum * by;
-            }
-        }
-    }
-}
-
-/// Scores of a micro-tile: `[row][token of the segment]`.
-type Scores = [[f32; SEGMENT]; ROWS_MAX];
-
-/// `N` rows over one segment.
-#[inline(always)]
-fn tile<S: Simd, const N: usize>(s: S, unit: &Unit<'_>, scratch: &mut Scratch, segment: usize, row: usize) {
-    let start = segment * SEGMENT;
-    let (dim, value_dim) = (unit.cache.head_dim(), unit.cache.value_dim());
-    let state = &mut scratch.state[row..row + N];
-    // Tokens of the segment that any row sees; rows ascend in both bounds.
-    let first = state[0].first.max(start) - start;
-    let end = state[N - 1].end.min(start + SEGMENT).saturating_sub(start);
-    if first >= end {
-        return;
-    }
-    let queries: [&[f32]; N] =
-        std::array::from_fn(|n| &scratch.queries[(row + n) * dim..(row + n + 1) * dim]);
-    let mut scores: Scores = [[0.0; SEGMENT]; ROWS_MAX];
-    let groups = first / LANES..end.div_ceil(LANES);
-    let mut g = groups.start;
-    while g + GROUPS <= groups.end {
-        score::<S, N, GROUPS>(s, unit, &queries, start, g, &mut scores);
-        g += GROUPS;
-    }
-    while g < groups.end {
-        score::<S, N, 1>(s, unit, &queries, start, g, &mut scores);
-        g += 1;
-    }
-
-    let mut own = [State { first: 0, end: 0, max: 0.0, weight: 0.0 }; N];
-    for n in 0..N {
-        let from = state[n].first.max(start) - start;
-        let to = state[n].end.min(start + SEGMENT).saturating_sub(start);
-        own[n] = weigh(s, &mut scores[n], groups.clone(), from..to);
-    }
-
-    let mut partial = [[0.0_f32; LANES]; N];
-    let vectors = value_dim / LANES;
-    let mut merge = [(1.0, 1.0); N];
-    for n in 0..N {
-        if own[n].weight == 0.0 {
-            merge[n] = (1.0, 0.0);
-            continue;
-        }
-        let max = if state[n].max > own[n].max { state[n].max } else { own[n].max };
-        merge[n] = (exp(s, state[n].max - max), exp(s, own[n].max - max));
-        if state[n].weight == 0.0 {
-            merge[n].0 = 0.0;
-        }
-        state[n].weight = state[n].weight * merge[n].0 + own[n].weight * merge[n].1;
-        state[n].max = max;
-    }
-    let _ = &mut partial;
-    let mut v = 0;
-    while v + 4 <= vectors {
-        weighted::<S, N, 4>(s, unit, &scores, start, first..end, v, &merge, &own, &mut scratch.sums[row * value_dim..]);
-        v += 4;
-    }
-    while v < vectors {
-        weighted::<S, N, 1>(s, unit, &scores, start, first..end, v, &merge, &own, &mut scratch.sums[row * value_dim..]);
-        v += 1;
-    }
-}
-
-/// Scores of `N` rows against `G` groups of 16 tokens, from group `g` of the segment on.
-#[inline(always)]
-fn score<S: Simd, const N: usize, const G: usize>(
-    s: S,
-    unit: &Unit<'_>,
-    queries: &[&[f32]; N],
-    start: usize,
-    g: usize,
-    scores: &mut Scores,
-) {
-    let dim = unit.cache.head_dim();
-    let keys: [&[[u8; 2 * LANES]]; G] =
-        std::array::from_fn(|i| unit.keys(start + (g + i) * LANES).as_chunks().0);
-    let mut acc = [[s.splat(0.0); G]; N];
-    for d in 0..dim {
-        let mut k = [s.splat(0.0); G];
-        for i in 0..G {
-            k[i] = s.load_f16(&keys[i][d]);
-        }
-        for n in 0..N {
-            let q = s.splat(queries[n][d]);
-            for i in 0..G {
-                acc[n][i] = s.fma(k[i], q, acc[n][i]);
-            }
-        }
-    }
-    for n in 0..N {
-        let (out, _) = scores[n].as_chunks_mut::<LANES>();
-        for i in 0..G {
-            s.store(&mut out[g + i], acc[n][i]);
-        }
-    }
-}
-
-/// Turns scores of tokens `seen` into weights `e^(score - max)`, and all others of `groups` into 0.
-#[inline(always)]
-fn weigh<S: Simd>(s: S, scores: &mut [f32; SEGMENT], groups: Range<usize>, seen: Range<usize>) -> State {
-    if seen.is_empty() {
-        scores[groups.start * LANES..groups.end * LANES].fill(0.0);
-        return State { first: 0, end: 0, max: f32::NEG_INFINITY, weight: 0.0 };
-    }
-    let all = groups.start * LANES..groups.end * LANES;
-    // Before the maximum, since blocks may hold anything where nothing was written yet.
-    scores[all.start..seen.start].fill(f32::NEG_INFINITY);
-    scores[seen.end..all.end].fill(f32::NEG_INFINITY);
-    let (vectors, _) = scores.as_chunks_mut::<LANES>();
-    let mut max = s.splat(f32::NEG_INFINITY);
-    for vector in &vectors[groups.clone()] {
-        max = s.max(s.load(vector), max);
-    }
-    let max = s.max_lane(max);
-    let shift = s.splat(max);
-    for vector in &mut vectors[groups.clone()] {
-        let e = s.exp(s.sub(s.load(vector), shift));
-        s.store(vector, e);
-    }
-    scores[all.start..seen.start].fill(0.0);
-    scores[seen.end..all.end].fill(0.0);
-    let (vectors, _) = scores.as_chunks::<LANES>();
-    let mut weight = s.splat(0.0);
-    for vector in &vectors[groups] {
-        weight = s.add(weight, s.load(vector));
-    }
-    State { first: 0, end: 0, max, weight: s.sum(weight) }
-}
-
-/// Merges `Σ_t weight_t · v_t` into `sums`, for `D` vectors of the value dimension from `first_vector` on.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "one inlined kernel")]
-fn weighted<S: Simd, const N: usize, const D: usize>(
-    s: S,
-    unit: &Unit<'_>,
-    weights: &Scores,
-    start: usize,
-    tokens: Range<usize>,
-    first_vector: usize,
-    merge: &[(f32, f32); N],
-    own: &[State; N],
-    sums: &mut [f32],
-) {
-    let vectors = unit.cache.value_dim() / LANES;
-    let mut acc = [[s.splat(0.0); D]; N];
-    let mut t = tokens.start;
-    while t < tokens.end {
-        let (values, _) = unit.values(start + t).as_chunks::<{ 2 * LANES }>();
-        let group_end = (t / LANES + 1) * LANES;
-        for t in t..group_end.min(tokens.end) {
-            let values = &values[t % LANES * vectors + first_vector..][..D];
-            let mut v = [s.splat(0.0); D];
-            for i in 0..D {
-                v[i] = s.load_f16(&values[i]);
-            }
-            for n in 0..N {
-                let w = s.splat(weights[n][t]);
-                for i in 0..D {
-                    acc[n][i] = s.fma(v[i], w, acc[n][i]);
+                let (old, new) = tile::merge_state(s, &mut state, *own);
+                let (old, new) = (s.splat(old), s.splat(new));
+                let part = self.sums[part * dim..][..dim].as_chunks::<LANES>().0;
+                for (total, part) in total.as_chunks_mut::<LANES>().0.iter_mut().zip(part) {
+                    let merged = s.fma(s.load(total), old, s.mul(s.load(part), new));
+                    s.store(total, merged);
                 }
             }
-        }
-        t = group_end;
-    }
-    for n in 0..N {
-        if own[n].weight == 0.0 {
-            continue;
-        }
-        let (old, new) = (s.splat(merge[n].0), s.splat(merge[n].1));
-        let (sums, _) = sums[n * vectors * LANES..].as_chunks_mut::<LANES>();
-        for i in 0..D {
-            let sum = &mut sums[first_vector + i];
-            // `+ 0.0` makes -0 a 0: tokens beyond a row's own last, seen by its neighbours in the tile, have
-            // added `0 · v`, which changes nothing else.
-            let part = s.mul(s.add(acc[n][i], s.splat(0.0)), new);
-            s.store(sum, s.fma(s.load(sum), old, part));
+            self.unit.finish(row, state.weight, &total);
         }
     }
-}
-
-/// The exponential of the vectors, for one number.
-#[inline(always)]
-fn exp<S: Simd>(s: S, x: f32) -> f32 {
-    let mut lanes = [0.0; LANES];
-    s.store(&mut lanes, s.exp(s.splat(x)));
-    lanes[0]
 }
 
 #[cfg(test)]

@@ -17,7 +17,14 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(seed: u64, kv_heads: usize, group: usize, dim: usize, tokens: usize, window: Option<usize>) -> Self {
+    fn new(
+        seed: u64,
+        kv_heads: usize,
+        group: usize,
+        dim: usize,
+        tokens: usize,
+        window: Option<usize>,
+    ) -> Self {
         let mut random = Random(seed);
         let heads = kv_heads * group;
         let q_stride = heads * dim + 3;
@@ -97,14 +104,18 @@ impl Scene {
                 let q = &self.q[t * self.shape.q_stride + head * dim..][..dim];
                 let weights: Vec<f64> = (first..=t)
                     .map(|u| {
-                        let dot: f64 = (0..dim).map(|d| f64::from(q[d]) * at(&self.k, u, head / group, d)).sum();
+                        let dot: f64 =
+                            (0..dim).map(|d| f64::from(q[d]) * at(&self.k, u, head / group, d)).sum();
                         (dot * f64::from(self.shape.scale)).exp()
                     })
                     .collect();
                 let sum: f64 = weights.iter().sum();
                 for d in 0..dim {
-                    let value: f64 =
-                        weights.iter().enumerate().map(|(i, w)| w * at(&self.v, first + i, head / group, d)).sum();
+                    let value: f64 = weights
+                        .iter()
+                        .enumerate()
+                        .map(|(i, w)| w * at(&self.v, first + i, head / group, d))
+                        .sum();
                     out.push((value / sum) as f32);
                 }
             }

@@ -74,7 +74,12 @@ impl Grid {
         w.segments().iter().map(|s| s.tiles().div_ceil(self.tiles_per_chunk)).sum::<usize>() * self.row_chunks
     }
 
-    fn locate<'a>(&self, w: &'a Matrix, rows: usize, chunk: usize) -> (&'a Segment, Range<usize>, Range<usize>) {
+    fn locate<'a>(
+        &self,
+        w: &'a Matrix,
+        rows: usize,
+        chunk: usize,
+    ) -> (&'a Segment, Range<usize>, Range<usize>) {
         let per_row_chunk = self.chunks(w) / self.row_chunks;
         let first_row = chunk / per_row_chunk * self.rows_per_chunk;
         let mut index = chunk % per_row_chunk;
@@ -133,20 +138,30 @@ fn run(isa: Isa, block: &Block<'_>) {
     }
 }
 
-/// Calls `$micro::<N>` for runs of `N` rows: as many of the instruction set's micro-tile as fit, then the rest.
+/// Calls `$micro::<N>` for runs of `N` rows: as few micro-tiles as the rows need, of sizes as equal as can be
+/// (8 rows are 4 + 4, not 6 + 2: a small tile is bound by latency).
 macro_rules! for_micro_tiles {
     ($S:ident, $rows:expr, |$row:ident| $micro:ident::<$($t:ty),*>($($arg:expr),*)) => {{
         let mut $row = $rows.start;
         while $row < $rows.end {
-            // Constant per instruction set: the larger arms are compiled only where they are used.
-            match ($rows.end - $row).min($S::TILE_ROWS) {
-                1 => { $micro::<$($t,)* 1>($($arg),*); $row += 1; }
-                2 => { $micro::<$($t,)* 2>($($arg),*); $row += 2; }
-                3 => { $micro::<$($t,)* 3>($($arg),*); $row += 3; }
-                4 => { $micro::<$($t,)* 4>($($arg),*); $row += 4; }
-                5 => { $micro::<$($t,)* 5>($($arg),*); $row += 5; }
-                _ => { $micro::<$($t,)* 6>($($arg),*); $row += 6; }
+            let left = $rows.end - $row;
+            let n = left.div_ceil(left.div_ceil($S::TILE_ROWS));
+            // Sizes that an instruction set doesn't use are not even instantiated: half the build time.
+            if const { $S::TILE_ROWS >= 6 } && n == 6 {
+                $micro::<$($t,)* 6>($($arg),*);
+            } else if const { $S::TILE_ROWS >= 5 } && n == 5 {
+                $micro::<$($t,)* 5>($($arg),*);
+            } else if const { $S::TILE_ROWS >= 4 } && n == 4 {
+                $micro::<$($t,)* 4>($($arg),*);
+            } else if const { $S::TILE_ROWS >= 3 } && n == 3 {
+                $micro::<$($t,)* 3>($($arg),*);
+            } else if const { $S::TILE_ROWS >= 2 } && n == 2 {
+                $micro::<$($t,)* 2>($($arg),*);
+            } else {
+                debug_assert_eq!(n, 1);
+                $micro::<$($t,)* 1>($($arg),*);
             }
+            $row += n;
         }
     }};
 }

@@ -116,11 +116,8 @@ fn integer_sums<S: Simd, Q: Quant, const N: usize>(
             for n in 0..N {
                 let q = x[n][b].q[g];
                 for v in 0..2 {
-                    sums[n][v] = if full {
-                        s.dot_full(sums[n][v], w[v], q)
-                    } else {
-                        s.dot(sums[n][v], w[v], q)
-                    };
+                    sums[n][v] =
+                        if full { s.dot_full(sums[n][v], w[v], q) } else { s.dot(sums[n][v], w[v], q) };
                 }
             }
         }

@@ -50,6 +50,9 @@ impl Simd for Avx2 {
 
     // 2 rows × 4 registers of integer accumulators leave 8 for weights, activations and constants.
     const TILE_ROWS: usize = 2;
+    // 6 rows × 2 registers of accumulators, 2 of keys, one broadcast.
+    const ATTENTION_ROWS: usize = 6;
+    const ATTENTION_VECTORS: usize = 1;
     const DOT_FULL_IS_OFFSET: bool = false;
 
     ops! {
@@ -86,10 +89,6 @@ impl Simd for Avx2 {
         fn div(self, a: F, b: F) -> F { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
         fn max(self, a: F, b: F) -> F { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
         fn min(self, a: F, b: F) -> F { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
-        fn abs(self, a: F) -> F {{
-            let sign = _mm256_set1_ps(-0.0);
-            [_mm256_andnot_ps(sign, a[0]), _mm256_andnot_ps(sign, a[1])]
-        }}
         fn fma(self, a: F, b: F, c: F) -> F {
             [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
         }

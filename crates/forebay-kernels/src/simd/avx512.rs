@@ -51,6 +51,9 @@ impl Simd for Avx512 {
 
     // 6 rows × 2 vectors are 12 integer and 12 float accumulators; 8 registers remain for weights and scales.
     const TILE_ROWS: usize = 6;
+    // 6 rows × 4 registers of accumulators, 4 of keys, one broadcast.
+    const ATTENTION_ROWS: usize = 6;
+    const ATTENTION_VECTORS: usize = 4;
     const DOT_FULL_IS_OFFSET: bool = true;
 
     ops! {
@@ -71,7 +74,6 @@ impl Simd for Avx512 {
         fn div(self, a: __m512, b: __m512) -> __m512 { _mm512_div_ps(a, b) }
         fn max(self, a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
         fn min(self, a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
-        fn abs(self, a: __m512) -> __m512 { _mm512_abs_ps(a) }
         fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
         fn round_to_i(self, a: __m512) -> __m512i { _mm512_cvtps_epi32(a) }
         fn i_to_f(self, a: __m512i) -> __m512 { _mm512_cvtepi32_ps(a) }

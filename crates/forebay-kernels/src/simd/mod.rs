@@ -8,11 +8,11 @@
 //! Deliberately absent: operations whose result differs between instruction sets (approximate reciprocals,
 //! `min`/`max` of NaN, saturation on conversion). Horizontal sums have one fixed order.
 
-mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod scalar;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
@@ -38,8 +38,12 @@ pub(crate) trait Simd: Copy {
     /// 64 × u8.
     type B: Copy;
 
-    /// Rows of activations that a matrix micro-tile holds in registers.
+    /// Rows of activations that a matrix micro-tile (two vectors wide) holds in registers.
     const TILE_ROWS: usize;
+    /// Rows of an attention micro-tile: 6 or 1.
+    const ATTENTION_ROWS: usize;
+    /// Vectors that an attention micro-tile is wide: 4 or 1.
+    const ATTENTION_VECTORS: usize;
     /// Whether [`Self::dot_full`] multiplies weights as stored (offset by 128), so that the kernel takes
     /// `128 · Σx` off; otherwise it takes the offset off itself.
     const DOT_FULL_IS_OFFSET: bool;
@@ -63,7 +67,6 @@ pub(crate) trait Simd: Copy {
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
     /// The smaller; `b` if either is NaN.
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
-    fn abs(self, a: Self::F) -> Self::F;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// To the nearest integer, ties to even. Meaningful for |a| < 2^31.

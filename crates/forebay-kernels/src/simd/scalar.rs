@@ -22,6 +22,8 @@ impl Simd for Scalar {
     type B = [u8; 64];
 
     const TILE_ROWS: usize = 1;
+    const ATTENTION_ROWS: usize = 1;
+    const ATTENTION_VECTORS: usize = 1;
     const DOT_FULL_IS_OFFSET: bool = true;
 
     #[inline(always)]
@@ -77,10 +79,6 @@ impl Simd for Scalar {
     #[inline(always)]
     fn min(self, a: Self::F, b: Self::F) -> Self::F {
         lanes!(i => if a[i] < b[i] { a[i] } else { b[i] })
-    }
-    #[inline(always)]
-    fn abs(self, a: Self::F) -> Self::F {
-        lanes!(i => a[i].abs())
     }
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {

@@ -132,10 +132,16 @@ fn threads_never_overshoot() {
 
 #[derive(Debug, Clone)]
 enum Step {
-    Wait { ms: u64 },
-    Hold { tokens: u64 },
+    Wait {
+        ms: u64,
+    },
+    Hold {
+        tokens: u64,
+    },
     /// Settle the oldest hold for this share of it, in percent.
-    Settle { percent: u64 },
+    Settle {
+        percent: u64,
+    },
     Drop,
 }
 

@@ -157,8 +157,8 @@ impl Sim {
         assert_eq!(plan.positions.len(), plan.tokens());
         assert_eq!(plan.row_starts.len(), plan.rows() + 1);
         assert_eq!(plan.table_starts.len(), plan.rows() + 1);
-        assert_eq!(*plan.row_starts.last().unwrap() as usize, plan.tokens());
-        assert_eq!(*plan.table_starts.last().unwrap() as usize, plan.block_tables.len());
+        assert_eq!(plan.row_starts[plan.rows()] as usize, plan.tokens());
+        assert_eq!(plan.table_starts[plan.rows()] as usize, plan.block_tables.len());
         let mut written = HashMap::new();
         let mut logits = Vec::new();
         for r in 0..plan.rows() {

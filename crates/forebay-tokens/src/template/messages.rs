@@ -26,7 +26,8 @@ impl Client<'_> {
             .enumerate()
             .map(|(index, message)| {
                 let fields = message.as_object().ok_or(TemplateError::NotAMessage { index })?;
-                let role = fields.get("role").and_then(Json::as_str).ok_or(TemplateError::NotAMessage { index })?;
+                let role =
+                    fields.get("role").and_then(Json::as_str).ok_or(TemplateError::NotAMessage { index })?;
                 // Templates write `'<|' + role + '|>'`: the role is the one text of a client that becomes part of
                 // a control token on purpose.
                 let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
@@ -101,9 +102,9 @@ impl Client<'_> {
             },
             Json::String(text) => self.string(text),
             Json::Array(items) => items.iter().map(|item| self.value(item)).collect(),
-            Json::Object(fields) => {
-                Value::from_pairs(fields.iter().map(|(key, value)| (self.text(key).into_owned(), self.value(value))))
-            }
+            Json::Object(fields) => Value::from_pairs(
+                fields.iter().map(|(key, value)| (self.text(key).into_owned(), self.value(value))),
+            ),
         }
     }
 

@@ -63,7 +63,10 @@ impl CivilTime {
         let hour12 = if hour % 12 == 0 { 12 } else { hour % 12 };
         let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
         let day_of_year: i64 = day
-            + [31, if leap { 29 } else { 28 }, 31, 30, 31, 30, 31, 31, 30, 31, 30].iter().take(month - 1).sum::<i64>();
+            + [31, if leap { 29 } else { 28 }, 31, 30, 31, 30, 31, 31, 30, 31, 30]
+                .iter()
+                .take(month - 1)
+                .sum::<i64>();
         let month_number = i64::try_from(month).unwrap_or(1);
 
         let mut out = String::with_capacity(format.len() + 16);

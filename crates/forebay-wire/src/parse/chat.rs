@@ -141,7 +141,11 @@ fn message(param: &str, value: Value) -> Result<ChatMessage, ParseError> {
         None => return Err(ParseError::Missing { param: at() }),
         Some(other) => {
             let got = Kind::of_value(&other);
-            return Err(ParseError::Type { param: at(), expected: "one of a string or array of objects", got });
+            return Err(ParseError::Type {
+                param: at(),
+                expected: "one of a string or array of objects",
+                got,
+            });
         }
     };
     Ok(ChatMessage { role, content, extra: fields })
@@ -170,9 +174,10 @@ fn text_parts(param: &str, parts: Vec<Value>) -> Result<Vec<String>, ParseError>
             Some("image_url" | "image" | "input_image") => {
                 Err(ParseError::NotSupported { param, what: "the models here read text, not images" })
             }
-            Some("input_audio" | "audio_url" | "video_url" | "file") => {
-                Err(ParseError::NotSupported { param, what: "the models here read text, not audio, video or files" })
-            }
+            Some("input_audio" | "audio_url" | "video_url" | "file") => Err(ParseError::NotSupported {
+                param,
+                what: "the models here read text, not audio, video or files",
+            }),
             Some(_) => Err(ParseError::value(format!("{param}.type"), "the supported value is 'text'")),
             None => Err(ParseError::Missing { param: format!("{param}.type") }),
         }

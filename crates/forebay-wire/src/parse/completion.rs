@@ -17,7 +17,8 @@ pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Generate, Parse
     let logprobs = fields.integer("logprobs", 0..=LOGPROBS_MAX)?.map(|n| n as u32);
     let call = sampling::parse(fields, Api::Completions, prompt, logprobs, body)?;
     // Choosing the best of more is not done; asking for exactly what is returned changes nothing.
-    if fields.integer("best_of", 1..=i64::from(i32::MAX))?.is_some_and(|best_of| best_of != i64::from(call.n)) {
+    if fields.integer("best_of", 1..=i64::from(i32::MAX))?.is_some_and(|best_of| best_of != i64::from(call.n))
+    {
         let what = "every choice that is generated is returned; set it to 'n' or leave it out";
         return Err(ParseError::NotSupported { param: "best_of".into(), what });
     }
@@ -46,7 +47,10 @@ fn prompt(fields: &Fields<'_>) -> Result<Prompt, ParseError> {
                 Kind::Array => {
                     let prompts = each(&items, Kind::Array, EXPECTED, ids)?;
                     if let Some(i) = prompts.iter().position(Vec::is_empty) {
-                        return Err(ParseError::value(format!("prompt[{i}]"), "empty array. Expected token ids"));
+                        return Err(ParseError::value(
+                            format!("prompt[{i}]"),
+                            "empty array. Expected token ids",
+                        ));
                     }
                     Ok(Prompt::Tokens(prompts))
                 }

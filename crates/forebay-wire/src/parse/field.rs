@@ -176,11 +176,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn integer(
-        &self,
-        name: &str,
-        range: RangeInclusive<i64>,
-    ) -> Result<Option<i64>, ParseError> {
+    pub(super) fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, ParseError> {
         let Some(raw) = self.raw(name) else { return Ok(None) };
         if Kind::of(raw) != Kind::Integer {
             return Err(self.mistyped(name, "an integer", raw));
@@ -200,11 +196,7 @@ impl<'a> Fields<'a> {
         Ok(Some(value))
     }
 
-    pub(super) fn number(
-        &self,
-        name: &str,
-        range: RangeInclusive<f32>,
-    ) -> Result<Option<f32>, ParseError> {
+    pub(super) fn number(&self, name: &str, range: RangeInclusive<f32>) -> Result<Option<f32>, ParseError> {
         let Some(raw) = self.raw(name) else { return Ok(None) };
         if !matches!(Kind::of(raw), Kind::Integer | Kind::Decimal) {
             return Err(self.mistyped(name, "a number", raw));
@@ -223,7 +215,11 @@ impl<'a> Fields<'a> {
     }
 
     /// An array, its items still raw.
-    pub(super) fn array(&self, name: &str, items_max: usize) -> Result<Option<Vec<&'a RawValue>>, ParseError> {
+    pub(super) fn array(
+        &self,
+        name: &str,
+        items_max: usize,
+    ) -> Result<Option<Vec<&'a RawValue>>, ParseError> {
         let Some(raw) = self.raw(name) else { return Ok(None) };
         if Kind::of(raw) != Kind::Array {
             return Err(self.mistyped(name, "an array", raw));
@@ -260,12 +256,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Refuses a field that is there with a value other than those that change nothing.
-    pub(super) fn refuse(
-        &self,
-        name: &str,
-        harmless: &[&str],
-        what: &'static str,
-    ) -> Result<(), ParseError> {
+    pub(super) fn refuse(&self, name: &str, harmless: &[&str], what: &'static str) -> Result<(), ParseError> {
         match self.raw(name) {
             Some(raw) if !harmless.contains(&raw) => {
                 Err(ParseError::NotSupported { param: self.name(name), what })

@@ -58,7 +58,8 @@ pub(super) fn parse(
 
     let n = fields.integer("n", 1..=N_MAX)?.unwrap_or(1) as u32;
     if prompt.count() * n as usize > CHOICES_MAX {
-        let what = format!("{} prompts with {n} choices each are more than {CHOICES_MAX} choices", prompt.count());
+        let what =
+            format!("{} prompts with {n} choices each are more than {CHOICES_MAX} choices", prompt.count());
         return Err(ParseError::value("n", what));
     }
     let max_tokens = max_tokens(fields)?;
@@ -134,7 +135,10 @@ fn sampling(fields: &Fields<'_>) -> Result<Sampling, ParseError> {
     let default = Sampling::default();
     let top_p = fields.number("top_p", 0.0..=1.0)?.unwrap_or(default.top_p);
     if top_p <= 0.0 {
-        return Err(ParseError::value("top_p", "Expected a value > 0 and <= 1; for greedy output set 'temperature' to 0"));
+        return Err(ParseError::value(
+            "top_p",
+            "Expected a value > 0 and <= 1; for greedy output set 'temperature' to 0",
+        ));
     }
     let repetition_penalty = fields.number("repetition_penalty", 0.0..=f32::MAX)?;
     let repetition_penalty = repetition_penalty.unwrap_or(default.repetition_penalty);
@@ -152,7 +156,9 @@ fn sampling(fields: &Fields<'_>) -> Result<Sampling, ParseError> {
         seed: seed.map(|seed| seed as u64),
         repetition_penalty,
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(default.presence_penalty),
-        frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(default.frequency_penalty),
+        frequency_penalty: fields
+            .number("frequency_penalty", -2.0..=2.0)?
+            .unwrap_or(default.frequency_penalty),
         logit_bias: logit_bias(fields)?,
     })
 }

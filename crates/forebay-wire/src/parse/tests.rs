@@ -1,0 +1,516 @@
+use bytes::Bytes;
+use forebay_types::{Classify, Code, Fault};
+use http::Method;
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+use crate::{Content, Generate, Prompt, TokenizeInput};
+
+fn post(path: &str, body: &str) -> Result<Ask, ParseError> {
+    parse(&Method::POST, path, Some("application/json"), &Bytes::copy_from_slice(body.as_bytes()))
+}
+
+fn generate(path: &str, body: &str) -> Generate {
+    match post(path, body) {
+        Ok(Ask::Generate(call)) => *call,
+        other => panic!("{body}: {other:?}"),
+    }
+}
+
+/// A chat with these further fields.
+fn chat(rest: &str) -> String {
+    format!(r#"{{"model":"m","messages":[{{"role":"user","content":"hi"}}]{rest}}}"#)
+}
+
+fn completion(rest: &str) -> String {
+    format!(r#"{{"model":"m","prompt":"hi"{rest}}}"#)
+}
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+fn refused(path: &str, body: &str) -> (String, Option<String>) {
+    match post(path, body) {
+        Ok(_) => panic!("{body} was accepted"),
+        Err(error) => (error.to_string(), error.param().map(str::to_owned)),
+    }
+}
+
+#[test]
+fn routes() {
+    let check = |method: Method, path: &str, expect: Result<&str, Code>| {
+        let got = parse(&method, path, None, &Bytes::from_static(b"{}"));
+        let got = match &got {
+            Ok(Ask::ListModels) => Ok("list".to_owned()),
+            Ok(Ask::GetModel(model)) => Ok(model.to_string()),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error.class().code),
+        };
+        assert_eq!(got, expect.map(str::to_owned), "{method} {path}");
+    };
+    check(Method::GET, "/v1/models", Ok("list"));
+    check(Method::GET, "/v1/models?limit=3", Ok("list"));
+    check(Method::GET, "/v1/models/m", Ok("m"));
+    check(Method::GET, "/v1/models/org/m", Ok("org/m"));
+    check(Method::GET, "/v1/models/org%2Fm%20%c3%a9+", Ok("org/m é+"));
+    check(Method::GET, "/v1/models/%f", Err(Code::BadRequest));
+    check(Method::GET, "/v1/models/%ff", Err(Code::BadRequest));
+    check(Method::GET, &format!("/v1/models/{}", "x".repeat(257)), Err(Code::BadRequest));
+    check(Method::POST, "/v1/models", Err(Code::MethodNotAllowed));
+    check(Method::GET, CHAT, Err(Code::MethodNotAllowed));
+    check(Method::POST, "/v1/embeddings", Err(Code::RouteNotFound));
+    check(Method::GET, "/v1/modelsx", Err(Code::RouteNotFound));
+    check(Method::POST, "/v1/chat/completions/", Err(Code::RouteNotFound));
+    let fault: Fault = parse(&Method::GET, CHAT, None, &Bytes::new()).unwrap_err().into_fault();
+    assert_eq!(fault.headers, [("allow", "POST".to_owned())]);
+    assert_eq!(fault.message, "Not allowed to GET on /v1/chat/completions: only POST is.");
+}
+
+#[test]
+fn content_types() {
+    let check = |content_type: Option<&str>, ok: bool| {
+        let result = parse(&Method::POST, CHAT, content_type, &Bytes::from(chat("")));
+        assert_eq!(result.is_ok(), ok, "{content_type:?}");
+    };
+    check(None, true);
+    check(Some("application/json"), true);
+    check(Some("Application/JSON; charset=utf-8"), true);
+    check(Some("application/vnd.x+json"), true);
+    check(Some("application/x-www-form-urlencoded"), false);
+    check(Some("text/plain"), false);
+    check(Some(""), false);
+}
+
+#[test]
+fn a_plain_chat_has_the_documented_defaults() {
+    let body = chat("");
+    let call = generate(CHAT, &body);
+    assert_eq!((call.model.as_str(), call.n, call.max_tokens, call.min_tokens), ("m", 1, None, 0));
+    assert_eq!(call.sampling, crate::Sampling::default());
+    assert_eq!((call.stream, call.include_usage, call.logprobs, call.echo), (false, false, None, false));
+    assert_eq!((call.priority, call.ignore_eos, call.cache_salt), (0, false, None));
+    assert_eq!(call.body, body);
+    let Prompt::Chat { messages, tools, add_generation_prompt, chat_template_kwargs } = call.prompt else {
+        panic!()
+    };
+    assert_eq!((messages.len(), tools, add_generation_prompt, chat_template_kwargs), (1, None, true, None));
+    assert_eq!((messages[0].role.as_str(), &messages[0].content), ("user", &Content::Text("hi".into())));
+}
+
+#[test]
+fn every_field_is_read() {
+    let call = generate(
+        CHAT,
+        &chat(
+            r#","n":2,"max_completion_tokens":9,"min_tokens":3,"temperature":0,"top_p":0.5,"top_k":40,"min_p":0.1,
+            "seed":-2,"repetition_penalty":1.1,"presence_penalty":-2,"frequency_penalty":2,"logit_bias":{"5":-100,"7":1},
+            "stop":["a","b"],"stop_token_ids":[1,2],"include_stop_str_in_output":true,"ignore_eos":true,
+            "logprobs":true,"top_logprobs":3,"stream":true,"stream_options":{"include_usage":true},"user":"u",
+            "cache_salt":"s","priority":-1,"add_generation_prompt":false,"chat_template_kwargs":{"enable_thinking":false},
+            "tools":[{"type":"function"}],"tool_choice":"auto","response_format":{"type":"text"},"unknown":{"x":1},
+            "store":false,"metadata":null"#,
+        ),
+    );
+    let sampling = &call.sampling;
+    assert_eq!((call.n, call.max_tokens, call.min_tokens, call.logprobs), (2, Some(9), 3, Some(3)));
+    assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p), (0.0, 0.5, 40, 0.1));
+    assert_eq!((sampling.seed, sampling.repetition_penalty), (Some(-2i64 as u64), 1.1));
+    assert_eq!((sampling.presence_penalty, sampling.frequency_penalty), (-2.0, 2.0));
+    assert_eq!(sampling.logit_bias, [(5, -100.0), (7, 1.0)]);
+    assert_eq!(
+        (call.stop.as_slice(), call.stop_token_ids.as_slice()),
+        (&["a".into(), "b".into()][..], &[1, 2][..])
+    );
+    assert!(call.include_stop_str_in_output && call.ignore_eos && call.stream && call.include_usage);
+    assert_eq!((call.user.as_deref(), call.cache_salt.as_deref(), call.priority), (Some("u"), Some("s"), -1));
+    let Prompt::Chat { tools, add_generation_prompt, chat_template_kwargs, .. } = call.prompt else {
+        panic!()
+    };
+    assert_eq!(tools, Some(json!([{"type": "function"}])));
+    assert!(!add_generation_prompt);
+    assert_eq!(json!(chat_template_kwargs), json!({"enable_thinking": false}));
+}
+
+#[test]
+fn null_is_absent() {
+    let call = generate(
+        CHAT,
+        &chat(
+            r#","n":null,"max_tokens":null,"temperature":null,"stop":null,"stream":null,"stream_options":null,"logprobs":null,"tools":null,"tool_choice":null,"response_format":null,"logit_bias":null,"guided_json":null"#,
+        ),
+    );
+    assert_eq!(call.sampling, crate::Sampling::default());
+}
+
+#[test]
+fn messages_keep_what_templates_want() {
+    let body = r#"{"model":"m","messages":[
+        {"role":"system","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},
+        {"role":"assistant","content":null,"tool_calls":[{"id":"1"}]},
+        {"role":"assistant"},
+        {"role":"tool","content":"42","tool_call_id":"1","name":"f"}]}"#;
+    let Prompt::Chat { messages, .. } = generate(CHAT, body).prompt else { panic!() };
+    assert_eq!(messages[0].content, Content::Parts(vec!["a".into(), "b".into()]));
+    assert_eq!(messages[1].content, Content::None);
+    assert_eq!(json!(messages[1].extra), json!({"tool_calls": [{"id": "1"}]}));
+    assert_eq!(messages[2].content, Content::None);
+    assert_eq!(json!(messages[3].extra), json!({"tool_call_id": "1", "name": "f"}));
+}
+
+#[test]
+fn tools_are_hidden_under_tool_choice_none() {
+    let call = generate(CHAT, &chat(r#","tools":[{}],"tool_choice":"none""#));
+    assert!(matches!(call.prompt, Prompt::Chat { tools: None, .. }));
+}
+
+#[test]
+fn completion_prompts() {
+    let check = |prompt: &str, expect: &str| {
+        let call = generate(COMPLETIONS, &format!(r#"{{"model":"m","prompt":{prompt}}}"#));
+        assert_eq!(format!("{:?}", call.prompt), expect, "{prompt}");
+    };
+    check(r#""a""#, r#"Text(["a"])"#);
+    check(r#"["a","b"]"#, r#"Text(["a", "b"])"#);
+    check("[1,2]", "Tokens([[1, 2]])");
+    check("[ 1 , 2 ]", "Tokens([[1, 2]])");
+    check("[[1],[2,3]]", "Tokens([[1], [2, 3]])");
+    let call = generate(COMPLETIONS, &completion(r#","logprobs":5,"echo":true,"best_of":1,"suffix":"""#));
+    assert_eq!((call.logprobs, call.echo), (Some(5), true));
+}
+
+#[test]
+fn mistakes_name_their_field() {
+    let check = |path: &str, body: &str, message: &str, param: Option<&str>| {
+        assert_eq!(refused(path, body), (message.to_owned(), param.map(str::to_owned)), "{body}");
+    };
+    let chat_check = |rest: &str, message: &str, param: &str| check(CHAT, &chat(rest), message, Some(param));
+    let messages_check = |messages: &str, message: &str, param: &str| {
+        check(CHAT, &format!(r#"{{"model":"m","messages":{messages}}}"#), message, Some(param));
+    };
+    check(CHAT, "", "The request body is empty: expected a JSON object.", None);
+    check(
+        CHAT,
+        " [1] ",
+        "Invalid type for the request body: expected a JSON object, but got an array instead.",
+        None,
+    );
+    check(
+        CHAT,
+        "{\"model\": \"m\",\n \"n\": 1 1}",
+        "We could not parse the JSON body of your request: expected `,` or `}` at line 2 column 9.",
+        None,
+    );
+    check(
+        CHAT,
+        "{\"model\":\"\u{1}\"}",
+        "We could not parse the JSON body of your request: control character (\\u0000-\\u001F) found while parsing a string at line 1 column 10.",
+        None,
+    );
+    check(CHAT, r#"{"model":"m","model":"n"}"#, "Duplicate key 'model' in the request body.", None);
+    check(
+        CHAT,
+        r#"{"messages":[{"role":"user","content":"x"}]}"#,
+        "Missing required parameter: 'model'.",
+        Some("model"),
+    );
+    check(CHAT, r#"{"model":"m"}"#, "Missing required parameter: 'messages'.", Some("messages"));
+    check(COMPLETIONS, r#"{"model":"m"}"#, "Missing required parameter: 'prompt'.", Some("prompt"));
+    chat_check(
+        r#","temperature":"hot""#,
+        "Invalid type for 'temperature': expected a number, but got a string instead.",
+        "temperature",
+    );
+    chat_check(
+        r#","temperature":2.5"#,
+        "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 2.5 instead.",
+        "temperature",
+    );
+    chat_check(
+        r#","temperature":-1"#,
+        "Invalid 'temperature': decimal below minimum value. Expected a value >= 0, but got -1 instead.",
+        "temperature",
+    );
+    chat_check(r#","temperature":1e999"#, "Invalid 'temperature': number out of range.", "temperature");
+    chat_check(
+        r#","top_p":0"#,
+        "Invalid 'top_p': Expected a value > 0 and <= 1; for greedy output set 'temperature' to 0.",
+        "top_p",
+    );
+    chat_check(
+        r#","max_tokens":0"#,
+        "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, but got 0 instead.",
+        "max_tokens",
+    );
+    chat_check(
+        r#","max_tokens":1.5"#,
+        "Invalid type for 'max_tokens': expected an integer, but got a decimal number instead.",
+        "max_tokens",
+    );
+    chat_check(
+        r#","max_tokens":99999999999999999999"#,
+        "Invalid 'max_tokens': integer above maximum value. Expected a value <= 2147483647, but got 99999999999999999999 instead.",
+        "max_tokens",
+    );
+    chat_check(
+        r#","max_tokens":1,"max_completion_tokens":2"#,
+        "Invalid 'max_tokens': 1 contradicts 'max_completion_tokens' (2). Set one of them.",
+        "max_tokens",
+    );
+    chat_check(
+        r#","min_tokens":3,"max_tokens":2"#,
+        "Invalid 'min_tokens': Expected a value <= 'max_tokens' (2), but got 3 instead.",
+        "min_tokens",
+    );
+    chat_check(
+        r#","n":129"#,
+        "Invalid 'n': integer above maximum value. Expected a value <= 128, but got 129 instead.",
+        "n",
+    );
+    chat_check(
+        r#","stream":"yes""#,
+        "Invalid type for 'stream': expected a boolean, but got a string instead.",
+        "stream",
+    );
+    chat_check(
+        r#","stream_options":{}"#,
+        "Invalid 'stream_options': only allowed when 'stream' is enabled.",
+        "stream_options",
+    );
+    chat_check(
+        r#","stream":true,"stream_options":{"include_usage":1}"#,
+        "Invalid type for 'stream_options.include_usage': expected a boolean, but got an integer instead.",
+        "stream_options.include_usage",
+    );
+    chat_check(
+        r#","stop":5"#,
+        "Invalid type for 'stop': expected one of a string or an array of strings, but got an integer instead.",
+        "stop",
+    );
+    chat_check(
+        r#","stop":["a",5]"#,
+        "Invalid type for 'stop[1]': expected a string, but got an integer instead.",
+        "stop[1]",
+    );
+    chat_check(r#","stop":"""#, "Invalid 'stop': a stop sequence can't be an empty string.", "stop");
+    chat_check(
+        &format!(r#","stop":{}"#, json!(vec!["x"; 17])),
+        "Invalid 'stop': array too long. Expected an array with maximum length 16, but got an array with length 17 instead.",
+        "stop",
+    );
+    chat_check(
+        r#","top_logprobs":2"#,
+        "Invalid 'top_logprobs': only allowed when 'logprobs' is true.",
+        "top_logprobs",
+    );
+    chat_check(
+        r#","logprobs":2"#,
+        "Invalid type for 'logprobs': expected a boolean, but got an integer instead.",
+        "logprobs",
+    );
+    chat_check(
+        r#","logit_bias":{"x":1}"#,
+        "Invalid 'logit_bias': every key must be a token id, an integer from 0.",
+        "logit_bias",
+    );
+    chat_check(
+        r#","logit_bias":{"1":101}"#,
+        "Invalid 'logit_bias': every value must be a number from -100 to 100.",
+        "logit_bias",
+    );
+    chat_check(r#","cache_salt":"""#, "Invalid 'cache_salt': expected 1 to 1024 characters.", "cache_salt");
+    chat_check(
+        r#","tools":{}"#,
+        "Invalid type for 'tools': expected an array of objects, but got an object instead.",
+        "tools",
+    );
+    chat_check(
+        r#","stop_token_ids":[-1]"#,
+        "Invalid 'stop_token_ids': expected an array of token ids, integers from 0 to 4294967295.",
+        "stop_token_ids",
+    );
+    messages_check(
+        "[]",
+        "Invalid 'messages': empty array. Expected an array with minimum length 1, but got an empty array instead.",
+        "messages",
+    );
+    messages_check(
+        r#""hi""#,
+        "Invalid type for 'messages': expected an array, but got a string instead.",
+        "messages",
+    );
+    messages_check(
+        r#"["hi"]"#,
+        "Invalid type for 'messages[0]': expected an object, but got a string instead.",
+        "messages[0]",
+    );
+    messages_check(
+        r#"[{"content":"x"}]"#,
+        "Missing required parameter: 'messages[0].role'.",
+        "messages[0].role",
+    );
+    messages_check(
+        r#"[{"role":"king","content":"x"}]"#,
+        "Invalid 'messages[0].role': Supported values are: 'system', 'developer', 'user', 'assistant', 'tool' and 'function'.",
+        "messages[0].role",
+    );
+    messages_check(
+        r#"[{"role":"user"}]"#,
+        "Missing required parameter: 'messages[0].content'.",
+        "messages[0].content",
+    );
+    messages_check(
+        r#"[{"role":"user","content":7}]"#,
+        "Invalid type for 'messages[0].content': expected one of a string or array of objects, but got an integer instead.",
+        "messages[0].content",
+    );
+    messages_check(
+        r#"[{"role":"user","content":[{"type":"text"}]}]"#,
+        "Missing required parameter: 'messages[0].content[0].text'.",
+        "messages[0].content[0].text",
+    );
+    check(
+        COMPLETIONS,
+        r#"{"model":"m","prompt":[]}"#,
+        "Invalid 'prompt': empty array. Expected at least one prompt.",
+        Some("prompt"),
+    );
+    check(
+        COMPLETIONS,
+        r#"{"model":"m","prompt":[[]]}"#,
+        "Invalid 'prompt[0]': empty array. Expected token ids.",
+        Some("prompt[0]"),
+    );
+    check(
+        COMPLETIONS,
+        r#"{"model":"m","prompt":["a",1]}"#,
+        "Invalid type for 'prompt[1]': expected one of a string, array of strings, array of integers or array of integer arrays, but got an integer instead.",
+        Some("prompt[1]"),
+    );
+    check(
+        COMPLETIONS,
+        r#"{"model":"m","prompt":[1,-1]}"#,
+        "Invalid 'prompt': expected an array of token ids, integers from 0 to 4294967295.",
+        Some("prompt"),
+    );
+    check(
+        COMPLETIONS,
+        &completion(r#","logprobs":true"#),
+        "Invalid type for 'logprobs': expected an integer, but got a boolean instead.",
+        Some("logprobs"),
+    );
+    check("/tokenize", r#"{"model":"m"}"#, "Missing required parameter: 'prompt'.", Some("prompt"));
+    check("/detokenize", "{}", "Missing required parameter: 'tokens'.", Some("tokens"));
+    let many = json!({"model": "m", "prompt": vec!["x"; 200], "n": 3}).to_string();
+    check(
+        COMPLETIONS,
+        &many,
+        "Invalid 'n': 200 prompts with 3 choices each are more than 512 choices.",
+        Some("n"),
+    );
+}
+
+#[test]
+fn what_is_not_done_is_refused_not_ignored() {
+    let check = |path: &str, body: &str, param: &str| {
+        let error = post(path, body).map(|ask| format!("{ask:?}")).expect_err(body);
+        assert_eq!((error.class().code, error.param()), (Code::NotSupported, Some(param)), "{error}");
+        assert!(error.to_string().starts_with(&format!("'{param}' is not supported here: ")), "{error}");
+    };
+    let part = |part: &str| {
+        format!(
+            r#"{{"model":"m","messages":[{{"role":"user","content":[{{"type":"text","text":"a"}},{{"type":"{part}"}}]}}]}}"#
+        )
+    };
+    check(CHAT, &part("image_url"), "messages[0].content[1]");
+    check(CHAT, &part("input_audio"), "messages[0].content[1]");
+    for (rest, param) in [
+        (r#","response_format":{"type":"json_object"}"#, "response_format"),
+        (r#","response_format":{"type":"json_schema","json_schema":{}}"#, "response_format"),
+        (r#","tool_choice":"required","tools":[{}]"#, "tool_choice"),
+        (r#","tool_choice":{"type":"function"}"#, "tool_choice"),
+        (r#","guided_json":{}"#, "guided_json"),
+        (r#","structured_outputs":{"json":{}}"#, "structured_outputs"),
+        (r#","bad_words":["x"]"#, "bad_words"),
+        (r#","use_beam_search":true"#, "use_beam_search"),
+        (r#","continue_final_message":true"#, "continue_final_message"),
+        (r#","functions":[{}]"#, "functions"),
+        (r#","modalities":["text","audio"]"#, "modalities"),
+        (
+            r#","stream":true,"stream_options":{"continuous_usage_stats":true}"#,
+            "stream_options.continuous_usage_stats",
+        ),
+    ] {
+        check(CHAT, &chat(rest), param);
+    }
+    check(COMPLETIONS, &completion(r#","suffix":"x""#), "suffix");
+    check(COMPLETIONS, &completion(r#","best_of":3"#), "best_of");
+}
+
+#[test]
+fn tokenize_shapes() {
+    let Ok(Ask::Tokenize(call)) = post("/tokenize", r#"{"prompt":"a","add_special_tokens":false}"#) else {
+        panic!()
+    };
+    assert!(matches!(call.input, TokenizeInput::Prompt(prompt) if prompt == "a"));
+    assert_eq!((call.model, call.add_special_tokens, call.return_token_strs), (None, Some(false), false));
+    let Ok(Ask::Tokenize(call)) = post("/tokenize", &chat("")) else { panic!() };
+    assert!(matches!(call.input, TokenizeInput::Messages { add_generation_prompt: true, .. }));
+    assert_eq!(call.add_special_tokens, None);
+    let Ok(Ask::Detokenize(call)) = post("/detokenize", r#"{"tokens":[1,2],"model":"m"}"#) else { panic!() };
+    assert_eq!((call.tokens, call.model.map(|m| m.to_string())), (vec![1, 2], Some("m".into())));
+    assert!(post("/tokenize", r#"{"prompt":"a","messages":[{"role":"user","content":"x"}]}"#).is_err());
+}
+
+#[test]
+fn depth_and_width_are_bounded() {
+    let deep = format!(r#"{{"model":"m","messages":[{}{}]}}"#, "[".repeat(100_000), "]".repeat(100_000));
+    assert_eq!(refused(CHAT, &deep).1.as_deref(), Some("messages[0]"));
+    let wide: String = (0..1025).map(|i| format!("\"k{i}\":0,")).collect();
+    let wide = format!("{{{wide}\"model\":\"m\"}}");
+    assert_eq!(refused(CHAT, &wide).0, "Too many keys in the request body: expected at most 1024.");
+}
+
+fn fragment() -> impl Strategy<Value = String> {
+    prop_oneof![
+        "\"(model|messages|role|content|prompt|stop|n|tools|user|text|type|logit_bias|stream_options)\"",
+        "[{}\\[\\],:\"\\\\ ]",
+        "(null|true|-?[0-9]{1,3}(\\.5)?|1e999|\"\\\\u[0-9a-f]{4}\")",
+    ]
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        for path in [CHAT, COMPLETIONS, "/tokenize", "/detokenize"] {
+            let _ = parse(&Method::POST, path, None, &Bytes::copy_from_slice(&bytes));
+        }
+    }
+
+    #[test]
+    fn no_json_like_text_panics(parts in prop::collection::vec(fragment(), 0..40)) {
+        let text = parts.concat();
+        let wrapped = format!("{{\"model\":\"m\",\"messages\":{text},\"prompt\":{text}}}");
+        for body in [text, wrapped] {
+            for path in [CHAT, COMPLETIONS, "/tokenize", "/detokenize"] {
+                let _ = post(path, &body);
+            }
+        }
+    }
+
+    #[test]
+    fn no_field_value_panics(
+        field in "(n|stop|temperature|messages|prompt|tools|tool_choice|logit_bias|response_format|stream_options|seed|modalities)",
+        value in "(null|true|1|-1|1\\.5|\"x\"|\\[\\]|\\[1\\]|\\[\"x\"\\]|\\[\\[1\\]\\]|\\[\\{\\}\\]|\\{\\}|\\{\"type\":\"text\"\\})",
+    ) {
+        let _ = post(CHAT, &chat(&format!(",\"{field}\":{value}")));
+        let _ = post(COMPLETIONS, &completion(&format!(",\"{field}\":{value}")));
+        let _ = post(CHAT, &format!("{{\"model\":\"m\",\"{field}\":{value}}}"));
+    }
+
+    #[test]
+    fn paths_never_panic(path in ".{0,40}") {
+        let _ = parse(&Method::GET, &path, None, &Bytes::new());
+        let _ = parse(&Method::GET, &format!("/v1/models/{path}"), None, &Bytes::new());
+    }
+}

@@ -14,7 +14,9 @@ pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Tokenize, Parse
     const TEMPLATE: &str = "the model's own chat template is used as it is";
     let prompt = fields.string("prompt")?;
     let input = match (prompt, messages(fields)?) {
-        (Some(_), Some(_)) => return Err(ParseError::value("messages", "'prompt' is there too. Set one of them")),
+        (Some(_), Some(_)) => {
+            return Err(ParseError::value("messages", "'prompt' is there too. Set one of them"));
+        }
         (Some(prompt), None) => TokenizeInput::Prompt(prompt),
         (None, Some(messages)) => {
             fields.refuse("chat_template", &[], TEMPLATE)?;

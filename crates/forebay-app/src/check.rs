@@ -1,0 +1,209 @@
+//! `forebay check`: is the file right, what does each layer do, and what would break without it.
+//!
+//! Builds every layer but the engine from the file, without binding a port, loading a model, writing a file or
+//! sending a request: a mistake that `serve` would find is found here.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use forebay_config::{Diagnostic, Environment, Loaded, Source};
+use forebay_flow::{Flow, Placed, PromptEncoder, PromptIds, Reply, Stage};
+use forebay_models::ModelRef;
+use forebay_observe::Registry;
+use forebay_types::{Fault, ModelName};
+use forebay_upstream::{ClientConfig, HttpClient};
+use forebay_wire::Prompt;
+
+use crate::compose::{self, Shared};
+use crate::config::Config;
+
+/// What was found.
+pub struct Report {
+    /// Errors and warnings, to be shown with the file's lines.
+    pub diagnostics: forebay_config::Diagnostics,
+    /// One entry per layer, outermost first; empty where the file can't be read as a configuration.
+    pub layers: Vec<LayerReport>,
+}
+
+/// One layer, as the file has it.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct LayerReport {
+    pub section: &'static str,
+    pub runs: bool,
+    /// What it does with this file.
+    pub does: String,
+    /// What would break if the section were removed; what is missing where it is not there.
+    pub without_it: &'static str,
+}
+
+/// Checks a file. Blocking; needs no runtime around it.
+pub fn check(source: &Source, env: &dyn Environment) -> Report {
+    let loaded = match forebay_config::load::<Config>(source) {
+        Ok(loaded) => loaded,
+        Err(diagnostics) => return Report { diagnostics, layers: Vec::new() },
+    };
+    let mut found = problems(&loaded, env);
+    found.extend(loaded.plain_secret_warnings());
+    Report { diagnostics: loaded.diagnostics(found), layers: explain(&loaded.config) }
+}
+
+/// Everything that is wrong with a well-formed file.
+pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnostic> {
+    let config = &loaded.config;
+    let mut found = Vec::new();
+    match &config.edge {
+        Some(edge) => {
+            for problem in edge.problems() {
+                found.push(loaded.error_at(&format!("edge.{}", problem.key), problem.problem.clone()));
+            }
+            found.extend(edge_files(loaded, edge, env));
+        }
+        None => found.push(
+            Diagnostic::error("nothing would listen: there is no `edge` section")
+                .help("add `edge: {listen: 127.0.0.1:8080}`"),
+        ),
+    }
+    if config.engine.is_none() && config.router.is_none() && config.proxy.is_none() {
+        let llm = config.edge.as_ref().is_none_or(|edge| edge.routes.is_empty() || edge.routes.iter().any(|r| r.to == "llm"));
+        if llm {
+            found.push(
+                Diagnostic::error("nothing would answer: there is neither `engine`, `router` nor `proxy`")
+                    .help("add `engine: {model: smollm2-135m-instruct}`, or route to other services only"),
+            );
+        }
+        return found;
+    }
+    let engine = match &config.engine {
+        None => None,
+        Some(engine) => match ModelRef::parse(&engine.model) {
+            Ok(reference) => {
+                if let ModelRef::Path(path) = &reference
+                    && !path.is_file()
+                {
+                    let message = format!("there is no model file at {}", path.display());
+                    found.push(loaded.error_at("engine.model", message));
+                }
+                Some(ModelName::from(engine.served_model_name.clone().unwrap_or_else(|| reference.default_name())))
+            }
+            Err(error) => {
+                found.push(loaded.error_at("engine.model", error.to_string()));
+                None
+            }
+        },
+    };
+    if !found.is_empty() {
+        // Later layers would only repeat what is wrong already.
+        return found;
+    }
+    if let Err(error) = dry_compose(config, engine, env) {
+        found.push(error.diagnostic(loaded));
+    }
+    found
+}
+
+/// The files that TLS needs.
+fn edge_files(loaded: &Loaded<Config>, edge: &forebay_edge::EdgeConfig, env: &dyn Environment) -> Vec<Diagnostic> {
+    let Some(tls) = &edge.tls else { return Vec::new() };
+    let mut found = Vec::new();
+    if let Err(error) = env.read_file(&tls.cert) {
+        let message = format!("the certificate {} can't be read: {error}", tls.cert.display());
+        found.push(loaded.error_at("edge.tls.cert", message));
+    }
+    if let Err(error) = tls.key.resolve(env) {
+        found.push(loaded.error_at("edge.tls.key", crate::error::one_line(&error)));
+    }
+    found
+}
+
+/// Stands where the engine will be.
+struct NotLoaded;
+
+impl Stage<Placed> for NotLoaded {
+    async fn call(&self, _: Flow<Placed>) -> Result<Reply, Fault> {
+        Err(Fault::internal("a checked configuration serves nothing"))
+    }
+}
+
+impl PromptEncoder for NotLoaded {
+    fn encode(&self, _: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault> {
+        Ok(PromptIds::estimate(prompt))
+    }
+}
+
+fn dry_compose(config: &Config, engine: Option<ModelName>, env: &dyn Environment) -> Result<(), crate::error::BuildError> {
+    // Health probes are tasks: they are spawned into a runtime that never runs, so nothing is sent.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|_| {
+        crate::error::BuildError::Router(forebay_router::RouterBuildError::NoRuntime)
+    })?;
+    let _entered = runtime.enter();
+    let registry = Registry::new();
+    let shared = Shared { client: HttpClient::new(ClientConfig::default()), registry: &registry, env };
+    let mut config = config.clone();
+    if let Some(gateway) = &mut config.gateway {
+        // Opening the audit log would create it.
+        gateway.audit = None;
+    }
+    let engines: HashMap<_, _> = engine.into_iter().map(|model| (model, (Arc::new(NotLoaded), 0))).collect();
+    let prefix = compose::prefix_view(&config);
+    compose::compose(&config, &shared, prefix, engines, Arc::new(NotLoaded)).map(|_| ())
+}
+
+pub(crate) fn explain(config: &Config) -> Vec<LayerReport> {
+    let layer = |section, does: Option<String>, otherwise: &str, without_it| LayerReport {
+        section,
+        runs: does.is_some(),
+        does: does.unwrap_or_else(|| otherwise.to_owned()),
+        without_it,
+    };
+    let edge = config.edge.as_ref().map(|edge| {
+        let listen: Vec<String> = edge.listen.iter().map(ToString::to_string).collect();
+        let scheme = if edge.tls.is_some() { "https" } else { "http" };
+        let routes = match edge.routes.len() {
+            0 => "every path to the LLM stack".to_owned(),
+            n => format!("{n} routes"),
+        };
+        format!("listens on {} ({scheme}), {routes}", listen.join(", "))
+    });
+    let gateway = config.gateway.as_ref().map(|gateway| {
+        let audit = if gateway.audit.is_some() { "with an audit record per request" } else { "without an audit log" };
+        format!("{} consumers, {audit}", gateway.consumers.len())
+    });
+    let proxy = config.proxy.as_ref().map(|proxy| match proxy.models.as_slice() {
+        [] => "each fleet is a model under its own name".to_owned(),
+        models => models
+            .iter()
+            .map(|model| {
+                let chain: Vec<String> = model
+                    .deployments
+                    .iter()
+                    .map(|d| match (&d.fleet, &d.provider) {
+                        (Some(fleet), _) => format!("fleet {fleet}"),
+                        (None, Some(provider)) => format!("{} {}", provider.as_str(), d.model.as_deref().unwrap_or("?")),
+                        (None, None) => "?".to_owned(),
+                    })
+                    .collect();
+                format!("{}: {}", model.name, chain.join(", then "))
+            })
+            .collect::<Vec<_>>()
+            .join("; "),
+    });
+    let router = config.router.as_ref().map(|router| match router.fleets.as_slice() {
+        [] => "one fleet: the engine in this process".to_owned(),
+        fleets => fleets
+            .iter()
+            .map(|fleet| {
+                let replicas: Vec<String> = fleet.replicas.iter().cloned().map(String::from).collect();
+                format!("{} on {}", fleet.model, replicas.join(", "))
+            })
+            .collect::<Vec<_>>()
+            .join("; "),
+    });
+    let engine = config.engine.as_ref().map(|engine| format!("serves {} with a KV cache of {}", engine.model, engine.kv_cache_memory));
+    vec![
+        layer("edge", edge, "no listener", "no client can connect: no TLS, no routes, no limits on bodies and connections"),
+        layer("gateway", gateway, "everybody is `anonymous`", "anyone who reaches the port may use every model without limit, and nothing records who used what"),
+        layer("proxy", proxy, "each fleet is a model under its own name", "clients must use the fleets' own model names, and a fleet that fails has no fallback"),
+        layer("router", router, "one fleet: the engine in this process", "one replica only: no second machine, no placement by cached prefix, no failover"),
+        layer("engine", engine, "no model runs in this process", "tokens come from replicas and providers elsewhere only"),
+    ]
+}

@@ -1,0 +1,229 @@
+//! Roles: what a process does from start to drain.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use forebay_config::Environment;
+use forebay_edge::{Edge, EdgeDeps, Health, LlmStage};
+use forebay_engine::Engine;
+use forebay_models::Progress;
+use forebay_observe::{RecentRequests, Registry};
+use forebay_upstream::{ClientConfig, HttpClient};
+use tokio::sync::watch;
+
+use crate::admin::{self, AdminState};
+use crate::compose::{self, EngineTokenizers, Shared};
+use crate::config::Config;
+use crate::error::BuildError;
+use crate::model::{self, LocalModel, ModelError};
+
+/// This program's version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Why the program can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error(transparent)]
+    Bind(#[from] forebay_edge::BindError),
+    #[error("address {address} is already in use; stop the other program or set `{key}`")]
+    AddressInUse { address: String, key: &'static str },
+    #[error("can't listen on {address}; set `{key}` to an address of this machine")]
+    Listen { address: String, key: &'static str, source: std::io::Error },
+    #[error("the start-up task failed")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// A stack that is ready and bound, not yet serving.
+pub struct Ready {
+    edge: forebay_edge::BoundEdge,
+    admin: Option<(tokio::net::TcpListener, Arc<AdminState>)>,
+    draining: Arc<AtomicBool>,
+    pub summary: Summary,
+}
+
+/// What runs, and where, for the banner.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    pub listen: Vec<SocketAddr>,
+    pub tls: bool,
+    pub admin: Option<SocketAddr>,
+    /// Layer names and one line on each, outermost first.
+    pub layers: Vec<(&'static str, String)>,
+    /// A model that a client can ask for.
+    pub model: Option<String>,
+    pub needs_key: bool,
+}
+
+/// Fetches the model, builds every layer and binds the ports.
+pub async fn prepare(
+    config: &Config,
+    env: &dyn Environment,
+    progress: &dyn Progress,
+) -> Result<Ready, StartError> {
+    // Before a long download: is the port free at all?
+    preflight(config).await?;
+    let registry = Registry::new();
+    let client = HttpClient::new(ClientConfig::default());
+    let prefix = compose::prefix_view(config);
+    let (engine, local) = match &config.engine {
+        None => (None, None),
+        Some(engine) => {
+            let local = model::obtain(engine, env, &client, progress).await?;
+            let engine = load(config, &local, &prefix, &registry).await?;
+            (engine, Some(local))
+        }
+    };
+    let engines: Vec<Arc<Engine>> = engine.iter().cloned().collect();
+    let encoder = Arc::new(EngineTokenizers::new(config, &engines));
+    let by_model: HashMap<_, _> =
+        engines.iter().map(|e| (e.model().clone(), (e.clone(), e.model_len()))).collect();
+    let shared = Shared { client: client.clone(), registry: &registry, env };
+    let composed = compose::compose(config, &shared, prefix, by_model, encoder)?;
+
+    let recent = RecentRequests::new(config.admin.as_ref().map_or(0, |admin| admin.recent_requests));
+    let draining = Arc::new(AtomicBool::new(false));
+    let ready = {
+        let (draining, engine, router) = (draining.clone(), engine.clone(), composed.router.clone());
+        // A process that only routes to other services, or to providers, has no fleet to wait for.
+        let needs_fleet = !router.fleets().is_empty();
+        move || -> Result<(), String> {
+            if draining.load(Ordering::Relaxed) {
+                return Err("draining".into());
+            }
+            if engine.as_ref().is_some_and(|engine| !engine.is_alive()) {
+                return Err("the engine has stopped".into());
+            }
+            if needs_fleet && !router.ready() {
+                return Err("no replica is up".into());
+            }
+            Ok(())
+        }
+    };
+    let edge_config = config.edge.clone().unwrap_or_default();
+    let health = {
+        let ready = ready.clone();
+        move || match ready() {
+            Ok(()) => Health::ready(),
+            Err(why) => Health::not_ready(why),
+        }
+    };
+    let deps = EdgeDeps {
+        llm: Some(LlmStage::new(composed.stack)),
+        client,
+        registry: registry.clone(),
+        recent: recent.clone(),
+        version: VERSION.to_owned(),
+        health: Arc::new(health),
+    };
+    let edge = Edge::bind(&edge_config, env, deps).await?;
+
+    let admin = match &config.admin {
+        None => None,
+        Some(admin) => {
+            let listener = listen(&admin.listen.to_string(), "admin.listen").await?;
+            let router = composed.router.clone();
+            let state = AdminState {
+                registry,
+                recent,
+                version: VERSION,
+                ready: Box::new(ready),
+                fleets: Box::new(move || serde_json::json!({"fleets": router.fleets()})),
+            };
+            Some((listener, Arc::new(state)))
+        }
+    };
+    let summary = Summary {
+        listen: edge.local_addrs().to_vec(),
+        tls: edge_config.tls.is_some(),
+        admin: admin.as_ref().and_then(|(listener, _)| listener.local_addr().ok()),
+        layers: layers(config, engine.as_deref(), local.as_ref()),
+        model: first_model(config, engine.as_deref()),
+        needs_key: config.gateway.is_some(),
+    };
+    Ok(Ready { edge, admin, draining, summary })
+}
+
+impl Ready {
+    /// Serves until `shutdown` is ready, then drains: streams in flight finish, new connections are refused.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> forebay_edge::DrainReport {
+        let (stop, stopped) = watch::channel(false);
+        let admin = self.admin.map(|(listener, state)| tokio::spawn(admin::serve(listener, state, stopped)));
+        let draining = self.draining;
+        let report = self
+            .edge
+            .run(async move {
+                shutdown.await;
+                draining.store(true, Ordering::Relaxed);
+            })
+            .await;
+        // The admin listener outlives the drain, so that /ready says `draining` and the last scrape is complete.
+        let _ = stop.send(true);
+        if let Some(admin) = admin {
+            let _ = admin.await;
+        }
+        report
+    }
+}
+
+/// Loads the engine off the I/O threads.
+async fn load(
+    config: &Config,
+    local: &LocalModel,
+    prefix: &forebay_router::PrefixView,
+    registry: &Registry,
+) -> Result<Option<Arc<Engine>>, StartError> {
+    let (config, local, prefix, registry) = (config.clone(), local.clone(), prefix.clone(), registry.clone());
+    let started =
+        tokio::task::spawn_blocking(move || compose::start_engine(&config, &local, &prefix, &registry)).await?;
+    Ok(started?)
+}
+
+async fn preflight(config: &Config) -> Result<(), StartError> {
+    if let Some(edge) = &config.edge {
+        for address in edge.listen.iter() {
+            listen(&address.to_string(), "edge.listen").await?;
+        }
+    }
+    if let Some(admin) = &config.admin {
+        listen(&admin.listen.to_string(), "admin.listen").await?;
+    }
+    Ok(())
+}
+
+async fn listen(address: &str, key: &'static str) -> Result<tokio::net::TcpListener, StartError> {
+    tokio::net::TcpListener::bind(address).await.map_err(|source| match source.kind() {
+        std::io::ErrorKind::AddrInUse => StartError::AddressInUse { address: address.to_owned(), key },
+        _ => StartError::Listen { address: address.to_owned(), key, source },
+    })
+}
+
+fn first_model(config: &Config, engine: Option<&Engine>) -> Option<String> {
+    let named = config.proxy.as_ref().and_then(|proxy| proxy.models.first()).map(|model| model.name.clone());
+    let fleet = || config.router.as_ref().and_then(|router| router.fleets.first()).map(|fleet| fleet.model.clone());
+    named.or_else(|| engine.map(|engine| engine.model().to_string())).or_else(fleet)
+}
+
+fn layers(config: &Config, engine: Option<&Engine>, local: Option<&LocalModel>) -> Vec<(&'static str, String)> {
+    let mut layers = Vec::new();
+    for layer in crate::check::explain(config).into_iter().filter(|layer| layer.runs) {
+        let does = match (layer.section, engine, local) {
+            ("engine", Some(engine), Some(local)) => format!(
+                "{}: {}; {} ({}), loaded in {:.1} s",
+                engine.model(),
+                engine.summary(),
+                local.path.display(),
+                local.source,
+                engine.load_time().as_secs_f64(),
+            ),
+            _ => layer.does,
+        };
+        layers.push((layer.section, does));
+    }
+    layers
+}

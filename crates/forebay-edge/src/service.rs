@@ -1,0 +1,145 @@
+//! One request: guard, route, answer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use forebay_observe::RecentRequests;
+use forebay_types::{Blame, Class, Code, Fault};
+use forebay_upstream::HttpClient;
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use hyper::body::Incoming;
+
+use crate::access::Ticket;
+use crate::answer::{self, AnswerBody, Content};
+use crate::config::EdgeLimits;
+use crate::connection::{ConnState, InFlight};
+use crate::guard::{self, Refusal};
+use crate::llm::LlmStage;
+use crate::metrics::Metrics;
+use crate::route::{RouteTable, Target, without_mount};
+use crate::{body, llm, relay};
+
+/// Whether the stack can serve, as `/health` says it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Health {
+    pub ready: bool,
+    /// What is missing, for people. Never a secret or an address.
+    pub reasons: Vec<String>,
+}
+
+impl Health {
+    pub fn ready() -> Self {
+        Self { ready: true, reasons: Vec::new() }
+    }
+
+    pub fn not_ready(reason: impl Into<String>) -> Self {
+        Self { ready: false, reasons: vec![reason.into()] }
+    }
+}
+
+/// What all connections share.
+pub(crate) struct Shared {
+    pub(crate) routes: RouteTable,
+    pub(crate) limits: EdgeLimits,
+    pub(crate) llm: Option<LlmStage>,
+    pub(crate) client: HttpClient,
+    pub(crate) health: Arc<dyn Fn() -> Health + Send + Sync>,
+    /// The body of `/version`.
+    pub(crate) version: Bytes,
+    pub(crate) metrics: Metrics,
+    pub(crate) recent: RecentRequests,
+    pub(crate) access_log: bool,
+    pub(crate) heartbeat: Option<Duration>,
+    pub(crate) draining: AtomicBool,
+}
+
+/// Answers one request; never fails.
+///
+/// Cancellation: guarded. hyper drops the future when the client leaves.
+pub(crate) async fn serve(
+    shared: Arc<Shared>,
+    connection: Arc<ConnState>,
+    request: Request<Incoming>,
+) -> Response<AnswerBody> {
+    let (parts, incoming) = request.into_parts();
+    let in_flight = InFlight::new(&connection);
+    let mut ticket = Ticket::new(&shared, &parts, connection.peer, in_flight);
+    let verdict = if parts.version < Version::HTTP_2 { connection.next_verdict() } else { Ok(()) };
+    let host = match verdict.and_then(|()| guard::check_head(&parts)) {
+        Ok(host) => host,
+        Err(refusal) => return refuse(&shared, refusal, &parts, incoming, ticket),
+    };
+    let answer = match shared.routes.find(&host, parts.uri.path()) {
+        None => {
+            body::linger(incoming, &parts.headers);
+            no_route(&parts)
+        }
+        Some(route) => {
+            ticket.route.clone_from(&route.label);
+            match (&route.target, &shared.llm) {
+                (Target::Llm { mount }, Some(stage)) => {
+                    let path = without_mount(mount, parts.uri.path()).to_owned();
+                    match own_answer(&shared, &parts.method, &path) {
+                        Some(answer) => answer,
+                        None => llm::answer(&shared, stage, parts, incoming, path, &ticket).await,
+                    }
+                }
+                (Target::Upstream(target), _) => {
+                    let secure = connection.secure;
+                    relay::answer(&shared, target, parts, incoming, secure, &ticket).await
+                }
+                // `bind` refuses a configuration with an LLM route and no stack.
+                (Target::Llm { .. }, None) => no_route(&parts),
+            }
+        }
+    };
+    answer::finish(answer, ticket)
+}
+
+fn refuse(
+    shared: &Shared,
+    refusal: Refusal,
+    parts: &http::request::Parts,
+    incoming: Incoming,
+    ticket: Ticket,
+) -> Response<AnswerBody> {
+    shared.metrics.refuse(refusal.reason());
+    body::linger(incoming, &parts.headers);
+    let mut answer = answer::fault(&refusal.into());
+    // Whatever follows on this connection may not be what it seems.
+    llm::close(parts, &mut answer);
+    answer::finish(answer, ticket)
+}
+
+fn no_route(parts: &http::request::Parts) -> Response<Content> {
+    let message = format!("no route for {} {}", parts.method, parts.uri.path());
+    answer::fault(&Fault::new(Class::new(Code::RouteNotFound, Blame::Client), message))
+}
+
+/// `/health` and `/version`, which the edge answers itself on LLM routes.
+fn own_answer(shared: &Shared, method: &Method, path: &str) -> Option<Response<Content>> {
+    if !matches!(path, "/health" | "/version") {
+        return None;
+    }
+    if !matches!(*method, Method::GET | Method::HEAD) {
+        let class = Class::new(Code::MethodNotAllowed, Blame::Client);
+        let message = format!("{path} is for GET and HEAD");
+        return Some(answer::fault(&Fault::new(class, message).header("allow", "GET, HEAD")));
+    }
+    if path == "/version" {
+        return Some(answer::json(StatusCode::OK, shared.version.clone()));
+    }
+    let health = if shared.draining.load(Ordering::Acquire) {
+        Health::not_ready("draining")
+    } else {
+        (shared.health)()
+    };
+    let status = if health.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let word = if health.ready { "ok" } else { "unavailable" };
+    let body = serde_json::json!({ "status": word, "reasons": health.reasons }).to_string();
+    let mut answer = answer::json(status, body);
+    answer.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    Some(answer)
+}

@@ -1,0 +1,353 @@
+//! The stage itself: admits a request, or says why not.
+
+use std::collections::HashSet;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forebay_config::Environment;
+use forebay_flow::{Admitted, Caller, Flow, Origin, PromptEncoder, PromptIds, Received, Reply, Stage};
+use forebay_observe::{Layer, Registry};
+use forebay_quota::{Hold, Ledger, Limits};
+use forebay_types::{ConsumerName, Fault, ModelName};
+use forebay_wire::{Api, Ask, Generate, RenderSpec, error_row, parse};
+use http::{HeaderName, HeaderValue, header};
+use tokio::sync::Semaphore;
+
+use crate::account::Account;
+use crate::audit::{AuditLog, AuditSlot};
+use crate::clock::Clock;
+use crate::error::DeniedError;
+use crate::keys::KeyRing;
+use crate::metered::Metered;
+use crate::metrics::{Metrics, UNKNOWN};
+use crate::{ConsumerConfig, GatewayBuildError, GatewayConfig, ratelimit};
+
+/// Limits are per minute.
+const WINDOW: Duration = Duration::from_secs(60);
+/// Bodies longer than this are parsed and tokenized off the I/O threads. Both run at some 10 to 100 MB/s, so 4 KiB is
+/// where they begin to take 100 µs.
+const INLINE_BODY_BYTES_MAX: usize = 4096;
+/// What OpenAI and vLLM generate at most for a completion that names no `max_tokens`.
+const COMPLETION_TOKENS_DEFAULT: u32 = 16;
+
+/// What the gateway needs from its surroundings.
+pub struct GatewayDeps<'a> {
+    pub encoder: Arc<dyn PromptEncoder>,
+    pub registry: &'a Registry,
+}
+
+/// `x-ratelimit-*`
+type RateHeaders = Vec<(&'static str, String)>;
+
+/// One consumer as the gateway knows it.
+struct Consumer {
+    name: ConsumerName,
+    ledger: Ledger,
+    models: Option<Arc<[ModelName]>>,
+}
+
+/// Who may come in.
+enum Access {
+    /// No `gateway` section: everybody, as `anonymous`, without limits.
+    Open(Arc<Consumer>),
+    Keys(KeyRing<Arc<Consumer>>),
+}
+
+/// L2. Turns `Received` into `Admitted`.
+pub struct Gateway<Next> {
+    access: Access,
+    encoder: Arc<dyn PromptEncoder>,
+    /// One permit per core: more long prompts at a time would only take turns.
+    encoding: Arc<Semaphore>,
+    audit: Option<AuditLog>,
+    metrics: Metrics,
+    clock: Clock,
+    default_output_tokens: u32,
+    next: Next,
+}
+
+impl<Next> Gateway<Next> {
+    /// Resolves the keys and starts the audit log. Without a config the gateway is open: the consumer is `anonymous`,
+    /// nothing is limited, and there is no audit.
+    ///
+    /// Blocking: reads secret files and makes the audit directory. Call it at start.
+    pub fn new(
+        config: Option<&GatewayConfig>,
+        env: &dyn Environment,
+        deps: GatewayDeps<'_>,
+        next: Next,
+    ) -> Result<Self, GatewayBuildError> {
+        let metrics = Metrics::register(deps.registry)?;
+        let clock = Clock::start();
+        let (access, audit) = match config {
+            None => {
+                let consumer =
+                    Consumer { name: "anonymous".into(), ledger: Ledger::unlimited(), models: None };
+                (Access::Open(Arc::new(consumer)), None)
+            }
+            Some(config) => {
+                let keys = key_ring(config, env, clock)?;
+                let audit =
+                    config.audit.as_ref().map(|audit| AuditLog::start(audit, &metrics)).transpose()?;
+                (Access::Keys(keys), audit)
+            }
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let default_output_tokens =
+            config.map_or(GatewayConfig::default().default_output_tokens, |c| c.default_output_tokens);
+        Ok(Self {
+            access,
+            encoder: deps.encoder,
+            encoding: Arc::new(Semaphore::new(cores)),
+            audit,
+            metrics,
+            clock,
+            default_output_tokens,
+            next,
+        })
+    }
+
+    /// Waits until the audit records of all requests that have ended are written. Call it before the process ends.
+    pub async fn flush_audit(&self) {
+        if let Some(audit) = &self.audit {
+            audit.flush().await;
+        }
+    }
+
+    async fn audit_slot(&self) -> Result<AuditSlot, Fault> {
+        match &self.audit {
+            None => Ok(AuditSlot::Off),
+            Some(audit) => audit.slot().await.map_err(|error| {
+                self.metrics.audit_refused.inc();
+                let fault = Fault::from(error);
+                self.metrics.request(UNKNOWN, error_row(fault.class.code).name);
+                fault
+            }),
+        }
+    }
+
+    /// Everything up to the hold.
+    async fn admit(
+        &self,
+        origin: &Arc<Origin>,
+        received: Received,
+        account: &mut Account,
+    ) -> Result<(Admitted, RateHeaders), Fault> {
+        let start = Instant::now();
+        let consumer = match &self.access {
+            Access::Open(consumer) => consumer,
+            Access::Keys(keys) => keys.identify(&received.headers)?,
+        };
+        account.identified(&consumer.name);
+        origin.trace.note(Layer::Gateway, "authenticate", start, format!("consumer {}", consumer.name));
+
+        let (ask, ids) = self.understand(origin, consumer, received, account).await?;
+
+        let start = Instant::now();
+        let tokens = match &ask {
+            Ask::Generate(call) => tokens_max(call, &ids, self.default_output_tokens),
+            Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => 0,
+        };
+        let hold = self.hold(consumer, tokens)?;
+        // What is left right after the hold, as OpenAI tells it: not what is left when the reply ends.
+        let left = consumer.ledger.snapshot(self.clock.now());
+        origin.trace.note(
+            Layer::Gateway,
+            "reserve",
+            start,
+            format!("{tokens} tokens; {}", ratelimit::left(&left)),
+        );
+        let held = hold.proof();
+        account.dispatched(hold, matches!(ask, Ask::Generate(_)).then_some(&ids));
+        let caller = Caller { consumer: consumer.name.clone(), models: consumer.models.clone() };
+        Ok((Admitted { caller, ask, ids, held }, ratelimit::headers(&left)))
+    }
+
+    fn hold(&self, consumer: &Consumer, tokens: u64) -> Result<Hold, Fault> {
+        let now = self.clock.now();
+        consumer.ledger.try_hold(now, tokens).map_err(|refused| {
+            self.metrics.refuse(consumer.name.as_str(), refused.limited);
+            let mut fault = Fault::from(refused);
+            fault.headers.extend(ratelimit::headers(&consumer.ledger.snapshot(now)));
+            fault
+        })
+    }
+
+    /// Parses the body and counts its tokens: here if it is short, else on a thread for blocking work.
+    async fn understand(
+        &self,
+        origin: &Arc<Origin>,
+        consumer: &Arc<Consumer>,
+        received: Received,
+        account: &mut Account,
+    ) -> Result<(Ask, PromptIds), Fault> {
+        let inline = received.body.len() <= INLINE_BODY_BYTES_MAX;
+        let encoder = Arc::clone(&self.encoder);
+        let (origin, consumer) = (Arc::clone(origin), Arc::clone(consumer));
+        let read = move || {
+            let start = Instant::now();
+            let ask = read(&received)?;
+            origin.trace.note(Layer::Gateway, "parse", start, format!("{} bytes", received.body.len()));
+            // The model goes back also where the rest fails: the audit log names it.
+            let model = ask.model().cloned();
+            Ok::<_, Fault>((model, may_use(&consumer, &ask).and_then(|()| encode(&*encoder, &origin, ask))))
+        };
+        let read = if inline {
+            read()?
+        } else {
+            let permit = Arc::clone(&self.encoding).acquire_owned().await.expect("never closed");
+            let done = tokio::task::spawn_blocking(move || {
+                // Held to the end of the work also where the client has left meanwhile.
+                let _permit = permit;
+                read()
+            });
+            let done = done.await;
+            done.map_err(|error| Fault::internal(format!("reading the request: {error}")))??
+        };
+        let (model, understood) = read;
+        account.asked_for(model.as_ref());
+        understood
+    }
+}
+
+impl<Next: Stage<Admitted>> Stage<Received> for Gateway<Next> {
+    async fn call(&self, flow: Flow<Received>) -> Result<Reply, Fault> {
+        let Flow { origin, stage: received } = flow;
+        let slot = self.audit_slot().await?;
+        let mut account =
+            Account::open(Arc::clone(&origin), self.clock, self.metrics.clone(), slot, &received.path);
+        let (admitted, limits) = match self.admit(&origin, received, &mut account).await {
+            Ok(admitted) => admitted,
+            Err(fault) => {
+                account.close_failed(&fault);
+                return Err(fault);
+            }
+        };
+        let render = match &admitted.ask {
+            Ask::Generate(call) => Some(RenderSpec::new(call)),
+            Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => None,
+        };
+        let mut reply = match self.next.call(Flow::new(origin, admitted)).await {
+            Ok(reply) => reply,
+            Err(fault) => {
+                account.close_failed(&fault);
+                return Err(fault);
+            }
+        };
+        for (name, value) in limits {
+            if let Ok(value) = HeaderValue::from_str(&value) {
+                // Ours, not those of an upstream whose account is ours and not the client's.
+                reply.headers.insert(HeaderName::from_static(name), value);
+            }
+        }
+        if let Some(render) = render {
+            reply = reply.rendered_as(|| render);
+        }
+        account.replied();
+        let form = reply.form;
+        Ok(reply.map_chunks(|chunks| Box::pin(Metered::new(chunks, form, account))))
+    }
+}
+
+fn read(received: &Received) -> Result<Ask, Fault> {
+    let content_type = received.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    parse(&received.method, &received.path, content_type, &received.body).map_err(|error| error.into_fault())
+}
+
+/// Whether the consumer may use the model. A listing, and a look at one model, are filtered by the proxy: a model that
+/// a caller may not use is not there for them.
+fn may_use(consumer: &Consumer, ask: &Ask) -> Result<(), Fault> {
+    let Some(models) = &consumer.models else { return Ok(()) };
+    let model = match ask {
+        Ask::ListModels | Ask::GetModel(_) => return Ok(()),
+        Ask::Generate(_) | Ask::Tokenize(_) | Ask::Detokenize(_) => ask.model(),
+    };
+    let consumer = consumer.name.clone();
+    match model {
+        Some(model) if models.contains(model) => Ok(()),
+        Some(model) => Err(DeniedError::Model { consumer, model: model.clone() }.into()),
+        None => Err(DeniedError::NoModel { consumer }.into()),
+    }
+}
+
+fn encode(encoder: &dyn PromptEncoder, origin: &Origin, ask: Ask) -> Result<(Ask, PromptIds), Fault> {
+    let Ask::Generate(call) = &ask else { return Ok((ask, PromptIds::none())) };
+    let start = Instant::now();
+    let ids = encoder.encode(&call.model, &call.prompt)?;
+    let how = if matches!(ids, PromptIds::Exact { .. }) { "exact" } else { "estimated" };
+    origin.trace.note(Layer::Gateway, "tokenize", start, format!("{} tokens, {how}", ids.tokens()));
+    Ok((ask, ids))
+}
+
+/// The most a call may use, as far as it says: prompt and all choices.
+fn tokens_max(call: &Generate, ids: &PromptIds, default_output_tokens: u32) -> u64 {
+    let default = match call.api {
+        Api::ChatCompletions => default_output_tokens,
+        Api::Completions => COMPLETION_TOKENS_DEFAULT,
+    };
+    let output = u64::from(call.max_tokens.unwrap_or(default));
+    let choices = call.prompt.count() as u64 * u64::from(call.n);
+    u64::from(ids.tokens()).saturating_add(choices.saturating_mul(output))
+}
+
+fn key_ring(
+    config: &GatewayConfig,
+    env: &dyn Environment,
+    clock: Clock,
+) -> Result<KeyRing<Arc<Consumer>>, GatewayBuildError> {
+    if config.consumers.is_empty() {
+        return Err(GatewayBuildError::NoConsumers);
+    }
+    let mut ring = KeyRing::new(config.key_bytes_max).map_err(GatewayBuildError::Random)?;
+    let mut names = HashSet::new();
+    for (i, section) in config.consumers.iter().enumerate() {
+        let at = |field: &str| format!("gateway.consumers[{i}].{field}");
+        if section.name.is_empty() {
+            return Err(GatewayBuildError::NoName { at: at("name") });
+        }
+        if !names.insert(section.name.as_str()) {
+            return Err(GatewayBuildError::DuplicateConsumer { at: at("name"), name: section.name.clone() });
+        }
+        if section.keys.is_empty() {
+            return Err(GatewayBuildError::NoKeys { at: at("keys") });
+        }
+        if section.models.as_ref().is_some_and(Vec::is_empty) {
+            return Err(GatewayBuildError::NoModels { at: at("models") });
+        }
+        let consumer = Arc::new(consumer(section, clock));
+        for (k, secret) in section.keys.iter().enumerate() {
+            let at = at(&format!("keys[{k}]"));
+            let key = match secret.resolve(env) {
+                Ok(key) => key,
+                Err(source) => return Err(GatewayBuildError::Secret { at, source }),
+            };
+            if key.expose().len() > config.key_bytes_max {
+                return Err(GatewayBuildError::KeyTooLong { at, limit: config.key_bytes_max });
+            }
+            if !key.expose().bytes().all(|byte| byte.is_ascii_graphic()) {
+                return Err(GatewayBuildError::KeyNotSendable { at });
+            }
+            if let Err(other) = ring.add(key.expose(), Arc::clone(&consumer)) {
+                return Err(GatewayBuildError::SharedKey { at, other: other.name.to_string() });
+            }
+        }
+    }
+    Ok(ring)
+}
+
+fn consumer(section: &ConsumerConfig, clock: Clock) -> Consumer {
+    let limits = Limits {
+        requests: section.limits.requests_per_minute.map(NonZeroU64::get),
+        tokens: section.limits.tokens_per_minute.map(NonZeroU64::get),
+    };
+    let models = section.models.as_ref();
+    Consumer {
+        name: section.name.as_str().into(),
+        ledger: Ledger::new(limits, WINDOW, clock.now()),
+        models: models.map(|models| models.iter().map(|model| ModelName::from(model.as_str())).collect()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+//! Streams and bodies of the same events, side by side.
+
+use forebay_types::{FinishReason, Usage};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{CollectError, Collector};
+
+fn spec(api: Api, choices: u32, include_usage: bool) -> RenderSpec {
+    RenderSpec { api, model: "m".into(), choices, stream: true, include_usage }
+}
+
+fn delta(choice: u32, text: &str) -> Event {
+    Event::Delta(Delta { choice, text: text.into(), tokens: 1, logprobs: Vec::new() })
+}
+
+fn scored(text: &str, logprob: Option<f32>, top: &[(u32, &str, f32)]) -> Event {
+    let top = top.iter().map(|(token, text, logprob)| TopLogprob {
+        token: *token,
+        text: (*text).into(),
+        bytes: text.as_bytes().to_vec(),
+        logprob: *logprob,
+    });
+    let entry = TokenLogprob {
+        token: 7,
+        text: text.into(),
+        bytes: text.as_bytes().to_vec(),
+        logprob,
+        top: top.collect(),
+    };
+    Event::Delta(Delta { choice: 0, text: text.into(), tokens: 1, logprobs: vec![entry] })
+}
+
+fn finished(choice: u32, reason: FinishReason) -> Event {
+    Event::Finished { choice, reason }
+}
+
+const STARTED: Event = Event::Started { prompt_tokens: 3, cached_tokens: 2 };
+const DONE: Event = Event::Done { usage: Usage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 2 } };
+
+fn stream(spec: &RenderSpec, events: &[Event]) -> String {
+    let mut renderer = Renderer::new("r1", 1700000000, spec);
+    let mut out = BytesMut::new();
+    events.iter().for_each(|event| renderer.frame(event, &mut out));
+    String::from_utf8(out.to_vec()).unwrap()
+}
+
+fn collect(spec: &RenderSpec, events: &[Event]) -> Result<String, CollectError> {
+    let mut collector = Collector::new("r1", 1700000000, spec);
+    events.iter().cloned().for_each(|event| collector.push(event));
+    collector.finish().map(|body| String::from_utf8(body.to_vec()).unwrap())
+}
+
+fn frames(stream: &str) -> Vec<Value> {
+    let payload = |frame: &str| frame.strip_prefix("data: ").unwrap().to_owned();
+    let frames: Vec<_> = stream.split_terminator("\n\n").map(payload).collect();
+    let (done, frames) = frames.split_last().unwrap();
+    assert_eq!(done, "[DONE]");
+    frames.iter().map(|frame| serde_json::from_str(frame).unwrap()).collect()
+}
+
+#[test]
+fn chat_stream() {
+    let events = [STARTED, delta(0, "a\"\n"), delta(0, ""), finished(0, FinishReason::Stop), DONE];
+    let head = r#"data: {"id":"chatcmpl-r1","object":"chat.completion.chunk","created":1700000000,"model":"m","choices":["#;
+    let role =
+        r#"{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}"#;
+    let text = r#"{"index":0,"delta":{"content":"a\"\n"},"logprobs":null,"finish_reason":null}"#;
+    let last = r#"{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}"#;
+    let usage = r#"{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":2}}"#;
+    assert_eq!(
+        stream(&spec(Api::ChatCompletions, 1, false), &events),
+        format!("{head}{role}]}}\n\n{head}{text}]}}\n\n{head}{last}]}}\n\ndata: [DONE]\n\n")
+    );
+    assert_eq!(
+        stream(&spec(Api::ChatCompletions, 1, true), &events),
+        format!(
+            "{head}{role}],\"usage\":null}}\n\n{head}{text}],\"usage\":null}}\n\n{head}{last}],\"usage\":null}}\n\n\
+             {head}],\"usage\":{usage}}}\n\ndata: [DONE]\n\n"
+        )
+    );
+}
+
+#[test]
+fn completion_stream() {
+    let events = [STARTED, delta(0, "a"), finished(0, FinishReason::Length), DONE];
+    let head =
+        r#"data: {"id":"cmpl-r1","object":"text_completion","created":1700000000,"model":"m","choices":["#;
+    assert_eq!(
+        stream(&spec(Api::Completions, 1, false), &events),
+        format!(
+            "{head}{{\"index\":0,\"text\":\"a\",\"logprobs\":null,\"finish_reason\":null}}]}}\n\n\
+             {head}{{\"index\":0,\"text\":\"\",\"logprobs\":null,\"finish_reason\":\"length\"}}]}}\n\ndata: [DONE]\n\n"
+        )
+    );
+}
+
+#[test]
+fn bodies_order_their_choices() {
+    let events = [
+        STARTED,
+        delta(1, "x"),
+        delta(0, "a"),
+        delta(1, "y"),
+        finished(1, FinishReason::Length),
+        delta(0, "b"),
+        finished(0, FinishReason::Stop),
+        DONE,
+    ];
+    let usage = r#""usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":2}}"#;
+    assert_eq!(
+        collect(&spec(Api::ChatCompletions, 2, false), &events).unwrap(),
+        format!(
+            r#"{{"id":"chatcmpl-r1","object":"chat.completion","created":1700000000,"model":"m","choices":[{{"index":0,"message":{{"role":"assistant","content":"ab","refusal":null}},"logprobs":null,"finish_reason":"stop"}},{{"index":1,"message":{{"role":"assistant","content":"xy","refusal":null}},"logprobs":null,"finish_reason":"length"}}],{usage}}}"#
+        )
+    );
+    assert_eq!(
+        collect(&spec(Api::Completions, 2, false), &events).unwrap(),
+        format!(
+            r#"{{"id":"cmpl-r1","object":"text_completion","created":1700000000,"model":"m","choices":[{{"index":0,"text":"ab","logprobs":null,"finish_reason":"stop"}},{{"index":1,"text":"xy","logprobs":null,"finish_reason":"length"}}],{usage}}}"#
+        )
+    );
+    let roles = frames(&stream(&spec(Api::ChatCompletions, 2, false), &events));
+    assert_eq!((&roles[0]["choices"][0]["index"], &roles[1]["choices"][0]["index"]), (&json!(0), &json!(1)));
+}
+
+#[test]
+fn chat_logprobs() {
+    let event = scored("é", Some(-0.5), &[(7, "é", -0.5), (8, "b", f32::NEG_INFINITY)]);
+    let expect = json!({"content": [{
+        "token": "é", "logprob": -0.5, "bytes": [195, 169],
+        "top_logprobs": [
+            {"token": "é", "logprob": -0.5, "bytes": [195, 169]},
+            {"token": "b", "logprob": -9999.0, "bytes": [98]},
+        ]}], "refusal": null});
+    let spec = spec(Api::ChatCompletions, 1, false);
+    let events = [STARTED, event, finished(0, FinishReason::Stop), DONE];
+    assert_eq!(frames(&stream(&spec, &events))[1]["choices"][0]["logprobs"], expect);
+    let body: Value = serde_json::from_str(&collect(&spec, &events).unwrap()).unwrap();
+    assert_eq!(body["choices"][0]["logprobs"], expect);
+}
+
+#[test]
+fn completion_logprobs() {
+    // An echoed prompt's first token has none, the chosen token is added where it is not among the top, and texts that
+    // read the same stand once.
+    let events = [
+        STARTED,
+        scored("éa", None, &[]),
+        scored("b", Some(-2.0), &[(8, "c", -0.25), (9, "c", -0.5)]),
+        scored("d", Some(-1.0), &[(7, "d", -1.0)]),
+        finished(0, FinishReason::Stop),
+        DONE,
+    ];
+    let spec = spec(Api::Completions, 1, false);
+    let body: Value = serde_json::from_str(&collect(&spec, &events).unwrap()).unwrap();
+    let expect = json!({
+        "text_offset": [0, 2, 3], "token_logprobs": [null, -2.0, -1.0], "tokens": ["éa", "b", "d"],
+        "top_logprobs": [null, {"b": -2.0, "c": -0.25}, {"d": -1.0}]});
+    assert_eq!(body["choices"][0]["logprobs"], expect);
+    let frames = frames(&stream(&spec, &events));
+    let offsets: Vec<_> =
+        frames[..3].iter().map(|f| f["choices"][0]["logprobs"]["text_offset"][0].clone()).collect();
+    assert_eq!(offsets, [json!(0), json!(2), json!(3)]);
+}
+
+#[test]
+fn half_a_reply_is_no_body() {
+    let check = |events: &[Event], expect| {
+        assert_eq!(collect(&spec(Api::Completions, 1, false), events), Err(expect));
+    };
+    check(&[STARTED, delta(0, "a")], CollectError::Cut);
+    check(&[STARTED, delta(0, "a"), finished(0, FinishReason::Stop)], CollectError::Cut);
+    check(&[STARTED, delta(0, "a"), DONE], CollectError::Cut);
+    check(&[STARTED, finished(0, FinishReason::Error), DONE], CollectError::EngineFailed);
+    check(
+        &[delta(5, "a"), finished(0, FinishReason::Stop), DONE],
+        CollectError::UnknownChoice { choice: 5, choices: 1 },
+    );
+}
+
+/// What we render is what our own scanner reads in a stack above.
+#[test]
+fn our_frames_scan() {
+    let events = [STARTED, delta(0, "a"), delta(0, "\"usage\":{}"), finished(0, FinishReason::Stop), DONE];
+    for api in [Api::ChatCompletions, Api::Completions] {
+        let mut splitter = crate::SseSplitter::new();
+        splitter.push(stream(&spec(api, 1, true), &events).into());
+        let mut deltas = 0;
+        let mut usage = None;
+        let mut done = false;
+        while let Some(frame) = splitter.next_frame().unwrap() {
+            let info = crate::scan_frame(&frame);
+            deltas += info.deltas;
+            usage = info.usage.or(usage);
+            done = info.done;
+            assert!(!info.error);
+        }
+        let Event::Done { usage: expect } = DONE else { unreachable!() };
+        assert_eq!((deltas, usage, done), (2, Some(expect), true));
+    }
+}
