@@ -5,6 +5,7 @@ A process that dies or panics fails the test in which it did, and every failure 
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,12 @@ import harness
 from harness import ALIAS, KEY, KEYS, MODEL, Forebay, Process
 
 _alive: list[Process] = []
+
+
+def pytest_configure() -> None:
+    missing = [name for name in ("FOREBAY_BIN", "FOREBAY_TEST_MODEL") if name not in os.environ]
+    if missing:
+        pytest.exit(f"{' and '.join(missing)} must be set; `cargo xtask test --e2e-only` does it", returncode=4)
 
 
 def full_stack(audit: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def test_a_wrong_key_is_refused(server):
 
 @pytest.mark.parametrize(
     "headers",
-    [{}, {"authorization": "Bearer "}, {"authorization": "Basic dXNlcjpwdw=="}, {"authorization": KEY}, {"x-api-key": ""}],
+    [{}, {"authorization": "Bearer"}, {"authorization": "Basic dXNlcjpwdw=="}, {"authorization": KEY}, {"x-api-key": ""}],
     ids=lambda headers: "-".join(headers.values())[:8] or "none",
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/models", "/tokenize"])

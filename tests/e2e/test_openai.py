@@ -76,6 +76,7 @@ def test_an_alias_answers_under_its_own_name(client):
 
 
 def test_system_message_and_content_parts_reach_the_prompt(client):
+    """Parts are joined by a line break, as vLLM does."""
     plain = ask(client, "Hello", max_tokens=1).usage.prompt_tokens
     messages = [
         {"role": "system", "content": "You speak like a pirate, whatever you are asked, and you never stop."},
@@ -83,7 +84,7 @@ def test_system_message_and_content_parts_reach_the_prompt(client):
     ]
     reply = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)
     assert reply.usage.prompt_tokens != plain
-    messages[1]["content"] = "Hello"
+    messages[1]["content"] = "Hel\nlo"
     joined = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)
     assert joined.usage.prompt_tokens == reply.usage.prompt_tokens
 

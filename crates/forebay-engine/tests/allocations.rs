@@ -1,4 +1,5 @@
 //! A pass allocates nothing once passes of its size have been seen.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
 //! The forward pass against Hugging Face transformers, on tiny random models (`fixtures/make_tiny_models.py`).
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::Arc;
 

@@ -1,5 +1,6 @@
 //! The same tokens give the same bits: alone or in a batch, in one chunk or many, in any blocks, on any number of
 //! threads. Prefix caching, preemption and batching are only invisible to clients if this holds.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
 //! A real model: SmolLM2-135M-Instruct, Q4_1. Skipped unless `FOREBAY_TEST_MODEL` is the path of its GGUF file.
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, reason = "a test")]
 
 use std::path::Path;
 use std::sync::Arc;

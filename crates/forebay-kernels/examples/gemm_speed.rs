@@ -36,19 +36,28 @@ fn pack(ty: TensorType, (rows, cols): (usize, usize), isa: Isa, pool: &Pool) -> 
     Matrix::pack(&[Part { ty, rows, data: &data }], cols, isa, pool).expect("shapes agree")
 }
 
-/// Best of several runs, in seconds.
-fn best(mut f: impl FnMut()) -> f64 {
-    let mut best = f64::MAX;
-    let begin = Instant::now();
-    for i in 0.. {
+/// Seconds: wall time of the fastest of several runs, and CPU time of all threads in the mean.
+///
+/// On a machine that others use, CPU time is the number to compare.
+fn measure(mut f: impl FnMut()) -> (f64, f64) {
+    f();
+    let (begin, cpu, mut wall) = (Instant::now(), cpu_seconds(), f64::MAX);
+    let mut runs = 0;
+    while runs < 3 || begin.elapsed().as_secs_f64() < 1.0 {
         let start = Instant::now();
         f();
-        best = best.min(start.elapsed().as_secs_f64());
-        if i >= 2 && begin.elapsed().as_secs_f64() > 1.0 {
-            break;
-        }
+        wall = wall.min(start.elapsed().as_secs_f64());
+        runs += 1;
     }
-    best
+    (wall, (cpu_seconds() - cpu) / f64::from(runs))
+}
+
+/// CPU time of this process so far; 0 where there is no `/proc`.
+fn cpu_seconds() -> f64 {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return 0.0 };
+    let nanos =
+        |path| Some(std::fs::read_to_string(path).ok()?.split(' ').next()?.parse::<f64>().ok()? * 1e-9);
+    tasks.flatten().filter_map(|task| nanos(task.path().join("schedstat"))).sum()
 }
 
 fn input(n: usize) -> Vec<f32> {
@@ -66,25 +75,27 @@ fn linear(ty: TensorType, isa: Isa, threads: usize, rows: &[usize]) {
     for &m in rows {
         let x = input(m * 1536);
         let mut y = vec![0.0; m * 3072];
-        let seconds = best(|| {
+        let (seconds, cpu) = measure(|| {
             for w in layers.iter().flatten() {
                 a.prepare(&pool, w, &x[..m * w.cols()]);
                 matmul(&pool, w, &a, &mut y[..m * w.rows()]);
             }
         });
         let mut logits = vec![0.0; m.min(32) * HEAD.0];
-        let head_seconds = best(|| {
+        let (head_seconds, head_cpu) = measure(|| {
             a.prepare(&pool, &head, &x[..m.min(32) * HEAD.1]);
             matmul(&pool, &head, &a, &mut logits);
         });
         println!(
-            "{ty:?} {isa:12} threads {threads} M {m:3}: layers {:7.0} tok/s {:6.1} GOPS {:5.1} GB/s; \
-             head (M {:2}) {:6.2} ms {:5.1} GB/s",
+            "{ty:?} {isa:12} threads {threads} M {m:3}: layers {:6.0} tok/s {:6.0} tok/cpu-s {:5.0} GOPS/cpu \
+             {:4.1} GB/s; head (M {:2}) {:6.2} ms {:6.2} cpu-ms {:4.1} GB/s",
             m as f64 / seconds,
-            2.0 * (weights * m) as f64 / seconds / 1e9,
+            m as f64 / cpu,
+            2.0 * (weights * m) as f64 / cpu / 1e9,
             bytes as f64 / seconds / 1e9,
             m.min(32),
             head_seconds * 1e3,
+            head_cpu * 1e3,
             head.bytes() as f64 / head_seconds / 1e9,
         );
     }
@@ -118,7 +129,7 @@ fn attend(isa: Isa, threads: usize) {
                 block_table: &table[r * 32..],
             })
             .collect();
-        let seconds = best(|| attention(&pool, &cache, 0, shape, &list, &q, &mut out));
+        let (seconds, _) = measure(|| attention(&pool, &cache, 0, shape, &list, &q, &mut out));
         let pairs: usize = rows * (0..queries).map(|i| position + i + 1).sum::<usize>();
         println!(
             "{isa:12} threads {threads} {name} {rows}x{queries} at {position}: {:8.1} us, {:5.1} GFLOPS",
@@ -131,10 +142,10 @@ fn attend(isa: Isa, threads: usize) {
 fn small(rows: usize) {
     let (x, weight) = (input(rows * 576), input(576));
     let mut out = vec![0.0; x.len()];
-    let norm = best(|| rms_norm(&x, &weight, 1e-5, &mut out));
+    let (norm, _) = measure(|| rms_norm(&x, &weight, 1e-5, &mut out));
     let gate_up = input(rows * 3072);
     let mut out = vec![0.0; rows * 1536];
-    let silu = best(|| silu_mul(&gate_up, 1536, &mut out));
+    let (silu, _) = measure(|| silu_mul(&gate_up, 1536, &mut out));
     println!(
         "per row: rms_norm {:.0} ns, silu_mul {:.0} ns",
         norm * 1e9 / rows as f64,

@@ -147,7 +147,8 @@ mod tests {
     #[test]
     fn mean_deviation_and_extremes() {
         let s = of(100, [2, 4, 4, 4, 5, 5, 7, 9]).summary().expect("there are samples");
-        assert_eq!((s.mean, s.std, s.min, s.max), (5.0, 2.0, 2.0, 9.0));
+        assert_eq!((s.mean, s.min, s.max), (5.0, 2.0, 9.0));
+        assert!((s.std - 2.0).abs() < 1e-9, "{}", s.std);
         assert_eq!(of(100, []).summary(), None);
     }
 

@@ -46,11 +46,18 @@ impl Drop for Driver {
     }
 }
 
-/// An open connection. Dropping it closes the socket.
+/// An open connection in use. Dropping it closes the socket.
 pub(crate) struct Connection {
     pub(crate) sender: SendRequest<RequestBody>,
     home: Arc<Host>,
-    _driver: Driver,
+    driver: Driver,
+}
+
+/// An open connection at rest. It does not own its host, which owns it: a dropped pool closes its connections.
+struct Idle {
+    since: Instant,
+    sender: SendRequest<RequestBody>,
+    driver: Driver,
 }
 
 impl Connection {
@@ -59,7 +66,7 @@ impl Connection {
         driver: JoinHandle<()>,
         home: Arc<Host>,
     ) -> Self {
-        Self { sender, home, _driver: Driver(driver) }
+        Self { sender, home, driver: Driver(driver) }
     }
 
     pub(crate) fn authority(&self) -> &str {
@@ -72,7 +79,7 @@ pub(crate) struct Host {
     pub(crate) place: Place,
     pub(crate) permits: Arc<Semaphore>,
     /// Newest last: the newest is reused, the oldest expires.
-    idle: Mutex<Vec<(Instant, Connection)>>,
+    idle: Mutex<Vec<Idle>>,
     limits: Limits,
     /// The pool that reaps idle connections; a host outlives it only in the hands of a reply.
     pool: Weak<PoolInner>,
@@ -87,12 +94,13 @@ pub(crate) struct Limits {
 
 impl Host {
     /// An idle connection that can take a request now.
-    pub(crate) async fn reuse(&self) -> Option<Connection> {
+    pub(crate) async fn reuse(self: &Arc<Self>) -> Option<Connection> {
         loop {
-            let (since, mut connection) = self.idle.lock().pop()?;
-            if since.elapsed() >= self.limits.idle_timeout || connection.sender.is_closed() {
+            let Idle { since, sender, driver } = self.idle.lock().pop()?;
+            if since.elapsed() >= self.limits.idle_timeout || sender.is_closed() {
                 continue;
             }
+            let mut connection = Connection { sender, home: self.clone(), driver };
             if connection.sender.is_ready() {
                 return Some(connection);
             }
@@ -109,10 +117,10 @@ impl Host {
         if connection.sender.is_closed() {
             return;
         }
-        let host = connection.home.clone();
+        let Connection { sender, home: host, driver } = connection;
         let mut idle = host.idle.lock();
         if idle.len() < host.limits.idle_max {
-            idle.push((Instant::now(), connection));
+            idle.push(Idle { since: Instant::now(), sender, driver });
         }
         drop(idle);
         if let Some(pool) = host.pool.upgrade() {
@@ -123,7 +131,7 @@ impl Host {
     /// Closes what is idle for too long, or was closed by the other side. True when nothing is left.
     fn reap(&self) -> bool {
         let mut idle = self.idle.lock();
-        idle.retain(|(since, conn)| since.elapsed() < self.limits.idle_timeout && !conn.sender.is_closed());
+        idle.retain(|idle| idle.since.elapsed() < self.limits.idle_timeout && !idle.sender.is_closed());
         idle.is_empty()
     }
 }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use forebay_config::ByteSize;
+use forebay_config::{ByteSize, HumanDuration};
 
 /// The LLM serving stack in one program: edge, gateway, proxy, router and inference engine.
 #[derive(Parser)]
@@ -20,7 +20,8 @@ Examples:
   forebay serve --config forebay.yaml       run the layers that the file names
   forebay check forebay.yaml                is the file right, and what does each layer do
   forebay worker --model ./m.gguf --port 8001
-  forebay model pull smollm2-135m-instruct";
+  forebay model pull smollm2-135m-instruct
+  forebay bench http://127.0.0.1:8080 --concurrency 8";
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     /// Fetch and list models
     #[command(subcommand)]
     Model(Model),
+    /// Measure a server: time to first token, inter-token latency, throughput
+    Bench(Bench),
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  forebay completions bash > /etc/bash_completion.d/forebay")]
     Completions {
@@ -148,4 +151,76 @@ pub(crate) enum Model {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  forebay bench http://127.0.0.1:8080 --concurrency 8 --requests 200
+  forebay bench http://127.0.0.1:8080 --rate 4 --duration 60s --json
+  forebay bench https://llm.example.org --api-key-env KEY --prompt-tokens 2000 --shared-prefix-tokens 1500")]
+pub(crate) struct Bench {
+    /// Base URL of any server with OpenAI's API, with or without /v1
+    pub url: String,
+    /// Model to ask for; the server's first where absent
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Environment variable that holds the API key
+    #[arg(long, value_name = "NAME")]
+    pub api_key_env: Option<String>,
+    /// API to use
+    #[arg(long, value_enum, default_value_t = Api::Chat)]
+    pub endpoint: Api,
+    /// Requests in flight at any time
+    #[arg(short, long, default_value_t = 1, value_name = "N", conflicts_with = "rate")]
+    pub concurrency: u32,
+    /// Requests per second on average, whether or not earlier ones are done (Poisson arrivals)
+    #[arg(long, value_name = "PER_SECOND")]
+    pub rate: Option<f64>,
+    /// With --rate: equal distances instead of random ones
+    #[arg(long, requires = "rate")]
+    pub constant: bool,
+    /// Requests to measure
+    #[arg(short = 'n', long, default_value_t = 100, value_name = "N")]
+    pub requests: u64,
+    /// Measure for this long instead (30s, 5m)
+    #[arg(long, conflicts_with = "requests")]
+    pub duration: Option<HumanDuration>,
+    /// Requests before the measured ones
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub warmup: u64,
+    /// Length of each prompt, in tokens
+    #[arg(long, default_value_t = 128, value_name = "TOKENS")]
+    pub prompt_tokens: u32,
+    /// Of these, how many at the beginning are the same in all prompts
+    #[arg(long, default_value_t = 0, value_name = "TOKENS")]
+    pub shared_prefix_tokens: u32,
+    /// Prompts from a file instead: one JSON string, or object with `prompt` or `messages`, per line
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// max_tokens of each request
+    #[arg(long, default_value_t = 64, value_name = "TOKENS")]
+    pub output_tokens: u32,
+    /// Make every reply as long as --output-tokens (vLLM's field)
+    #[arg(long)]
+    pub ignore_eos: bool,
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Ask for whole replies; there is no TTFT and no ITL then
+    #[arg(long)]
+    pub no_stream: bool,
+    /// Same seed, same prompts and arrivals
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// From sending a request to the end of its reply
+    #[arg(long, default_value = "10m")]
+    pub timeout: HumanDuration,
+    /// One JSON object on stdout, with the field names of `vllm bench serve`
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy)]
+pub(crate) enum Api {
+    Chat,
+    Completions,
 }

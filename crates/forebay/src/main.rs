@@ -1,6 +1,7 @@
 //! Forebay: the LLM serving stack in one program.
 #![allow(clippy::print_stdout, clippy::print_stderr)] // A command-line program.
 
+mod bench;
 mod check;
 mod cli;
 mod log;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         Command::Worker(args) => serve::worker(&args),
         Command::Check(args) => return check::run(&args),
         Command::Model(command) => model::run(&command),
+        Command::Bench(args) => bench::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "forebay", &mut std::io::stdout());
             Ok(())

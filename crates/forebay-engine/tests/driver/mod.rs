@@ -1,5 +1,5 @@
 //! Drives an executor by hand: builds plans for a few sequences, as a scheduler would.
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(dead_code, clippy::unwrap_used, reason = "for tests; each uses a part of it")]
 
 use std::sync::Arc;
 

@@ -19,8 +19,8 @@ use crate::{Isa, Pool, TensorType};
 const ROW_BLOCK_BYTES: usize = 384 << 10;
 /// Rows of a chunk are a multiple of every micro-tile's (6, 2, 1), lest each chunk end in a slow partial one.
 const ROW_STEP: usize = 12;
-/// Work below this stays on the caller's thread: a hand-over costs about 1 µs even to a thread that spins.
-const PARALLEL_BYTES: usize = 64 << 10;
+/// Work below this (some 7 µs) stays on the caller's thread: a hand-over costs about 1 µs even to a thread that spins.
+const PARALLEL_BYTES: usize = 256 << 10;
 
 /// `y[r][o] = Σ_c x[r][c] · w[o][c]`, with `y: [x.rows(), w.rows()]`.
 ///

@@ -61,6 +61,21 @@ async fn idle_connections_are_closed_without_being_asked() {
 }
 
 #[tokio::test]
+async fn dropping_the_client_closes_idle_connections() {
+    let below = Below::start().await;
+    let client = HttpClient::default();
+    let url = below.url("/");
+    let (got, mut tcp) = tokio::join!(exchange(&client, &url), async {
+        let mut tcp = below.accept().await;
+        answer(&mut tcp, OK).await;
+        tcp
+    });
+    assert_eq!(got.unwrap(), "ok");
+    drop(client);
+    closed(&mut tcp).await;
+}
+
+#[tokio::test]
 async fn a_connection_the_server_closed_is_not_used_again() {
     let below = Below::start().await;
     let client = HttpClient::default();
@@ -225,7 +240,7 @@ async fn tls_is_checked() {
             drop(client);
             got
         };
-        tokio::join!(asked, serve_one()).0
+        within(async { tokio::join!(asked, serve_one()) }).await.0
     };
     assert_eq!(ask(trusting(made.cert.pem()), url("localhost")).await.unwrap(), "ok");
     let wrong_name = ask(trusting(made.cert.pem()), url("127.0.0.1")).await.unwrap_err();
