@@ -14,7 +14,7 @@ use forebay_upstream::{ClientConfig, HttpClient};
 use tokio::sync::watch;
 
 use crate::admin::{self, AdminState};
-use crate::compose::{self, EngineTokenizers, Shared};
+use crate::compose::{self, EngineTokenizers, Shared, Stack};
 use crate::config::Config;
 use crate::error::BuildError;
 use crate::model::{self, LocalModel, ModelError};
@@ -44,6 +44,7 @@ pub struct Ready {
     edge: forebay_edge::BoundEdge,
     admin: Option<(tokio::net::TcpListener, Arc<AdminState>)>,
     draining: Arc<AtomicBool>,
+    stack: Arc<Stack>,
     pub summary: Summary,
 }
 
@@ -114,7 +115,7 @@ pub async fn prepare(
         }
     };
     let deps = EdgeDeps {
-        llm: Some(LlmStage::new(composed.stack)),
+        llm: Some(LlmStage::new(composed.stack.clone())),
         client,
         registry: registry.clone(),
         recent: recent.clone(),
@@ -146,7 +147,7 @@ pub async fn prepare(
         model: first_model(config, engine.as_deref()),
         needs_key: config.gateway.is_some(),
     };
-    Ok(Ready { edge, admin, draining, summary })
+    Ok(Ready { edge, admin, draining, stack: composed.stack, summary })
 }
 
 impl Ready {
@@ -162,6 +163,8 @@ impl Ready {
                 draining.store(true, Ordering::Relaxed);
             })
             .await;
+        // The records of the last requests are on disk before the process says that it has stopped.
+        self.stack.flush_audit().await;
         // The admin listener outlives the drain, so that /ready says `draining` and the last scrape is complete.
         let _ = stop.send(true);
         if let Some(admin) = admin {

@@ -199,7 +199,13 @@ pub(crate) async fn serve_connection(
     }
 }
 
-async fn serve_tls(shared: &Arc<Shared>, tcp: TcpStream, peer: SocketAddr, acceptor: TlsAcceptor, stop: Stop) {
+async fn serve_tls(
+    shared: &Arc<Shared>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    acceptor: TlsAcceptor,
+    stop: Stop,
+) {
     let handshake = tokio::time::timeout(shared.limits.header_timeout.get(), acceptor.accept(tcp));
     let stream = tokio::select! {
         stream = handshake => stream,
@@ -374,11 +380,7 @@ async fn drive<C: Graceful>(
 
 /// Resolves when the connection is due to be closed. Polled after the connection, so that it sees what has changed;
 /// the timer itself is only moved when it fires or must fire earlier.
-fn until_due(
-    mut timer: Pin<&mut Sleep>,
-    state: &ConnState,
-    shared: &Shared,
-) -> impl Future<Output = ()> {
+fn until_due(mut timer: Pin<&mut Sleep>, state: &ConnState, shared: &Shared) -> impl Future<Output = ()> {
     std::future::poll_fn(move |cx| {
         loop {
             let now = Instant::now();

@@ -195,9 +195,9 @@ fn check_path(parts: &Parts) -> Result<(), Refusal> {
         rest = &rest[at + 3..];
     }
     // An upstream would resolve them and so leave the prefix that its route was chosen by.
-    let dots = path.split('/').any(|segment| {
-        matches!(segment, "." | "..") || (segment.contains('%') && is_dots_encoded(segment))
-    });
+    let dots = path
+        .split('/')
+        .any(|segment| matches!(segment, "." | "..") || (segment.contains('%') && is_dots_encoded(segment)));
     if dots { Err(Refusal::PathInvalid) } else { Ok(()) }
 }
 

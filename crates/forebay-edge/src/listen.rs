@@ -115,7 +115,8 @@ impl Edge {
             listeners.push(listen(address).await?);
         }
         let addrs = listeners.iter().map(TcpListener::local_addr).collect::<io::Result<Vec<_>>>();
-        let addrs = addrs.map_err(|source| BindError::Listen { address: config.listen.to_string(), source })?;
+        let addrs =
+            addrs.map_err(|source| BindError::Listen { address: config.listen.to_string(), source })?;
         let metrics = Metrics::new(&deps.registry)?;
         // A family is there from the start, not from its first request.
         for label in routes.labels() {

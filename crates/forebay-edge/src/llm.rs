@@ -60,17 +60,16 @@ pub(crate) async fn answer(
 ) -> Response<Content> {
     let limits = &shared.limits;
     let reading = Instant::now();
-    let body =
-        match body::collect(&mut incoming, limits.max_body.bytes(), limits.body_timeout.get()).await {
-            Ok(body) => body,
-            Err(error) => {
-                shared.metrics.refuse(error.reason());
-                body::linger(incoming, &parts.headers);
-                let mut answer = answer::fault(&error.into());
-                close(&parts, &mut answer);
-                return answer;
-            }
-        };
+    let body = match body::collect(&mut incoming, limits.max_body.bytes(), limits.body_timeout.get()).await {
+        Ok(body) => body,
+        Err(error) => {
+            shared.metrics.refuse(error.reason());
+            body::linger(incoming, &parts.headers);
+            let mut answer = answer::fault(&error.into());
+            close(&parts, &mut answer);
+            return answer;
+        }
+    };
     shared.metrics.received_bytes.inc_by(body.len() as u64);
     ticket.trace.note(Layer::Edge, "receive", reading, format!("{} bytes", body.len()));
     let origin = Arc::new(Origin {
@@ -91,7 +90,8 @@ pub(crate) async fn answer(
             let events = EventBody::new(id, render, chunks, shared);
             let mut answer = Response::new(Content::Events(Box::new(events)));
             let headers = answer.headers_mut();
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+            headers
+                .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
             headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
             // nginx in front of us would else hold frames back until its buffer is full.
             headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -197,9 +197,8 @@ struct Heartbeat {
 
 impl EventBody {
     fn new(id: RequestId, render: Option<RenderSpec>, chunks: ChunkStream, shared: &Shared) -> Self {
-        let heartbeat = shared
-            .heartbeat
-            .map(|every| Heartbeat { every, timer: Box::pin(tokio::time::sleep(every)) });
+        let heartbeat =
+            shared.heartbeat.map(|every| Heartbeat { every, timer: Box::pin(tokio::time::sleep(every)) });
         Self {
             chunks,
             id,

@@ -48,7 +48,8 @@ impl Metrics {
             received_bytes: registry
                 .counter("forebay_edge_received_bytes_total", "Bytes of request bodies.")?,
             connections: registry.gauge("forebay_edge_connections", "Open client connections.")?,
-            in_flight: registry.gauge("forebay_edge_requests_in_flight", "Requests not yet answered in full.")?,
+            in_flight: registry
+                .gauge("forebay_edge_requests_in_flight", "Requests not yet answered in full.")?,
             streams: registry
                 .gauge("forebay_edge_streams_in_flight", "Event streams of LLM replies being sent.")?,
             refused: registry.counters(

@@ -32,9 +32,8 @@ pub(crate) fn server_config(
     env: &dyn Environment,
 ) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     let path = || config.cert.clone();
-    let pem = env
-        .read_file(&config.cert)
-        .map_err(|source| TlsError::CertUnreadable { path: path(), source })?;
+    let pem =
+        env.read_file(&config.cert).map_err(|source| TlsError::CertUnreadable { path: path(), source })?;
     let chain = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<Vec<_>, _>>()
         .map_err(|source| TlsError::BadCert { path: path(), source })?;

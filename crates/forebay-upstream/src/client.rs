@@ -111,7 +111,8 @@ impl HttpClient {
                 },
             }
         }
-        let mut connection = self.connect(&host).await?;
+        // Boxed: dialling is rare, and its TLS handshake would make every request's future as large as itself.
+        let mut connection = Box::pin(self.connect(&host)).await?;
         match connection.sender.try_send_request(request).await {
             Ok(response) => Ok(finish(response, connection, permit)),
             Err(mut error) => {

@@ -61,7 +61,12 @@ pub(crate) const MESSAGE_CHARS_MAX: usize = 512;
 /// The upstream's words reach the client only where they are about the client's own request (400, 413, 422). Our
 /// credentials, our quota with a provider and its inner failures are none of the client's business: they become
 /// `UpstreamFailed` or `Overloaded`, and the words go to the log.
-pub(crate) fn refused(status: StatusCode, headers: &HeaderMap, body: &[u8], authority: &str) -> UpstreamFault {
+pub(crate) fn refused(
+    status: StatusCode,
+    headers: &HeaderMap,
+    body: &[u8],
+    authority: &str,
+) -> UpstreamFault {
     let error = parse_error(body);
     let said = error.as_ref().map_or("", |error| &error.message);
     let said: String = said.chars().take(MESSAGE_CHARS_MAX).collect();
@@ -89,7 +94,9 @@ pub(crate) fn refused(status: StatusCode, headers: &HeaderMap, body: &[u8], auth
     };
     let message = match message {
         Some(fixed) => fixed.to_owned(),
-        None if said.is_empty() => format!("the upstream refused the request with status {}", status.as_u16()),
+        None if said.is_empty() => {
+            format!("the upstream refused the request with status {}", status.as_u16())
+        }
         None => said.clone(),
     };
     let mut fault =
@@ -142,14 +149,49 @@ mod tests {
             Never,
             "This model's maximum context length is 8 tokens.",
         );
-        check(400, "<html>", Code::BadRequest, Client, Never, "the upstream refused the request with status 400");
-        check(401, words, Code::UpstreamFailed, Upstream, Elsewhere, "the upstream did not accept our credentials");
-        check(403, words, Code::UpstreamFailed, Upstream, Elsewhere, "the upstream did not accept our credentials");
-        check(404, words, Code::ModelUnavailable, Upstream, Elsewhere, "the upstream does not serve this model");
+        check(
+            400,
+            "<html>",
+            Code::BadRequest,
+            Client,
+            Never,
+            "the upstream refused the request with status 400",
+        );
+        check(
+            401,
+            words,
+            Code::UpstreamFailed,
+            Upstream,
+            Elsewhere,
+            "the upstream did not accept our credentials",
+        );
+        check(
+            403,
+            words,
+            Code::UpstreamFailed,
+            Upstream,
+            Elsewhere,
+            "the upstream did not accept our credentials",
+        );
+        check(
+            404,
+            words,
+            Code::ModelUnavailable,
+            Upstream,
+            Elsewhere,
+            "the upstream does not serve this model",
+        );
         check(500, words, Code::UpstreamFailed, Upstream, Elsewhere, "the upstream failed");
         check(302, words, Code::UpstreamFailed, Upstream, Elsewhere, "the upstream failed");
         check(504, "", Code::UpstreamTimeout, Upstream, Elsewhere, "the upstream did not answer in time");
-        check(503, "", Code::Overloaded, Upstream, Elsewhere, "the upstream is at its limit; try again later");
+        check(
+            503,
+            "",
+            Code::Overloaded,
+            Upstream,
+            Elsewhere,
+            "the upstream is at its limit; try again later",
+        );
         assert_eq!(refuse(400, &[], words).fault.param.as_deref(), Some("top_p"));
         assert_eq!(refuse(500, &[], words).fault.detail.as_deref(), Some("h:1: status 500: no"));
     }

@@ -19,7 +19,6 @@ mod upstream;
 #[cfg(test)]
 mod tests;
 
-
 pub use client::{ClientConfig, Collected, HttpClient, Roots, full};
 pub use error::UpstreamError;
 pub use fault::{FaultKind, UpstreamFault};

@@ -61,11 +61,7 @@ struct Idle {
 }
 
 impl Connection {
-    pub(crate) fn new(
-        sender: SendRequest<RequestBody>,
-        driver: JoinHandle<()>,
-        home: Arc<Host>,
-    ) -> Self {
+    pub(crate) fn new(sender: SendRequest<RequestBody>, driver: JoinHandle<()>, home: Arc<Host>) -> Self {
         Self { sender, home, driver: Driver(driver) }
     }
 

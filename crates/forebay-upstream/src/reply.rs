@@ -104,8 +104,8 @@ impl Frames {
         loop {
             let authority = || self.authority.clone();
             let frame = self.splitter.next_frame();
-            let frame =
-                frame.map_err(|error| UpstreamError::Protocol { authority: authority(), source: error.into() })?;
+            let frame = frame
+                .map_err(|error| UpstreamError::Protocol { authority: authority(), source: error.into() })?;
             if let Some(frame) = frame {
                 let info = scan_frame(&frame);
                 return Ok(Some((frame, info)));
@@ -174,8 +174,11 @@ impl Frames {
     fn broke(&self, frame: &[u8]) -> Fault {
         let said = parse_error(data_of(frame)).map(|error| error.message).unwrap_or_default();
         let said: String = said.chars().take(MESSAGE_CHARS_MAX).collect();
-        Fault::new(Class::new(Code::UpstreamFailed, Blame::Upstream), "the upstream failed in the middle of its answer")
-            .detail(format!("{}: error event: {said}", self.authority))
+        Fault::new(
+            Class::new(Code::UpstreamFailed, Blame::Upstream),
+            "the upstream failed in the middle of its answer",
+        )
+        .detail(format!("{}: error event: {said}", self.authority))
     }
 
     /// After `[DONE]` only the end of the body is left. Reading it gives the connection back to the pool; the client

@@ -128,8 +128,11 @@ impl Upstream {
             let body = read_error(body, &self.authority).await;
             return Err(refused(head.status, &head.headers, &body, &self.authority));
         }
-        match tokio::time::timeout_at(deadline, into_reply(&head.headers, body, call, timeouts, &self.authority))
-            .await
+        match tokio::time::timeout_at(
+            deadline,
+            into_reply(&head.headers, body, call, timeouts, &self.authority),
+        )
+        .await
         {
             Ok(reply) => reply,
             Err(_) => Err(self.first_byte_timeout(timeouts.first_byte).into()),

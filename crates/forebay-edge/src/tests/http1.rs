@@ -23,7 +23,8 @@ async fn ambiguous_requests_are_refused_and_the_connection_closed() {
     check(&head("content-length: 3\r\ntransfer-encoding: chunked\r\n"), 400, "both content-length").await;
     check(&head("transfer-encoding: chunked\r\ncontent-length: 3\r\n"), 400, "both content-length").await;
     check(&head("transfer-encoding: identity, chunked\r\n"), 400, "transfer-encoding").await;
-    check(&head("transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n"), 400, "transfer-encoding").await;
+    check(&head("transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n"), 400, "transfer-encoding")
+        .await;
     check("GET / HTTP/1.1\nhost: a\n\n", 400, "CR LF").await;
     check("GET /../x HTTP/1.1\r\nhost: a\r\n\r\n", 400, "`..`").await;
     check("OPTIONS * HTTP/1.1\r\nhost: a\r\n\r\n", 400, "target").await;
@@ -38,7 +39,8 @@ async fn ambiguous_requests_are_refused_and_the_connection_closed() {
     check("GET / HTTP/1.1\r\nhost: a\r\n folded\r\n\r\n", 400, "").await;
     check("GET /a b HTTP/1.1\r\nhost: a\r\n\r\n", 400, "").await;
     check("GET / HTTP/9.9\r\nhost: a\r\n\r\n", 400, "").await;
-    let reasons = ["host-missing", "length-and-encoding", "length-repeated", "bare-line-feed", "method-invalid"];
+    let reasons =
+        ["host-missing", "length-and-encoding", "length-repeated", "bare-line-feed", "method-invalid"];
     for reason in reasons {
         let name = format!("forebay_edge_refused_total{{reason=\"{reason}\"}}");
         assert!(edge.metric(&name).is_some(), "{reason}");
@@ -48,7 +50,9 @@ async fn ambiguous_requests_are_refused_and_the_connection_closed() {
 #[tokio::test]
 async fn bad_chunks_are_the_clients_fault() {
     let edge = Running::start(EdgeConfig::default(), Some(echo())).await;
-    for chunks in ["4\r\nabcdX\r\n0\r\n\r\n", "0x4\r\nabcd\r\n0\r\n\r\n", "+4\r\nabcd\r\n0\r\n\r\n", "ggg\r\n"] {
+    for chunks in
+        ["4\r\nabcdX\r\n0\r\n\r\n", "0x4\r\nabcd\r\n0\r\n\r\n", "+4\r\nabcd\r\n0\r\n\r\n", "ggg\r\n"]
+    {
         let head = "POST /v1/x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n";
         let answer = edge.raw(format!("{head}{chunks}")).await;
         assert_eq!(status(&answer), 400, "{chunks:?} got {answer:?}");
@@ -106,7 +110,9 @@ async fn a_large_refused_upload_still_gets_its_answer() {
 async fn expect_100_is_answered_only_when_the_body_is_wanted() {
     let edge = Running::start(small_limits(), Some(echo())).await;
     let head = |length: u32| {
-        format!("POST /v1/x HTTP/1.1\r\nhost: a\r\nconnection: close\r\nexpect: 100-continue\r\ncontent-length: {length}\r\n\r\n")
+        format!(
+            "POST /v1/x HTTP/1.1\r\nhost: a\r\nconnection: close\r\nexpect: 100-continue\r\ncontent-length: {length}\r\n\r\n"
+        )
     };
     let refused = edge.raw(head(5000)).await;
     assert_eq!(status(&refused), 413, "{refused}");

@@ -23,10 +23,7 @@ async fn the_stack_gets_the_request_without_its_mount() {
     let answer = edge.raw(post("/api/v1/chat/completions?x=1", "{\"a\":1}")).await;
     assert_eq!(status(&answer), 200);
     assert_eq!(header(&answer, "content-type"), Some("application/json"));
-    assert_eq!(
-        body(&answer),
-        r#"{"method":"POST","path":"/v1/chat/completions","body":"{\"a\":1}"}"#
-    );
+    assert_eq!(body(&answer), r#"{"method":"POST","path":"/v1/chat/completions","body":"{\"a\":1}"}"#);
     let lost = edge.raw(get("/v1/models")).await;
     assert_eq!((status(&lost), lost.contains("unknown_url")), (404, true), "{lost}");
 }
@@ -47,7 +44,9 @@ async fn health_and_version_are_the_edges_own() {
 #[tokio::test]
 async fn request_ids_are_taken_or_made_and_always_echoed() {
     let edge = Running::start(EdgeConfig::default(), Some(echo())).await;
-    let with = |id: &str| format!("GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\nx-request-id: {id}\r\n\r\n");
+    let with = |id: &str| {
+        format!("GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\nx-request-id: {id}\r\n\r\n")
+    };
     let taken = edge.raw(with("abc-1")).await;
     assert_eq!(header(&taken, "x-request-id"), Some("abc-1"));
     let made = edge.raw(with("a b")).await;

@@ -91,11 +91,7 @@ fn certified() -> Certified {
         .with_file("/server.pem", made.cert.pem())
         .with_file("/server.key", made.signing_key.serialize_pem());
     let tls = TlsConfig { cert: "/server.pem".into(), key: Secret::file("/server.key") };
-    Certified {
-        env,
-        config: EdgeConfig { tls: Some(tls), ..small_limits() },
-        cert: made.cert.der().clone(),
-    }
+    Certified { env, config: EdgeConfig { tls: Some(tls), ..small_limits() }, cert: made.cert.der().clone() }
 }
 
 async fn tls(

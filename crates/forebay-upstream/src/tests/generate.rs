@@ -60,7 +60,8 @@ fn text(chunk: Option<Result<Chunk, Fault>>) -> String {
 }
 
 const A: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"a\"}],\"usage\":null}\n\n";
-const USAGE: &str = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5}}\n\n";
+const USAGE: &str =
+    "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5}}\n\n";
 const DONE: &str = "data: [DONE]\n\n";
 
 #[tokio::test]
@@ -239,7 +240,10 @@ async fn small_calls() {
         })
         .0
     };
-    assert_eq!(ask("200 OK\r\nconnection: close\r\ncontent-length: 3\r\n\r\n[1]").await.unwrap(), serde_json::json!([1]));
+    assert_eq!(
+        ask("200 OK\r\nconnection: close\r\ncontent-length: 3\r\n\r\n[1]").await.unwrap(),
+        serde_json::json!([1])
+    );
     let not_json = ask("200 OK\r\nconnection: close\r\ncontent-length: 1\r\n\r\n[").await.unwrap_err();
     assert_eq!(not_json.kind, FaultKind::Broken);
     let refused = ask("500 No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").await.unwrap_err();

@@ -1,5 +1,8 @@
 //! Against scripted servers on raw loopback sockets, so that each byte and its time are the test's.
 
+// Client and server of a test are one joined future.
+#![allow(clippy::large_futures)]
+
 mod client;
 mod generate;
 
