@@ -66,7 +66,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forebay]:
     directory = tmp_path_factory.mktemp("server")
     audit = directory / "audit"
     audit.mkdir()
-    process = Forebay(full_stack(audit), directory, env=KEYS)
+    # With every word of our own in the log: one of the tests looks for secrets there.
+    process = Forebay(full_stack(audit), directory, env={**KEYS, "RUST_LOG": "info,forebay=trace"})
     _alive.append(process)
     yield process
     close([process])

@@ -147,12 +147,7 @@ class Process:
     def close(self) -> None:
         """Ends it, whatever it is doing."""
         if self.is_running():
-            self.child.send_signal(signal.SIGTERM)
-            try:
-                self.child.wait(5)
-            except subprocess.TimeoutExpired:
-                self.child.kill()
-                self.child.wait()
+            self.kill()
 
     def trouble(self) -> str | None:
         """What went wrong with the process itself, apart from any answer."""

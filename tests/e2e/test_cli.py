@@ -243,8 +243,8 @@ def test_model_pull_of_a_path_is_that_path():
 
 def test_bench_reports_what_vllm_bench_reports(server):
     args = ["bench", server.url, "--model", ALIAS, "--requests", "6", "--concurrency", "2"]
-    args += ["--prompt-tokens", "32", "--output-tokens", "8", "--json"]
-    out = forebay(*args, env={"FOREBAY_API_KEY": KEY})
+    args += ["--prompt-tokens", "32", "--output-tokens", "8", "--api-key-env", "BENCH_KEY", "--json"]
+    out = forebay(*args, env={"BENCH_KEY": KEY})
     assert out.returncode == 0, out.stderr
     report = json.loads(out.stdout)
     assert (report["completed"], report["failed"]) == (6, 0)

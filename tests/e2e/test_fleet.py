@@ -13,6 +13,7 @@ import pytest
 from harness import MODEL, Forebay, Worker, data_lines, engine_config, eventually, free_port, get, user
 
 ALIAS = "house-model"
+CAPITAL = "What is the capital of France? Answer in one word."
 
 
 def ask(sdk: openai.OpenAI, text: str, model: str = MODEL, **options):
@@ -52,10 +53,10 @@ def test_worker_has_metrics_where_vllm_has_them(workers):
 
 def test_replicas_answer_through_the_router(router):
     with router.sdk() as sdk:
-        raw = ask(sdk, "The capital of France is")
+        raw = ask(sdk, CAPITAL)
         assert "Paris" in raw.parse().choices[0].message.content
-        assert raw.headers["x-forebay-replica"] in ("replica-0", "replica-1")
-        chunks = list(ask(sdk, "The capital of France is", stream=True).parse())
+        assert raw.headers["x-forebay-replica"] in ("replica-1", "replica-2")
+        chunks = list(ask(sdk, CAPITAL, stream=True).parse())
         text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
         assert text == raw.parse().choices[0].message.content
         assert all(chunk.usage is None for chunk in chunks), "usage is counted inside, and was not asked for"
@@ -68,7 +69,7 @@ def test_replicas_answer_through_the_router(router):
 def test_load_goes_to_both_replicas(router):
     with router.sdk() as sdk, ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda n: ask(sdk, long_prompt(f"topic {n}"), max_tokens=16), range(8)))
-    assert {raw.headers["x-forebay-replica"] for raw in replies} == {"replica-0", "replica-1"}
+    assert {raw.headers["x-forebay-replica"] for raw in replies} == {"replica-1", "replica-2"}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -103,12 +104,12 @@ def test_a_dead_replica_loses_nothing(start):
     """Between two probes the router still believes that the dead one is up."""
     router, workers = two_workers(start, health={"interval": "1h"})
     with router.sdk() as sdk:
-        alone = ask(sdk, "The capital of France is").parse().choices[0].message.content
+        alone = ask(sdk, CAPITAL).parse().choices[0].message.content
         workers[0].kill()
         for n in range(4):
-            raw = ask(sdk, "The capital of France is")
+            raw = ask(sdk, CAPITAL)
             assert raw.parse().choices[0].message.content == alone
-            assert raw.headers["x-forebay-replica"] == "replica-1"
+            assert raw.headers["x-forebay-replica"] == "replica-2"
         up = [replica["up"] for replica in get(f"{router.admin_url}/api/fleets").json()["fleets"][0]["replicas"]]
         assert up == [False, True]
         workers[1].kill()
@@ -149,7 +150,7 @@ def test_a_replica_that_dies_takes_only_what_it_had_begun(start):
     # One ran there; another one may have been started between the look and the kill.
     assert len(lost) <= 2, (lost, replicas)
     assert all(begun[n].is_set() for n in lost), f"lost without having begun: {lost - had_begun}"
-    assert {replicas[n] for n in range(streams) if n not in lost} >= {"replica-1"}
+    assert {replicas[n] for n in range(streams) if n not in lost} >= {"replica-2"}
 
 
 def test_a_stream_that_breaks_says_so(start):
@@ -210,7 +211,7 @@ def test_the_next_deployment_answers_where_the_first_is_dead(start, second, stre
     server = start(with_fallback(dead, second), env={"SECOND_KEY": "sk-second"}, ready=False)
     eventually("the edge listens", lambda: listens(server))
     with server.sdk() as sdk:
-        raw = ask(sdk, "The capital of France is", model=ALIAS, stream=stream)
+        raw = ask(sdk, CAPITAL, model=ALIAS, stream=stream)
         if stream:
             text = "".join(choice.delta.content or "" for chunk in raw.parse() for choice in chunk.choices)
         else:
@@ -218,8 +219,7 @@ def test_the_next_deployment_answers_where_the_first_is_dead(start, second, stre
     assert "Paris" in text
     assert raw.headers["x-forebay-deployment"] == f"openai-compatible/{MODEL}"
     assert int(raw.headers["x-forebay-attempts"]) == 2
-    metrics = server.metrics()
-    assert metrics.value("forebay_proxy_fallbacks_total", model=ALIAS) == 1
+    assert server.metrics().value("forebay_proxy_fallbacks_total", model=ALIAS) == 1
     assert "sk-second" not in server.log()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -69,7 +70,8 @@ def test_counters_count_exactly(server, client):
     assert added("vllm:generation_tokens_total") == usage.completion_tokens
     cached = usage.prompt_tokens_details.cached_tokens
     assert added("vllm:prompt_tokens_total") == usage.prompt_tokens - cached
-    assert added("forebay_gateway_tokens_total", consumer="team-a") == usage.total_tokens
+    for kind, tokens in [("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens), ("cached", cached)]:
+        assert added("forebay_gateway_tokens_total", consumer="team-a", kind=kind) == tokens, kind
     assert added("forebay_gateway_requests_total", consumer="team-a") == 1
     assert added("vllm:request_success_total") == 1
 
@@ -198,29 +200,22 @@ def test_audit_of_the_last_requests_survives_the_stop(start, tmp_path):
 def test_queue_limit_is_named(start):
     """One runs, one waits, the next is refused before it costs anything."""
     server: Forebay = start({"engine": engine_config(**{"max-num-seqs": 1, "max-num-queued-reqs": 1})})
-    with server.sdk() as sdk:
-        long = {"model": MODEL, "messages": user("hi"), "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
-        running = sdk.chat.completions.create(stream=True, **long)
-        next(iter(running))
-        waiting_done = threading.Event()
+    long = {"model": MODEL, "messages": user("hi"), "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
 
-        def wait() -> None:
-            with server.sdk() as other:
-                try:
-                    other.chat.completions.create(**long, timeout=60)
-                finally:
-                    waiting_done.set()
+    def wait() -> str | None:
+        with server.sdk() as other:
+            return other.chat.completions.create(**{**long, "max_tokens": 2}).choices[0].finish_reason
 
-        waiting = threading.Thread(target=wait, daemon=True)
-        waiting.start()
-        eventually("one waits", lambda: server.metrics().value("vllm:num_requests_waiting") == 1)
-        with server.http() as http:
+    with server.sdk() as sdk, ThreadPoolExecutor(1) as pool, server.http() as http:
+        with sdk.chat.completions.create(stream=True, **long) as running:
+            next(iter(running))
+            waiting = pool.submit(wait)
+            eventually("one waits", lambda: server.metrics().value("vllm:num_requests_waiting") == 1)
             refused = http.post(CHAT, json={"model": MODEL, "messages": user("hi")})
+        # The first has left: the one that waited has its turn.
+        assert waiting.result(60) == "length"
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "slow_down"
         assert int(refused.headers["retry-after"]) > 0
         assert "max-num-queued-reqs" in refused.json()["error"]["message"]
         assert server.metrics().value("vllm:admission_rejections_total", reason="max_num_queued_reqs") == 1
-        running.close()
-        server.kill()
-        waiting.join(30)

@@ -20,7 +20,7 @@ pub(crate) struct XBlock {
     pub(crate) neg_half: [i16; 2],
 }
 
-/// Rows of activations, ready for [`crate::matmul`]. Keeps its memory from one use to the next.
+/// Rows of activations, ready for [`crate::matmul()`]. Keeps its memory from one use to the next.
 ///
 /// The eight-bit form is that of ggml's Q8_1 (`q = round(x · 127 / max|x|)` per 32 values), with f32 scales and
 /// ties to even, so that quantised products agree closely with llama.cpp's.

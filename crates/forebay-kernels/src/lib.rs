@@ -2,7 +2,7 @@
 //!
 //! What a transformer's forward pass needs and nothing about any model: packed weight matrices in GGUF's
 //! quantised types ([`Matrix`]), activations quantised per 32 values ([`Activations`]), their product
-//! ([`matmul`]), paged KV with causal attention ([`KvCache`], [`attention`]), norms, rotary embedding, the
+//! ([`matmul()`]), paged KV with causal attention ([`KvCache`], [`attention()`]), norms, rotary embedding, the
 //! threads to run it on ([`Pool`]) and a read-only file mapping ([`MappedFile`]).
 //!
 //! **Invariant: same bits always.** A row of a result depends on its own input row only. Not on how many rows

@@ -8,7 +8,8 @@
 //! Prompts and arrivals come from a seed, so that two servers can be given the same work. Times are taken by the
 //! monotonic clock where a frame's last byte is read. Memory is bounded: see [`Samples`].
 //!
-//! What it deliberately does not do: judge answers, retry (a failure is a result), draw progress or print (the caller
+//! What it deliberately does not do: judge answers, retry (a failure is a result; only a kept connection that the server
+//! closed is made anew, once, and counted), draw progress or print (the caller
 //! does), or correct for its own CPU use: on a machine that it shares with the server both take from the same cores.
 
 mod arrivals;

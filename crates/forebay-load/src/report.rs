@@ -51,6 +51,8 @@ pub struct Report {
     pub without_usage: u64,
     /// Requests of an open load that were sent more than 10 ms late: the generator, not the server, set the pace.
     pub delayed: u64,
+    /// Completed requests that were sent twice, as the server had closed a kept connection without saying so.
+    pub reconnected: u64,
     pub in_flight_peak: usize,
     /// To the first piece of output.
     pub ttft: Option<Summary>,
@@ -93,6 +95,7 @@ impl Report {
             output_tokens: tally.output_tokens,
             without_usage: tally.without_usage,
             delayed: tally.delayed,
+            reconnected: tally.reconnected,
             in_flight_peak: tally.in_flight_peak,
             exact: [&tally.ttft, &tally.tpot, &tally.itl, &tally.e2e].into_iter().all(Samples::is_exact),
             ttft: tally.ttft.summary(),
@@ -152,6 +155,7 @@ impl Report {
             "abandoned": self.abandoned,
             "stopped": self.stopped,
             "delayed": self.delayed,
+            "reconnected": self.reconnected,
             "failures": failures,
             "total_input_tokens": self.prompt_tokens,
             "total_cached_tokens": self.cached_tokens,
@@ -245,6 +249,10 @@ impl fmt::Display for Report {
                 self.delayed
             ))?;
         }
+        if self.reconnected > 0 {
+            let n = self.reconnected;
+            note(&format!("{n} requests were sent again: the server had closed a kept connection"))?;
+        }
         if self.without_usage > 0 {
             note(&format!(
                 "{} replies had no usage; their tokens are counted by frames",
@@ -284,6 +292,7 @@ mod tests {
                 decode: ms(10),
                 e2e: ms(31 + extra),
                 usage: Some(usage),
+                reconnected: false,
                 pieces: 3,
             }));
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use forebay_types::Usage;
 use forebay_upstream::{ResponseBody, UpstreamError};
 use forebay_wire::{SseSplitter, scan_body, scan_frame};
+use http::Response;
 use http_body_util::BodyExt;
 use tokio::time::Instant;
 
@@ -26,6 +27,8 @@ pub(crate) struct Timing {
     pub(crate) decode: Duration,
     pub(crate) e2e: Duration,
     pub(crate) usage: Option<Usage>,
+    /// The request was sent a second time, see [`send`].
+    pub(crate) reconnected: bool,
     /// Frames with output, which stand for tokens where there is no usage.
     pub(crate) pieces: u32,
 }
@@ -64,9 +67,22 @@ pub(crate) async fn perform(
     }
 }
 
+/// Sends a request, and once more where the connection ended before any answer.
+///
+/// A kept connection may be closed by the server while the next request is on its way: llama.cpp's server ends each
+/// one after its second stream without saying so. That is between client and server, not a failure of the request, so
+/// it is counted apart. The clock runs on.
+async fn send(target: &Target, body: bytes::Bytes) -> Result<(Response<ResponseBody>, bool), Failure> {
+    let (result, reconnected) = match target.client.send(target.post(body.clone())).await {
+        Err(UpstreamError::Reset { .. }) => (target.client.send(target.post(body)).await, true),
+        result => (result, false),
+    };
+    result.map(|response| (response, reconnected)).map_err(|error| Failure::from(&error))
+}
+
 async fn whole(target: &Target, body: bytes::Bytes, live_tokens: &AtomicU64) -> Result<Timing, Failure> {
     let begin = Instant::now();
-    let response = target.client.send(target.post(body)).await.map_err(|error| Failure::from(&error))?;
+    let (response, reconnected) = send(target, body).await?;
     let status = response.status();
     let body = read(response.into_body(), ANSWER_BYTES_MAX).await?;
     let e2e = begin.elapsed();
@@ -78,12 +94,12 @@ async fn whole(target: &Target, body: bytes::Bytes, live_tokens: &AtomicU64) -> 
     }
     let usage = scan_body(&body);
     live_tokens.fetch_add(usage.map_or(0, |usage| u64::from(usage.completion_tokens)), Ordering::Relaxed);
-    Ok(Timing { e2e, usage, ..Timing::default() })
+    Ok(Timing { e2e, usage, reconnected, ..Timing::default() })
 }
 
 async fn streamed(target: &Target, body: bytes::Bytes, live_tokens: &AtomicU64) -> Result<Timing, Failure> {
     let begin = Instant::now();
-    let response = target.client.send(target.post(body)).await.map_err(|error| Failure::from(&error))?;
+    let (response, reconnected) = send(target, body).await?;
     let (head, mut body) = response.into_parts();
     if !head.status.is_success() {
         // Errors are small; of a large one the beginning would do, but an unread rest costs the connection anyway.
@@ -112,7 +128,7 @@ async fn streamed(target: &Target, body: bytes::Bytes, live_tokens: &AtomicU64) 
     if let Some(rest) = splitter.finish() {
         reader.on_frame(&rest, Instant::now())?;
     }
-    reader.finish()
+    Ok(Timing { reconnected, ..reader.finish()? })
 }
 
 async fn read(mut body: ResponseBody, bytes_max: usize) -> Result<Vec<u8>, Failure> {

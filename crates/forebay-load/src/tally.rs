@@ -27,6 +27,8 @@ pub(crate) struct Tally {
     pub(crate) delayed: u64,
     /// Requests in flight when the run was stopped from outside.
     pub(crate) abandoned: u64,
+    /// Completed requests that were sent twice, as the server had closed a kept connection.
+    pub(crate) reconnected: u64,
     pub(crate) in_flight_peak: usize,
 }
 
@@ -46,6 +48,7 @@ impl Tally {
             }
         };
         self.completed += 1;
+        self.reconnected += u64::from(timing.reconnected);
         self.output_tokens += u64::from(timing.output_tokens());
         match timing.usage {
             Some(usage) => {

@@ -84,6 +84,10 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
         let config = config.cloned().unwrap_or_default();
         let models = build(&config, env, &deps)?;
         let metrics = Metrics::register(deps.registry)?;
+        // Series that dashboards rate() must exist before their first event.
+        for model in &models.all {
+            metrics.fallbacks.with_label_values(&[model.name.as_str()]);
+        }
         Ok(Self {
             next,
             models,

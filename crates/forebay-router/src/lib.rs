@@ -19,6 +19,7 @@ mod metrics;
 mod need;
 mod prefix;
 mod router;
+mod stand_in;
 mod track;
 mod watch;
 

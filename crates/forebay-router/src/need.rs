@@ -8,6 +8,7 @@ use forebay_types::{BlockHash, TokenId};
 use forebay_wire::{Ask, Generate};
 
 use crate::prefix::ModelPrefixes;
+use crate::stand_in::stand_ins;
 
 /// Prompts of one call whose blocks are hashed; the others count as not cached. A call with more is a batch job.
 const PROMPTS_HASHED_MAX: usize = 16;
@@ -22,7 +23,7 @@ pub(crate) struct Need {
     /// Choices over all prompts.
     pub(crate) choices: u32,
     pub(crate) tokens_max: Option<u32>,
-    /// The blocks of each prompt. Empty where ids are unknown or nobody asks.
+    /// The blocks of each prompt. Empty where nobody asks.
     chains: Arc<Vec<Vec<BlockHash>>>,
     /// Blocks that each replica of the fleet holds, over all prompts.
     pub(crate) matched: Vec<u32>,
@@ -51,10 +52,14 @@ impl Need {
         prefixes: &Arc<ModelPrefixes>,
         lanes: Vec<Lane>,
     ) {
-        let PromptIds::Exact { prompts, .. } = ids else { return };
         let salt = call.cache_salt.as_deref().map(CacheSalt::new);
-        let (prompts, prefixes) = (prompts.clone(), Arc::clone(prefixes));
+        let (exact, estimated) = match ids {
+            PromptIds::Exact { prompts, .. } => (Some(prompts.clone()), None),
+            PromptIds::Estimated { .. } => (None, Some(call.prompt.clone())),
+        };
+        let prefixes = Arc::clone(prefixes);
         let work = move || {
+            let prompts = exact.or_else(|| estimated.as_ref().map(stand_ins)).unwrap_or_default();
             let chains = chains(&prompts, block_tokens, salt);
             let matched = matched(&chains, &prefixes, &lanes);
             (Arc::new(chains), matched)

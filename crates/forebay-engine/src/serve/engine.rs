@@ -31,7 +31,7 @@ const CHOICES_MAX: usize = 2048;
 /// `max_tokens` of the completions API where the request has none.
 const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 /// Tells a client when to come back where the queue is full: about one long answer.
-const RETRY_AFTER: Duration = Duration::from_secs(2);
+pub(super) const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// Why an engine could not be started.
 #[derive(Debug, thiserror::Error)]

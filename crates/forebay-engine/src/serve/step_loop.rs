@@ -263,8 +263,12 @@ impl<E: Executor> StepLoop<E> {
             if let Some(rejection) = rejection {
                 self.metrics.on_rejected(rejection);
             }
+            let mut fault = Fault::from(error);
+            if rejection.is_some() {
+                fault.class = fault.class.retry(Retry::After(super::engine::RETRY_AFTER));
+            }
             // The channel is empty and has room: a failed send is a client that has already left.
-            let _ = submission.events.try_send(Err(Fault::from(error)));
+            let _ = submission.events.try_send(Err(fault));
             return;
         }
         let request = Request {

@@ -14,12 +14,13 @@ use crate::buffer::SharedMut;
 use crate::matrix::{Matrix, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Segment, TILE};
 use crate::{Isa, Pool, TensorType};
 
-/// (Tests cut finer, so that small products take every path.) Activations of a chunk stay below this, so that they stay in the L2 cache (1 MiB and more) while the tiles of
-/// the chunk pass by.
+/// Activations of a chunk stay below this, so that they stay in the L2 cache (1 MiB and more) while the tiles of
+/// the chunk pass by. (Tests cut finer here and below, so that small products take every path.)
 const ROW_BLOCK_BYTES: usize = if cfg!(test) { 8 << 10 } else { 384 << 10 };
 /// Rows of a chunk are a multiple of every micro-tile's (6, 2, 1), lest each chunk end in a slow partial one.
 const ROW_STEP: usize = 12;
-/// Work below this (some 7 µs) stays on the caller's thread: a hand-over costs about 1 µs even to a thread that spins.
+/// Work below this (some 7 µs) stays on the caller's thread: a hand-over costs about 1 µs even to a thread that
+/// spins.
 const PARALLEL_BYTES: usize = if cfg!(test) { 4 << 10 } else { 256 << 10 };
 
 /// `y[r][o] = Σ_c x[r][c] · w[o][c]`, with `y: [x.rows(), w.rows()]`.

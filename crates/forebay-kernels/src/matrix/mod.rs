@@ -1,4 +1,4 @@
-//! Weights, packed once at load for the kernels of [`crate::matmul`].
+//! Weights, packed once at load for the kernels of [`crate::matmul()`].
 //!
 //! A matrix is cut into tiles of 32 output rows. A quantised tile is one stream of blocks, 32 columns each:
 //!

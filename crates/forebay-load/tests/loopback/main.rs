@@ -115,6 +115,18 @@ async fn failures_are_counted_by_kind() {
     assert_eq!(report.output_tokens, 6);
 }
 
+/// Closing a kept connection is a server's right; closing every one is a failure.
+#[tokio::test]
+async fn a_closed_connection_is_made_anew_once() {
+    let server = Server::start(|request, n| {
+        generations(request, || if [1, 4, 5].contains(&n) { vec![Step::Close] } else { reply() })
+    })
+    .await;
+    let report = run(&options(&server, |_| {}), &Silent).await.unwrap();
+    assert_eq!((report.completed, report.failed, report.reconnected), (3, 1, 1));
+    assert_eq!(report.failures[0].kind, "disconnect");
+}
+
 #[tokio::test]
 async fn a_stalled_server_times_out() {
     let stall = || vec![Step::Stream, Step::Event(TEXT.into()), Step::Wait(Duration::from_secs(3600))];
@@ -265,7 +277,7 @@ struct Log(Mutex<Vec<Snapshot>>);
 
 impl Progress for Log {
     fn on_progress(&self, snapshot: &Snapshot) {
-        self.0.lock().unwrap().push(*snapshot);
+        self.0.lock().expect("no panic").push(*snapshot);
     }
 }
 

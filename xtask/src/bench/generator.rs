@@ -1,0 +1,74 @@
+//! The load: `forebay bench URL … --json`, the same for every contestant.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+/// Name of the environment variable that carries a made-up API key to the gateway and to the generator.
+pub const KEY_VARIABLE: &str = "FOREBAY_BENCH_KEY";
+/// A key for servers that live for one benchmark on loopback; it opens nothing else.
+pub const KEY: &str = "bench-key-0123456789abcdef";
+
+/// One load.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Work {
+    pub name: &'static str,
+    pub concurrency: u32,
+    pub requests: u32,
+    pub warmup: u32,
+    pub prompt_tokens: u32,
+    pub output_tokens: u32,
+}
+
+impl Work {
+    /// Flags of `forebay bench`, without URL, model and seed.
+    pub fn flags(&self) -> Vec<String> {
+        let mut flags = Vec::new();
+        for (flag, value) in [
+            ("--concurrency", self.concurrency),
+            ("--requests", self.requests),
+            ("--warmup", self.warmup),
+            ("--prompt-tokens", self.prompt_tokens),
+            ("--output-tokens", self.output_tokens),
+        ] {
+            flags.push(flag.to_owned());
+            flags.push(value.to_string());
+        }
+        flags.extend(["--temperature", "0", "--ignore-eos", "--json"].map(str::to_owned));
+        flags
+    }
+}
+
+/// What the generator found.
+#[derive(Debug, Clone)]
+pub struct Found(pub Value);
+
+impl Found {
+    /// A number by its name in the generator's JSON; `NaN` where it is not there.
+    pub fn number(&self, key: &str) -> f64 {
+        self.0[key].as_f64().unwrap_or(f64::NAN)
+    }
+}
+
+/// Runs a load. Any failed request is an error: numbers of a server that refuses some of its work say nothing.
+pub fn run(forebay: &Path, url: &str, model: Option<&str>, work: &Work, seed: u64) -> anyhow::Result<Found> {
+    let mut command = Command::new(forebay);
+    command.arg("bench").arg(url).args(work.flags()).args(["--seed", &seed.to_string()]);
+    if let Some(model) = model {
+        command.args(["--model", model]);
+    }
+    command.args(["--api-key-env", KEY_VARIABLE]).env(KEY_VARIABLE, KEY);
+    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("can't start {command:?}"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() {
+        bail!("the load generator failed ({}): {command:?}\n{text}", output.status);
+    }
+    let found: Value = serde_json::from_str(text.trim()).with_context(|| format!("no JSON from {command:?}"))?;
+    if found["failed"].as_u64() != Some(0) {
+        bail!("{} of the requests of {command:?} failed: {}", found["failed"], found["failures"]);
+    }
+    Ok(Found(found))
+}

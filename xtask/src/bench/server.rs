@@ -1,0 +1,95 @@
+//! A server under test as a child process: started, waited for, and stopped when its value is dropped.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+/// A large model from a slow disk; the model of the benchmarks is there within seconds.
+const READY_WITHIN: Duration = Duration::from_secs(180);
+
+/// A running server on loopback.
+pub struct Server {
+    child: Child,
+    pub url: String,
+}
+
+impl Server {
+    /// Starts `command`, which listens on `port`, and waits until `GET /health` says 200. Its output goes to `log`.
+    pub fn start(what: &str, mut command: Command, port: u16, log: &Path) -> anyhow::Result<Self> {
+        let output = std::fs::File::create(log).with_context(|| format!("can't write {}", log.display()))?;
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let child = command.spawn().with_context(|| format!("can't start {what}: {command:?}"))?;
+        let mut server = Self { child, url: format!("http://127.0.0.1:{port}") };
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = server.child.try_wait()? {
+                bail!("{what} ended with {status} before it was ready:\n{}", tail(log));
+            }
+            if healthy(port) {
+                return Ok(server);
+            }
+            if begin.elapsed() > READY_WITHIN {
+                bail!("{what} was not ready within {} s:\n{}", READY_WITHIN.as_secs(), tail(log));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Killed, not asked: nothing it has is needed, and the next server must find the machine idle.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> anyhow::Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free port on loopback")?;
+    Ok(listener.local_addr()?.port())
+}
+
+fn healthy(port: u16) -> bool {
+    let ask = || -> std::io::Result<bool> {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let mut socket = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        socket.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
+        let mut status = [0; 12];
+        socket.read_exact(&mut status)?;
+        Ok(&status == b"HTTP/1.1 200")
+    };
+    ask().unwrap_or(false)
+}
+
+fn tail(log: &Path) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}
+
+/// A directory for one run's configuration and logs, removed at its end.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    pub fn new() -> anyhow::Result<Self> {
+        let path = std::env::temp_dir().join(format!("forebay-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&path).with_context(|| format!("can't create {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
