@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from harness import MODEL, Forebay, Worker, data_lines, engine_config, eventually, free_port, get, user
+from harness import MODEL, Forebay, Worker, data_lines, engine_config, eventually, free_port, get, status_of, user
 
 ALIAS = "house-model"
 CAPITAL = "What is the capital of France? Answer in one word."
@@ -86,6 +86,20 @@ def test_a_prefix_sticks_to_its_replica(router, stream):
                 cached.append(reply.usage.prompt_tokens_details.cached_tokens)
             assert len(set(replicas)) == 1, replicas
             assert cached[0] < 64 and min(cached[1:]) > 200, cached
+
+
+def test_one_id_and_one_trace_over_processes(router, workers):
+    headers = {"x-request-id": "over-processes-1", "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}
+    with router.sdk() as sdk:
+        raw = ask(sdk, "hi", extra_headers=headers)
+    worker = workers[int(raw.headers["x-forebay-replica"].removeprefix("replica-")) - 1]
+    here = router.record("over-processes-1")
+    url = f"{worker.admin_url}/api/requests/over-processes-1"
+    eventually("the worker's record", lambda: status_of(url) == 200)
+    there = get(url).json()
+    assert here["trace_id"] == there["trace_id"] == "4bf92f3577b34da6a3ce929d0e0e4736"
+    assert {span["layer"] for span in here["spans"]} == {"edge", "gateway", "proxy", "router"}
+    assert "engine" in {span["layer"] for span in there["spans"]}
 
 
 def test_fleets_are_shown(router):

@@ -197,6 +197,55 @@ def test_audit_of_the_last_requests_survives_the_stop(start, tmp_path):
     assert all(request_id in written for request_id in ids)
 
 
+def test_stopping_finishes_what_waits_too(start):
+    server: Forebay = start({"engine": engine_config(**{"max-num-seqs": 1})})
+
+    def ask(n: int) -> str | None:
+        with server.sdk() as sdk:
+            options = {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
+            return sdk.chat.completions.create(model=MODEL, messages=user(f"Story {n}"), **options).choices[0].finish_reason
+
+    with ThreadPoolExecutor(4) as pool:
+        tasks = [pool.submit(ask, n) for n in range(4)]
+        eventually("three wait", lambda: server.metrics().value("vllm:num_requests_waiting") == 3)
+        server.terminate()
+        assert [task.result(60) for task in tasks] == ["length"] * 4
+    assert server.wait() == 0
+
+
+def test_leaving_the_queue_takes_the_place_with_it(start):
+    server: Forebay = start({"engine": engine_config(**{"max-num-seqs": 1})})
+    long = {"model": MODEL, "messages": user("hi"), "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with server.http() as http, http.stream("POST", CHAT, json=long) as running:
+        next(running.iter_lines())
+        with pytest.raises(httpx.ReadTimeout), server.http() as other:
+            other.post(CHAT, json=long, timeout=0.5)
+        eventually("nobody waits", lambda: server.metrics().value("vllm:num_requests_waiting") == 0)
+        assert server.metrics().value("vllm:num_requests_running") == 1
+        assert server.metrics().value("vllm:request_success_total", finished_reason="abort") == 1
+    server.wait_idle()
+
+
+def test_a_full_cache_preempts_and_changes_no_answer(start):
+    """Six requests need more KV blocks than there are: some are put back and computed again."""
+    small = {"kv-cache-memory": "8MiB", "max-model-len": 256, "enable-prefix-caching": False}
+    server: Forebay = start({"engine": engine_config(**small)})
+
+    def ask(n: int) -> str | None:
+        with server.sdk() as sdk:
+            options = {"temperature": 0, "max_tokens": 90, "extra_body": {"ignore_eos": True}}
+            reply = sdk.chat.completions.create(model=MODEL, messages=user(f"Tell me about the number {n}."), **options)
+            return reply.choices[0].message.content
+
+    alone = [ask(n) for n in range(6)]
+    assert server.metrics().value("vllm:num_preemptions_total") == 0
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, range(6))) == alone
+    assert server.metrics().value("vllm:num_preemptions_total") > 0
+    server.wait_idle()
+    assert server.metrics().value("vllm:kv_cache_usage_perc") == 0
+
+
 def test_queue_limit_is_named(start):
     """One runs, one waits, the next is refused before it costs anything."""
     server: Forebay = start({"engine": engine_config(**{"max-num-seqs": 1, "max-num-queued-reqs": 1})})

@@ -15,7 +15,9 @@ pub fn python() -> anyhow::Result<PathBuf> {
     let venv = shell::cache_dir()?.join("test-venv");
     let python = venv.join("bin/python");
     let ready = venv.join(format!(".ready-{:016x}", fingerprint(PYTHON_PACKAGES)));
-    if ready.exists() && shell::works(&python.to_string_lossy(), &["-c", "import openai, httpx, pytest, yaml"]) {
+    if ready.exists()
+        && shell::works(&python.to_string_lossy(), &["-c", "import openai, httpx, pytest, yaml"])
+    {
         return Ok(python);
     }
     println!("installing the Python environment of the tests into {}", venv.display());

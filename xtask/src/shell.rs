@@ -32,7 +32,8 @@ pub fn cache_dir() -> anyhow::Result<PathBuf> {
 
 /// Runs a command with our output; an error where it fails.
 pub fn run(what: &str, command: &mut Command) -> anyhow::Result<()> {
-    let status = command.stdin(Stdio::null()).status().with_context(|| format!("{what}: can't start {command:?}"))?;
+    let status =
+        command.stdin(Stdio::null()).status().with_context(|| format!("{what}: can't start {command:?}"))?;
     if !status.success() {
         bail!("{what} failed ({status}): {command:?}");
     }
@@ -61,6 +62,11 @@ pub fn run_tee(what: &str, command: &mut Command) -> anyhow::Result<(bool, Strin
 
 /// Whether a program answers.
 pub fn works(program: &str, args: &[&str]) -> bool {
-    let status = Command::new(program).args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let status = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
     status.is_ok_and(|s| s.success())
 }

@@ -63,7 +63,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         setup::programs()?;
         let python = setup::python()?;
         let mut pytest = std::process::Command::new(python);
-        pytest.current_dir(shell::root().join("tests/e2e")).args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]);
+        pytest.current_dir(shell::root().join("tests/e2e")).args([
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+        ]);
         pytest.args(&args.pytest).env("FOREBAY_BIN", &binary).env("FOREBAY_TEST_MODEL", &model);
         let (ok, output) = shell::run_tee("pytest", &mut pytest)?;
         let tally = pytest_tally(&output);
@@ -83,7 +89,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 fn target_dir() -> anyhow::Result<PathBuf> {
     let output = shell::cargo().args(["metadata", "--format-version", "1", "--no-deps"]).output()?;
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    Ok(PathBuf::from(metadata["target_directory"].as_str().context("cargo metadata has no target_directory")?))
+    Ok(PathBuf::from(
+        metadata["target_directory"].as_str().context("cargo metadata has no target_directory")?,
+    ))
 }
 
 /// Sums the `test result:` lines of cargo's test runner.
@@ -97,7 +105,9 @@ fn cargo_tally(output: &str) -> Tally {
 
 /// Reads pytest's closing line: `3 failed, 12 passed, 1 skipped in 4.56s`.
 fn pytest_tally(output: &str) -> Tally {
-    let closing = output.lines().rev().find(|line| line.contains(" in ") && line.contains("passed") | line.contains("failed") | line.contains("error"));
+    let closing = output.lines().rev().find(|line| {
+        line.contains(" in ") && line.contains("passed") | line.contains("failed") | line.contains("error")
+    });
     closing.map(|line| counts(line, &[","])).unwrap_or_default()
 }
 

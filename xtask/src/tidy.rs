@@ -35,7 +35,9 @@ pub fn run() -> anyhow::Result<()> {
 }
 
 fn dependency_law(metadata: &Value) -> anyhow::Result<Vec<String>> {
-    let order = metadata["metadata"]["tiers"]["order"].as_array().context("workspace.metadata.tiers.order is missing")?;
+    let order = metadata["metadata"]["tiers"]["order"]
+        .as_array()
+        .context("workspace.metadata.tiers.order is missing")?;
     let mut tier_of = HashMap::new();
     for (tier, crates) in order.iter().enumerate() {
         for name in crates.as_array().into_iter().flatten().filter_map(Value::as_str) {
@@ -46,7 +48,9 @@ fn dependency_law(metadata: &Value) -> anyhow::Result<Vec<String>> {
     for package in metadata["packages"].as_array().into_iter().flatten() {
         let name = package["name"].as_str().unwrap_or_default();
         let Some(&tier) = tier_of.get(name) else {
-            problems.push(format!("crate `{name}` is in no tier: add it to `workspace.metadata.tiers.order` in Cargo.toml"));
+            problems.push(format!(
+                "crate `{name}` is in no tier: add it to `workspace.metadata.tiers.order` in Cargo.toml"
+            ));
             continue;
         };
         for dependency in package["dependencies"].as_array().into_iter().flatten() {
@@ -69,7 +73,11 @@ fn dependency_law(metadata: &Value) -> anyhow::Result<Vec<String>> {
 }
 
 fn tracked_files(root: &Path) -> anyhow::Result<Vec<String>> {
-    let output = Command::new("git").current_dir(root).args(["ls-files", "-co", "--exclude-standard"]).output().context("git ls-files")?;
+    let output = Command::new("git")
+        .current_dir(root)
+        .args(["ls-files", "-co", "--exclude-standard"])
+        .output()
+        .context("git ls-files")?;
     let mut problems = Vec::new();
     for file in String::from_utf8_lossy(&output.stdout).lines() {
         let path = root.join(file);
@@ -79,12 +87,19 @@ fn tracked_files(root: &Path) -> anyhow::Result<Vec<String>> {
         if file.ends_with(".rs") && !in_unsafe_crate && file != "xtask/src/tidy.rs" {
             for (n, line) in text.lines().enumerate() {
                 let code = line.split("//").next().unwrap_or_default();
-                if code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("allow(unsafe_code)") {
+                if code.contains("unsafe {")
+                    || code.contains("unsafe fn")
+                    || code.contains("allow(unsafe_code)")
+                {
                     problems.push(format!("{file}:{}: `unsafe` belongs into {UNSAFE_CRATE}", n + 1));
                 }
             }
         }
-        if file.ends_with("Cargo.toml") && file != "Cargo.toml" && !file.contains("/fuzz/") && !text.contains("[lints]\nworkspace = true") {
+        if file.ends_with("Cargo.toml")
+            && file != "Cargo.toml"
+            && !file.contains("/fuzz/")
+            && !text.contains("[lints]\nworkspace = true")
+        {
             problems.push(format!("{file}: inherit the workspace's lints (`[lints]` `workspace = true`)"));
         }
         if file != "xtask/src/tidy.rs" {

@@ -68,9 +68,12 @@ async fn the_metrics_reference_is_fresh() {
     let without_engine = Config { engine: None, router: None, ..config };
     compose::compose(&without_engine, &shared, prefix, engines, Arc::new(Estimate)).expect("composes");
     forebay_engine::EngineMetrics::register(&registry, 1024).expect("registers once");
-    let mut edge = forebay_edge::EdgeConfig::default();
-    edge.listen = forebay_config::OneOrMany::one(std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into());
-    edge.routes = vec![serde_json::from_value(serde_json::json!({"path": "/", "to": "http://127.0.0.1:9"})).expect("a route")];
+    let route = serde_json::json!({"path": "/", "to": "http://127.0.0.1:9"});
+    let edge = forebay_edge::EdgeConfig {
+        listen: forebay_config::OneOrMany::one(std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()),
+        routes: vec![serde_json::from_value(route).expect("a route")],
+        ..Default::default()
+    };
     let deps = EdgeDeps {
         llm: None,
         client,

@@ -24,6 +24,8 @@ pub struct EdgeConfig {
     pub drain_timeout: HumanDuration,
     /// Whether each request is logged as one line of the target `forebay::access`: `on` or `off`.
     pub access_log: Switch,
+    /// Whether `/metrics` is answered on LLM routes too, where vLLM has it, `on` or `off`; for a worker whose port only a router and a scraper reach.
+    pub metrics: Switch,
     /// Pause of an event stream after which a comment line is sent to keep proxies in between from closing it; unset
     /// is never. Half of the shortest idle timeout on the way is a good value.
     pub stream_heartbeat: Option<HumanDuration>,
@@ -39,6 +41,7 @@ impl Default for EdgeConfig {
             limits: EdgeLimits::default(),
             drain_timeout: HumanDuration::from_secs(30),
             access_log: Switch::On,
+            metrics: Switch::Off,
             stream_heartbeat: None,
         }
     }

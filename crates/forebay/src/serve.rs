@@ -7,7 +7,7 @@ use anyhow::Context;
 use forebay_app::check::problems;
 use forebay_app::{AdminConfig, Config, StartError, Summary, prepare};
 use forebay_config::{Loaded, OneOrMany, RealEnvironment, Source};
-use forebay_edge::EdgeConfig;
+use forebay_edge::{EdgeConfig, Switch};
 use forebay_engine::EngineConfig;
 
 use crate::cli::{Serve, Worker};
@@ -43,7 +43,12 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
     };
     let listen = |port| SocketAddr::new(args.host, port).into();
     let config = Config {
-        edge: Some(EdgeConfig { listen: OneOrMany::one(listen(args.port)), ..EdgeConfig::default() }),
+        edge: Some(EdgeConfig {
+            listen: OneOrMany::one(listen(args.port)),
+            // Where scrapers and routers made for vLLM look.
+            metrics: Switch::On,
+            ..EdgeConfig::default()
+        }),
         admin: args.admin_port.map(|port| AdminConfig { listen: listen(port), ..AdminConfig::default() }),
         engine: Some(engine),
         ..Config::default()

@@ -66,7 +66,8 @@ pub fn run(forebay: &Path, url: &str, model: Option<&str>, work: &Work, seed: u6
     if !output.status.success() {
         bail!("the load generator failed ({}): {command:?}\n{text}", output.status);
     }
-    let found: Value = serde_json::from_str(text.trim()).with_context(|| format!("no JSON from {command:?}"))?;
+    let found: Value =
+        serde_json::from_str(text.trim()).with_context(|| format!("no JSON from {command:?}"))?;
     if found["failed"].as_u64() != Some(0) {
         bail!("{} of the requests of {command:?} failed: {}", found["failed"], found["failures"]);
     }

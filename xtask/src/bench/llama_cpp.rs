@@ -50,7 +50,10 @@ fn install(venv: &Path, python: &Path) -> anyhow::Result<()> {
             bail!("`{program}` is needed to build llama.cpp (Debian: apt-get install {package})");
         }
     }
-    println!("installing {PACKAGE} into {}: this compiles llama.cpp, about 10 minutes on two cores", venv.display());
+    println!(
+        "installing {PACKAGE} into {}: this compiles llama.cpp, about 10 minutes on two cores",
+        venv.display()
+    );
     std::fs::create_dir_all(venv).with_context(|| format!("can't create {}", venv.display()))?;
     shell::run("create a Python environment", Command::new("python3").args(["-m", "venv"]).arg(venv))?;
     let mut pip = Command::new(python);

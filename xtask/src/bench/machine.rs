@@ -18,9 +18,8 @@ pub fn describe() -> String {
 
 fn render(cpuinfo: &str, meminfo: &str, cores: usize, arch: &str) -> String {
     let model = field(cpuinfo, "model name").unwrap_or("unknown processor");
-    let kib: f64 = field(meminfo, "MemTotal")
-        .and_then(|value| value.split(' ').next()?.parse().ok())
-        .unwrap_or(0.0);
+    let kib: f64 =
+        field(meminfo, "MemTotal").and_then(|value| value.split(' ').next()?.parse().ok()).unwrap_or(0.0);
     let flags = field(cpuinfo, "flags").or_else(|| field(cpuinfo, "Features")).unwrap_or_default();
     let wanted = ["avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve"];
     let known: Vec<&str> = flags.split(' ').filter(|flag| wanted.contains(flag)).collect();
@@ -75,7 +74,8 @@ pub fn forebay_version(forebay: &std::path::Path) -> String {
     let version = text(Command::new(forebay).arg("--version")).unwrap_or_else(|| "forebay".into());
     let git = |args: &[&str]| text(Command::new("git").args(args).current_dir(shell::root()));
     let Some(commit) = git(&["rev-parse", "--short", "HEAD"]) else { return version };
-    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
+    let changed =
+        git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
     format!("{version} (commit {commit}{})", if changed { " with changes" } else { "" })
 }
 

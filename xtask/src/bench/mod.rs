@@ -3,6 +3,7 @@
 //! Every comparison is made in one run on one machine, with one load generator (`forebay bench`), the contestants in
 //! turns (A B A B) and never two at once. Numbers that are worse than the peer's are written down like the others.
 
+mod contest;
 mod document;
 mod engine;
 mod generator;

@@ -42,6 +42,20 @@ async fn health_and_version_are_the_edges_own() {
 }
 
 #[tokio::test]
+async fn metrics_are_shown_only_where_they_are_asked_for() {
+    let check = async |config: EdgeConfig, shown: bool| {
+        let edge = Running::start(config, Some(echo())).await;
+        let answer = edge.raw(get("/metrics")).await;
+        assert_eq!(answer.contains("# TYPE forebay_edge_requests_total"), shown, "{answer}");
+        assert_eq!(header(&answer, "content-type").is_some_and(|t| t.starts_with("text/plain")), shown, "{answer}");
+    };
+    check(EdgeConfig::default(), false).await;
+    check(EdgeConfig { metrics: crate::Switch::On, ..EdgeConfig::default() }, true).await;
+    // On an LLM route and nowhere else.
+    check(EdgeConfig { metrics: crate::Switch::On, ..llm_at("/api/v1/chat/") }, false).await;
+}
+
+#[tokio::test]
 async fn request_ids_are_taken_or_made_and_always_echoed() {
     let edge = Running::start(EdgeConfig::default(), Some(echo())).await;
     let with = |id: &str| {

@@ -17,7 +17,7 @@ struct Script {
     answer: Vec<u32>,
 }
 
-/// See the [module](self). Deterministic: same sequence content, same logits, in any process.
+/// See the module. Deterministic: same sequence content, same logits, in any process.
 #[derive(Debug)]
 pub struct FakeExecutor {
     bounds: Bounds,

@@ -5,7 +5,7 @@
 //! and an error names the key or tensor at fault.
 //!
 //! Deliberately absent: big-endian files, version 1, files split in parts, and any knowledge of what a key means
-//! (that is [`crate::model`]). The writer in [`write`] exists for tests and tools.
+//! (that is [`crate::model`]). The writer in [`mod@write`] exists for tests and tools.
 
 mod element;
 mod read;

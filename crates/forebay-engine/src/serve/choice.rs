@@ -42,9 +42,11 @@ pub(crate) struct Advance {
 }
 
 impl ChoiceState {
+    #[allow(clippy::too_many_arguments)] // What is fixed for a choice, once, beside what its request shares.
     pub fn new(
         number: u32,
         prompt: usize,
+        seed: u64,
         max_tokens: u32,
         prompt_ids: &[TokenId],
         how: Arc<How>,
@@ -54,7 +56,7 @@ impl ChoiceState {
         Self {
             number,
             prompt,
-            sampler: Some(Sampler::new(how.sampling.clone(), how.seed.wrapping_add(u64::from(number)), prompt_ids)),
+            sampler: Some(Sampler::new(how.sampling.clone(), seed, prompt_ids)),
             generated: 0,
             max_tokens,
             detokenizer: Detokenizer::new(tokenizer.clone(), true),
@@ -69,9 +71,9 @@ impl ChoiceState {
         }
     }
 
-    /// Whether end tokens may not be chosen yet.
-    pub fn below_min_tokens(&self) -> bool {
-        self.generated < self.how.min_tokens
+    /// Whose end tokens may not be chosen yet.
+    pub fn banned_ends(&self) -> Option<&Arc<How>> {
+        (self.generated < self.how.min_tokens).then_some(&self.how)
     }
 
     pub fn logprobs(&self) -> Option<u32> {
@@ -83,8 +85,7 @@ impl ChoiceState {
         let token = sampled.token;
         self.generated += 1;
         self.held.tokens += 1;
-        let ends = (!self.how.ignore_eos && self.tokenizer.is_eog(token)) || self.how.stop_token_ids.contains(&token);
-        if ends {
+        if self.how.end_tokens.contains(&token) {
             return self.end(FinishReason::Stop);
         }
         if self.how.logprobs.is_some() {
@@ -122,8 +123,8 @@ impl ChoiceState {
 
     /// Adds what the stop matcher lets through of `text`; true where a stop string was hit.
     fn feed(&mut self) -> bool {
-        // As in vLLM, a stop string counts only in text that comes after `min_tokens`.
-        if self.how.stop.is_empty() || self.below_min_tokens() {
+        // As in vLLM, a stop string counts only in the text of tokens after the first `min_tokens`.
+        if self.how.stop.is_empty() || self.generated <= self.how.min_tokens {
             self.held.text.push_str(&self.text);
             return false;
         }

@@ -25,7 +25,7 @@ use crate::metrics::{EngineMetrics, KvInfo};
 use crate::model::{ModelFile, ModelSpec, OpenError, SpecError};
 
 /// Submissions on their way to the step thread. It takes them between steps, so this bounds what arrives during one.
-const INBOX_MAX: usize = 1024;
+pub(super) const INBOX_MAX: usize = 1024;
 /// Prompts (times choices) of one request: OpenAI's limit of `n`, and of a batch of prompts.
 const CHOICES_MAX: usize = 2048;
 /// `max_tokens` of the completions API where the request has none.
@@ -163,10 +163,10 @@ impl Engine {
             scheduler,
             pool,
             tokenizer: text.tokenizer().clone(),
-            end_tokens: text.tokenizer().eog().to_vec(),
             metrics,
             kv_sink,
             inbox: submissions,
+            request_timeout: config.request_timeout.get(),
             state: LoopState::new(begun),
         };
         let thread = std::thread::Builder::new()
@@ -233,8 +233,11 @@ impl Engine {
             },
         };
         let asks = self.prompt_asks(&call, prompts)?;
+        self.check_logit_bias(&call)?;
         let seed = call.sampling.seed.map_or_else(fresh_seed, Ok)?;
         let matcher = StopMatcher::new(&call.stop, call.include_stop_str_in_output)?;
+        let model_ends: &[TokenId] = if call.ignore_eos { &[] } else { self.text.tokenizer().eog() };
+        let end_tokens = model_ends.iter().chain(&call.stop_token_ids).copied().collect();
         let (events, mut receiver) = mpsc::channel(Submission::events_max(&asks, call.n));
         let submission = Submission {
             prompts: asks,
@@ -244,8 +247,7 @@ impl Engine {
                 seed,
                 stop: call.stop.clone(),
                 matcher,
-                stop_token_ids: call.stop_token_ids.clone(),
-                ignore_eos: call.ignore_eos,
+                end_tokens,
                 min_tokens: call.min_tokens,
                 logprobs: call.logprobs,
                 cache_salt: call.cache_salt.clone(),
@@ -314,6 +316,13 @@ impl Engine {
                     (None, Api::ChatCompletions) if left > 0 => left,
                     (asked, _) => return Err(self.too_long(prompt_tokens, asked, param)),
                 };
+                if call.min_tokens > max_tokens {
+                    let message = format!(
+                        "min_tokens is {}, but only {max_tokens} tokens may be generated; raise max_tokens or lower it",
+                        call.min_tokens
+                    );
+                    return Err(Fault::bad_request(message).param("min_tokens"));
+                }
                 let echo = call.echo.then(|| match &call.prompt {
                     forebay_wire::Prompt::Text(texts) => texts.get(p).cloned().unwrap_or_default(),
                     _ => self.text.tokenizer().decode(&ids, false),
@@ -321,6 +330,15 @@ impl Engine {
                 Ok(PromptAsk { ids, max_tokens, echo })
             })
             .collect()
+    }
+
+    /// A bias on a token that isn't there would do nothing, silently.
+    fn check_logit_bias(&self, call: &Generate) -> Result<(), Fault> {
+        let unknown = call.sampling.logit_bias.iter().find(|(id, _)| *id as usize >= self.vocab_size);
+        unknown.map_or(Ok(()), |(id, _)| {
+            let message = format!("token id {id} is out of the vocabulary of {} tokens", self.vocab_size);
+            Err(Fault::bad_request(message).param("logit_bias"))
+        })
     }
 
     fn too_long(&self, prompt_tokens: u32, asked: Option<u32>, param: &str) -> Fault {
@@ -399,7 +417,10 @@ impl futures_util::Stream for EventStream {
             // The step thread is gone in the middle of an answer.
             None if !self.ended => {
                 self.ended = true;
-                Poll::Ready(Some(Err(stopped())))
+                // Something has reached the client: the same request elsewhere would repeat it.
+                let mut fault = stopped();
+                fault.class.retry = Retry::Never;
+                Poll::Ready(Some(Err(fault)))
             }
             None => Poll::Ready(None),
         }

@@ -13,7 +13,7 @@ use forebay_kv::KvEvent;
 use forebay_kv::CacheSalt;
 use forebay_schedule::{AddError, NewSeq, Scheduler, SeqId, StepPlan};
 use forebay_tokens::Tokenizer;
-use forebay_types::{Blame, Class, Code, Fault, FinishReason, Retry, TokenId, Usage};
+use forebay_types::{Blame, Class, Code, Fault, FinishReason, Retry, Usage};
 use forebay_wire::{Delta, Event};
 use tokio::sync::mpsc;
 
@@ -22,8 +22,9 @@ use crate::metrics::{ModelMetrics, Rejection, RequestRecord, StepRecord};
 use crate::sample::{Choice as Sampled, Sampler};
 
 use super::choice::ChoiceState;
-use super::submission::Submission;
+use super::submission::{How, Submission};
 use super::KvSink;
+use super::engine::INBOX_MAX;
 
 /// How long the loop sleeps where work waits but nothing can be planned: only a defect of the scheduler leads here,
 /// and it must not become a busy loop.
@@ -34,11 +35,11 @@ pub(crate) struct StepLoop<E> {
     pub scheduler: Scheduler,
     pub pool: Arc<Pool>,
     pub tokenizer: Tokenizer,
-    /// Tokens that end a choice, banned under `min_tokens`.
-    pub end_tokens: Vec<TokenId>,
     pub metrics: ModelMetrics,
     pub kv_sink: Option<KvSink>,
     pub inbox: mpsc::Receiver<Submission>,
+    /// For messages; each submission has its own deadline.
+    pub request_timeout: Duration,
     pub state: LoopState,
 }
 
@@ -52,6 +53,8 @@ pub(crate) struct LoopState {
     kv_events: Vec<KvEvent>,
     jobs: Vec<SampleJob>,
     seen: Seen,
+    /// The last turn could plan nothing though requests wait.
+    stuck: bool,
 }
 
 /// Totals at the last metrics record: the scheduler counts up, metrics want the difference.
@@ -77,7 +80,8 @@ struct SampleJob {
     seq: SeqId,
     row: usize,
     sampler: Option<Sampler>,
-    ban_ends: bool,
+    /// Whose end tokens may not be chosen now.
+    banned: Option<Arc<How>>,
     logprobs: Option<u32>,
     sampled: Option<Sampled>,
 }
@@ -103,35 +107,31 @@ impl LoopState {
             kv_events: Vec::new(),
             jobs: Vec::new(),
             seen: Seen::default(),
+            stuck: false,
         }
     }
 
     /// Takes the samplers of the rows that want a token out of their choices, so that rows can be sampled in
-    /// parallel. Gives the prompt tokens in the plan.
-    fn line_up(&mut self, plan: &StepPlan, now: Instant) -> usize {
+    /// parallel.
+    fn line_up(&mut self, plan: &StepPlan, now: Instant) {
         self.jobs.clear();
-        let mut prefill = 0;
         let mut wanted = plan.logit_tokens.iter().enumerate().peekable();
         for (r, &seq) in plan.seqs.iter().enumerate() {
             let range = plan.row(r);
             let row = wanted.next_if(|&(_, &t)| range.contains(&(t as usize))).map(|(row, _)| row);
             let Some((_, choice)) = self.choices.get_mut(&seq) else { continue };
             choice.first_scheduled.get_or_insert(now);
-            if choice.generated == 0 {
-                prefill += range.len();
-            }
             if let Some(row) = row {
                 self.jobs.push(SampleJob {
                     seq,
                     row,
-                    ban_ends: choice.below_min_tokens(),
+                    banned: choice.banned_ends().cloned(),
                     logprobs: choice.logprobs(),
                     sampler: choice.sampler.take(),
                     sampled: None,
                 });
             }
         }
-        prefill
     }
 }
 
@@ -155,26 +155,31 @@ impl<E: Executor> StepLoop<E> {
         let closed = self.take_arrivals();
         self.drop_the_gone();
         let now = Instant::now();
-        let Self { executor, scheduler, pool, state, end_tokens, .. } = &mut *self;
+        let Self { executor, scheduler, pool, state, .. } = &mut *self;
         let plan = scheduler.plan_step(now.saturating_duration_since(state.begun));
         if plan.is_empty() {
-            self.publish(0, 0, 0);
+            self.publish(0, 0);
             if self.state.requests.is_empty() {
                 return if closed { Turn::Closed } else { Turn::Idle };
             }
-            tracing::warn!(requests = self.state.requests.len(), "nothing can be planned while requests wait");
+            // Said once, not two hundred times a second.
+            if !std::mem::replace(&mut self.state.stuck, true) {
+                let requests = self.state.requests.len();
+                tracing::error!(requests, "nothing can be planned while requests wait: a defect of the scheduler");
+            }
             std::thread::sleep(STUCK_NAP);
             return Turn::Worked;
         }
         let (tokens, sampled) = (plan.tokens(), plan.logit_tokens.len());
-        let prefill = state.line_up(plan, now);
+        state.stuck = false;
+        state.line_up(plan, now);
         let failed = match executor.execute(plan) {
             Ok(logits) => {
                 let stride = logits.len() / sampled.max(1);
                 pool.run_rows(&mut state.jobs, 1, 1, &|_, jobs| {
                     for job in jobs {
                         let row = &logits[job.row * stride..(job.row + 1) * stride];
-                        let banned: &[TokenId] = if job.ban_ends { end_tokens } else { &[] };
+                        let banned = job.banned.as_ref().map_or(&[][..], |how| &how.end_tokens);
                         job.sampled = job.sampler.as_mut().map(|s| s.choose(row, banned, job.logprobs));
                     }
                 });
@@ -197,19 +202,21 @@ impl<E: Executor> StepLoop<E> {
                 }
             }
         }
-        self.publish(tokens, prefill, sampled);
+        self.publish(tokens, sampled);
         Turn::Worked
     }
 
-    /// Takes everything that has arrived; true where nothing more will come.
+    /// Takes what has arrived, an inbox full at most: a flood must not keep those who run from their next token. True
+    /// where nothing more will come.
     fn take_arrivals(&mut self) -> bool {
-        loop {
+        for _ in 0..INBOX_MAX {
             match self.inbox.try_recv() {
                 Ok(submission) => self.add(submission),
                 Err(mpsc::error::TryRecvError::Empty) => return false,
                 Err(mpsc::error::TryRecvError::Disconnected) => return true,
             }
         }
+        false
     }
 
     /// Puts a request's sequences into the queue: all of them, or none and a refusal.
@@ -240,6 +247,7 @@ impl<E: Executor> StepLoop<E> {
                 let choice = ChoiceState::new(
                     number,
                     p,
+                    submission.how.seed.wrapping_add(u64::from(i)),
                     prompt.max_tokens,
                     &prompt.ids,
                     submission.how.clone(),
@@ -296,7 +304,9 @@ impl<E: Executor> StepLoop<E> {
             .collect();
         for (id, left) in gone {
             let class = Class::new(Code::UpstreamTimeout, Blame::Us).retry(Retry::Never);
-            let fault = Fault::new(class, "the request took longer than `engine.request-timeout`");
+            let limit = forebay_config::HumanDuration::new(self.request_timeout);
+            let message = format!("the request took longer than {limit} (`engine.request-timeout`)");
+            let fault = Fault::new(class, message);
             tracing::debug!(request = id, left, "request aborted");
             self.fail(id, fault, FinishReason::Abort);
         }
@@ -357,11 +367,12 @@ impl<E: Executor> StepLoop<E> {
         let Some(request) = self.state.requests.get_mut(&id) else { return };
         let first_of_prompt = request.cached[prompt].is_none();
         request.cached[prompt].get_or_insert(cached);
+        let prompt_tokens = request.submission.prompts[prompt].ids.len() as u32;
+        self.metrics.on_first_token(now.saturating_duration_since(request.submission.arrived), prompt_tokens);
         let echo = request.submission.prompts[prompt].echo.clone();
         if !request.started {
             request.started = true;
             let usage = request.usage();
-            self.metrics.on_first_token(now.saturating_duration_since(request.submission.arrived));
             let started =
                 Event::Started { prompt_tokens: usage.prompt_tokens, cached_tokens: usage.cached_tokens };
             self.send(id, started);
@@ -395,7 +406,7 @@ impl<E: Executor> StepLoop<E> {
     }
 
     /// KV events and metrics of this turn.
-    fn publish(&mut self, tokens: usize, prefill_tokens: usize, sampled_tokens: usize) {
+    fn publish(&mut self, tokens: usize, sampled_tokens: usize) {
         let state = &mut self.state;
         state.kv_events.clear();
         self.scheduler.drain_events(&mut state.kv_events);
@@ -415,7 +426,6 @@ impl<E: Executor> StepLoop<E> {
             waiting: stats.waiting as usize,
             kv_usage: stats.kv_usage(),
             tokens,
-            prefill_tokens,
             sampled_tokens,
             preemptions: seen.preemptions - state.seen.preemptions,
             prefix_queries: seen.prefix_queries - state.seen.prefix_queries,
@@ -438,19 +448,17 @@ impl Request {
 fn record_of(request: &Request, choice: &ChoiceState, reason: FinishReason) -> RequestRecord {
     let now = Instant::now();
     let submission = &request.submission;
-    let scheduled = choice.first_scheduled.unwrap_or(now);
-    let first = choice.first_token.unwrap_or(now);
-    let last = choice.last_token.unwrap_or(now);
+    let since = |later: Option<Instant>, earlier: Option<Instant>| Some(later?.saturating_duration_since(earlier?));
     let prompt = &submission.prompts[choice.prompt];
     RequestRecord {
         e2e: now.saturating_duration_since(submission.arrived),
-        queue: scheduled.saturating_duration_since(submission.arrived),
-        prefill: first.saturating_duration_since(scheduled),
-        decode: last.saturating_duration_since(first),
+        queue: since(choice.first_scheduled, Some(submission.arrived)),
+        prefill: since(choice.first_token, choice.first_scheduled),
+        decode: since(choice.last_token, choice.first_token),
         prompt_tokens: prompt.ids.len() as u32,
         generation_tokens: choice.generated,
         max_tokens: prompt.max_tokens,
-        n: submission.n,
+        n: choice.number.is_multiple_of(submission.n).then_some(submission.n),
         reason,
     }
 }

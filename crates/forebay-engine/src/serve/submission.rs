@@ -32,13 +32,14 @@ pub(crate) struct PromptAsk {
 /// How tokens are chosen and when a choice ends; shared by all choices of a request.
 pub(crate) struct How {
     pub sampling: Sampling,
-    /// Choice `c` draws with `seed + c`.
+    /// Choice `i` of each prompt draws with `seed + i`: a prompt's answer is the same alone and in a list.
     pub seed: u64,
     pub stop: Vec<String>,
-    /// Made once per request from `stop`; every choice matches with a copy.
+    /// Made once per request from `stop`; every choice has a state of its own over the shared automaton.
     pub matcher: StopMatcher,
-    pub stop_token_ids: Vec<TokenId>,
-    pub ignore_eos: bool,
+    /// Tokens that end a choice, and may not be chosen under `min_tokens`: the model's unless the request ignores
+    /// them, and the request's own.
+    pub end_tokens: Vec<TokenId>,
     pub min_tokens: u32,
     pub logprobs: Option<u32>,
     pub cache_salt: Option<String>,

@@ -174,7 +174,8 @@ async fn mistakes_in_the_file() {
         Some("router.fleets[0].api-key"),
         "the fleet's key can't be read",
     );
-    let Err(error) = Bench::try_new(None, &[]) else { panic!("built from nothing") };
+    let nothing = config(json!({}));
+    let Err(error) = Bench::try_new(Some(&nothing), &[]) else { panic!("built from nothing") };
     assert_eq!(
         error.to_string(),
         "there is neither an engine in this process nor a fleet; add an `engine` section or `router.fleets`"

@@ -1,0 +1,213 @@
+//! The engine against llama.cpp's server: same GGUF file, same number of threads, same load.
+
+use std::process::Command;
+
+use super::Bench;
+use super::contest::{self, Contestant, Running, Turns};
+use super::document::{details, table};
+use super::generator::Work;
+use super::llama_cpp;
+use super::machine;
+use super::server::{Scratch, Server, free_port};
+
+/// Slots of the peer, and tokens of each: the longest load has 512 and its chat template.
+const SLOTS: u32 = 32;
+const SLOT_TOKENS: u32 = 1024;
+
+/// A number that is compared: its name in the generator's JSON, and whether more of it is better.
+struct Metric {
+    name: &'static str,
+    key: &'static str,
+    more_is_better: bool,
+}
+
+const THROUGHPUT: Metric = Metric { name: "output tokens/s", key: "output_throughput", more_is_better: true };
+const TTFT: Metric = Metric { name: "TTFT p50, ms", key: "median_ttft_ms", more_is_better: false };
+const ITL: Metric = Metric { name: "ITL p50, ms", key: "median_itl_ms", more_is_better: false };
+const TPOT: Metric = Metric { name: "TPOT mean, ms", key: "mean_tpot_ms", more_is_better: false };
+
+pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
+    let peer = llama_cpp::obtain(bench.args.llama_server.as_deref())?;
+    let scratch = Scratch::new()?;
+    let threads = bench.threads.to_string();
+    let context = (SLOTS * SLOT_TOKENS).to_string();
+    let slots = SLOTS.to_string();
+    let ours_flags = ["--host", "127.0.0.1", "--threads", &threads];
+    let peer_flags =
+        ["--host", "127.0.0.1", "-t", &threads, "-tb", &threads, "-np", &slots, "-c", &context, "--no-webui"];
+
+    let start = |what: &'static str, mut command: Command| {
+        let port = free_port()?;
+        command.args(["--port", &port.to_string()]);
+        let server = Server::start(what, command, port, &scratch.file(&format!("{what}.log")))?;
+        Ok(Running { url: server.url.clone(), server: Some(server) })
+    };
+    let contestants = [
+        Contestant {
+            name: "Forebay",
+            model: None,
+            start: Box::new(|| {
+                let mut command = Command::new(&bench.forebay);
+                command.args(["worker", "--model"]).arg(&bench.model).args(ours_flags);
+                start("forebay", command)
+            }),
+        },
+        Contestant {
+            name: "llama.cpp",
+            model: None,
+            start: Box::new(|| {
+                let mut command = Command::new(&peer.program);
+                command.arg("-m").arg(&bench.model).args(peer_flags);
+                start("llama-server", command)
+            }),
+        },
+    ];
+    let works = works(bench);
+    let begun = Begun::now();
+    let turns = contest::run(&bench.forebay, bench.args.rounds, &contestants, &works)?;
+
+    let model = bench.model.file_name().unwrap_or_default().to_string_lossy();
+    let commands = format!(
+        "```text\nforebay worker --model {model} {}\nllama-server -m {model} {}\n{}\n```",
+        ours_flags.join(" "),
+        peer_flags.join(" "),
+        works
+            .iter()
+            .map(|work| format!("forebay bench URL {}    # {}", work.flags().join(" "), work.name))
+            .collect::<Vec<_>>()
+            .join("\n")
+    );
+    Ok(format!(
+        "Forebay's engine and llama.cpp's server, both with `{model}` and {threads} compute threads, one after the\n\
+         other ({} rounds, in turns; medians). Every prompt is distinct, so neither prefix cache has more than the chat\n\
+         template; every reply has exactly the tokens that were asked for. **Ratio above 1: Forebay is better.**\n\n\
+         {}\n{}\n\n{commands}\n\n{}",
+        bench.args.rounds,
+        compared(&turns, &works),
+        begun.render(&[machine::forebay_version(&bench.forebay), peer.version.clone()], bench),
+        details("Every single run", &raw(&turns, &works, &contestants)),
+    ))
+}
+
+fn works(bench: &Bench<'_>) -> Vec<Work> {
+    let load = |name, concurrency, requests, prompt_tokens, output_tokens| Work {
+        name,
+        concurrency,
+        requests: bench.requests(requests),
+        warmup: 1,
+        prompt_tokens,
+        output_tokens,
+    };
+    vec![
+        load("1 in flight", 1, 10, 128, 64),
+        load("8 in flight", 8, 40, 128, 64),
+        load("32 in flight", 32, 96, 128, 64),
+        load("prefill of 512 tokens", 1, 12, 512, 1),
+    ]
+}
+
+fn compared(turns: &Turns, works: &[Work]) -> String {
+    let mut rows = Vec::new();
+    for (index, work) in works.iter().enumerate() {
+        let metrics: &[Metric] =
+            if work.output_tokens == 1 { &[TTFT] } else { &[THROUGHPUT, TTFT, ITL, TPOT] };
+        for metric in metrics {
+            let [ours, theirs] = [0, 1].map(|side| turns.median(side, index, metric.key));
+            rows.push(vec![
+                format!("{}: {}", work.name, metric.name),
+                format!("{ours:.1}"),
+                format!("{theirs:.1}"),
+                format!("{:.2}", ratio(ours, theirs, metric.more_is_better)),
+            ]);
+        }
+    }
+    table(&["", "Forebay", "llama.cpp", "ratio"], &rows)
+}
+
+/// Above 1 where ours is better.
+fn ratio(ours: f64, theirs: f64, more_is_better: bool) -> f64 {
+    if more_is_better { ours / theirs } else { theirs / ours }
+}
+
+fn raw(turns: &Turns, works: &[Work], contestants: &[Contestant<'_>]) -> String {
+    let keys = [
+        "output_throughput",
+        "median_ttft_ms",
+        "p99_ttft_ms",
+        "median_itl_ms",
+        "p99_itl_ms",
+        "mean_tpot_ms",
+        "median_e2el_ms",
+        "duration",
+    ];
+    let head = [
+        "round, load, server",
+        "output tok/s",
+        "TTFT p50",
+        "TTFT p99",
+        "ITL p50",
+        "ITL p99",
+        "TPOT mean",
+        "E2E p50",
+        "seconds",
+        "prompt tokens",
+        "of them cached",
+        "output tokens",
+    ];
+    let rows: Vec<Vec<String>> = turns
+        .0
+        .iter()
+        .map(|turn| {
+            let (work, side) = (works[turn.work].name, contestants[turn.contestant].name);
+            let mut row = vec![format!("{}, {work}, {side}", turn.round)];
+            row.extend(keys.map(|key| format!("{:.1}", turn.found.number(key))));
+            let per_request = |key| format!("{:.1}", turn.found.number(key) / turn.found.number("completed"));
+            row.extend(["total_input_tokens", "total_cached_tokens", "total_output_tokens"].map(per_request));
+            row
+        })
+        .collect();
+    format!("Times in milliseconds, tokens per request.\n\n{}", table(&head, &rows))
+}
+
+/// Date and load of the machine when a suite began.
+pub struct Begun {
+    date: String,
+    load: Option<f64>,
+}
+
+impl Begun {
+    pub fn now() -> Self {
+        Self { date: machine::date(), load: machine::load() }
+    }
+
+    /// A list: machine, date, versions, and what makes the numbers less than they should be.
+    pub fn render(&self, versions: &[String], bench: &Bench<'_>) -> String {
+        let mut lines = vec![
+            format!("- Machine: {}", machine::describe()),
+            format!("- Date: {}; load average before: {:.1}", self.date, self.load.unwrap_or(f64::NAN)),
+            format!("- Versions: {}", versions.join("; ")),
+        ];
+        if self.load.is_some_and(|load| load > 0.5 * machine::cores() as f64) {
+            lines.push("- **Others used the machine: a smoke test, not a measurement.**".into());
+        }
+        if bench.args.quick {
+            lines.push("- **`--quick`: too few requests to be quoted.**".into());
+        }
+        if bench.args.binary.is_some() {
+            lines.push("- **`--binary`: not necessarily a release build of this commit.**".into());
+        }
+        lines.join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ratio_above_one_is_better() {
+        assert_eq!(ratio(200.0, 100.0, true), 2.0);
+        assert_eq!(ratio(5.0, 10.0, false), 2.0);
+        assert_eq!(ratio(10.0, 5.0, false), 0.5);
+    }
+}
