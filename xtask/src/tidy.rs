@@ -87,10 +87,8 @@ fn tracked_files(root: &Path) -> anyhow::Result<Vec<String>> {
         if file.ends_with(".rs") && !in_unsafe_crate && file != "xtask/src/tidy.rs" {
             for (n, line) in text.lines().enumerate() {
                 let code = line.split("//").next().unwrap_or_default();
-                if code.contains("unsafe {")
-                    || code.contains("unsafe fn")
-                    || code.contains("allow(unsafe_code)")
-                {
+                let mut marks = ["unsafe {", "unsafe fn", "unsafe impl", "(unsafe_code"].iter();
+                if marks.any(|mark| code.contains(mark)) {
                     problems.push(format!("{file}:{}: `unsafe` belongs into {UNSAFE_CRATE}", n + 1));
                 }
             }

@@ -71,26 +71,12 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
                     .help("add `engine: {model: smollm2-135m-instruct}`, or route to other services only"),
             );
         }
-        return found;
     }
-    let engine = match &config.engine {
-        None => None,
-        Some(engine) => match ModelRef::parse(&engine.model) {
-            Ok(reference) => {
-                if let ModelRef::Path(path) = &reference
-                    && !path.is_file()
-                {
-                    let message = format!("there is no model file at {}", path.display());
-                    found.push(loaded.error_at("engine.model", message));
-                }
-                Some(ModelName::from(engine.served_model_name.clone().unwrap_or_else(|| reference.default_name())))
-            }
-            Err(error) => {
-                found.push(loaded.error_at("engine.model", error.to_string()));
-                None
-            }
-        },
-    };
+    let engine = config.engine.as_ref().and_then(|engine| {
+        let (name, problems) = engine_model(loaded, engine);
+        found.extend(problems);
+        name
+    });
     if !found.is_empty() {
         // Later layers would only repeat what is wrong already.
         return found;
@@ -99,6 +85,32 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
         found.push(error.diagnostic(loaded));
     }
     found
+}
+
+/// What the engine's model will be called, and what is wrong with the section.
+fn engine_model(
+    loaded: &Loaded<Config>,
+    engine: &forebay_engine::EngineConfig,
+) -> (Option<ModelName>, Vec<Diagnostic>) {
+    let problems = engine.problems().into_iter();
+    let mut found: Vec<_> =
+        problems.map(|wrong| loaded.error_at(&format!("engine.{}", wrong.key), wrong.problem)).collect();
+    match ModelRef::parse(&engine.model) {
+        Ok(reference) => {
+            if let ModelRef::Path(path) = &reference
+                && !path.is_file()
+            {
+                let message = format!("there is no model file at {}", path.display());
+                found.push(loaded.error_at("engine.model", message));
+            }
+            let name = engine.served_model_name.clone().unwrap_or_else(|| reference.default_name());
+            (Some(name.into()), found)
+        }
+        Err(error) => {
+            found.push(loaded.error_at("engine.model", error.to_string()));
+            (None, found)
+        }
+    }
 }
 
 /// The files that TLS needs.
@@ -206,4 +218,34 @@ pub(crate) fn explain(config: &Config) -> Vec<LayerReport> {
         layer("router", router, "one fleet: the engine in this process", "one replica only: no second machine, no placement by cached prefix, no failover"),
         layer("engine", engine, "no model runs in this process", "tokens come from replicas and providers elsewhere only"),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use forebay_config::FixedEnvironment;
+
+    use super::*;
+
+    #[test]
+    fn mistakes_are_found_before_the_start() {
+        let check = |text: &str, expect: Option<&str>| {
+            let report = check(&Source::new("forebay.yaml", text), &FixedEnvironment::new());
+            let found = report.diagnostics.to_string();
+            match expect {
+                Some(expect) => assert!(report.diagnostics.has_errors() && found.contains(expect), "{text}\n{found}"),
+                None => assert!(!report.diagnostics.has_errors(), "{text}\n{found}"),
+            }
+        };
+        check("edge: {}\nengine: {}", None);
+        check("edge: {}", Some("nothing would answer"));
+        check("engine: {}", Some("nothing would listen"));
+        check("edge: {}\nengine: {block-size: 0}", Some("not from 1 to 256"));
+        check("edge: {}\nengine: {model: no-such}", Some("unknown model `no-such`"));
+        check("edge: {}\nengine: {model: ./no-such.gguf}", Some("there is no model file"));
+        // Without a model to serve, too.
+        let relay = "edge: {routes: [{path: /, to: \"http://127.0.0.1:9\"}]}";
+        check(relay, None);
+        let keyed = format!("{relay}\ngateway: {{consumers: [{{name: a, keys: [\"env:NOT_SET\"]}}]}}");
+        check(&keyed, Some("NOT_SET"));
+    }
 }

@@ -47,8 +47,8 @@ pub fn one_line(error: &dyn std::error::Error) -> String {
     let mut source = error.source();
     while let Some(cause) = source {
         let cause_text = cause.to_string();
-        // A transparent error repeats its source.
-        if !text.ends_with(&cause_text) {
+        // Some say their source in the middle of a sentence.
+        if !text.contains(&cause_text) {
             text.push_str(": ");
             text.push_str(&cause_text);
         }

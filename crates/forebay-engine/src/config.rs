@@ -34,6 +34,48 @@ pub struct EngineConfig {
     pub request_timeout: HumanDuration,
 }
 
+/// A value of the `engine` section that can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`engine.{key}`: {problem}")]
+pub struct EngineConfigError {
+    /// Below `engine`.
+    pub key: &'static str,
+    pub problem: String,
+}
+
+/// More tokens per KV block would make prefix reuse useless: only whole blocks are shared.
+const BLOCK_SIZE_MAX: u32 = 256;
+
+impl EngineConfig {
+    /// Everything that is wrong with the values, for `forebay check` and before the start. Pure.
+    pub fn problems(&self) -> Vec<EngineConfigError> {
+        let mut found = Vec::new();
+        let mut add = |key, problem: String| found.push(EngineConfigError { key, problem });
+        if !(1..=BLOCK_SIZE_MAX).contains(&self.block_size) {
+            add("block-size", format!("{} is not from 1 to {BLOCK_SIZE_MAX}; 16 suits most", self.block_size));
+        }
+        if let Some(len @ 0..=1) = self.max_model_len {
+            add("max-model-len", format!("{len} leaves no room for a prompt and one token; leave it out for the model's own"));
+        }
+        if self.served_model_name.as_deref().is_some_and(|name| name.trim().is_empty()) {
+            add("served-model-name", "the name is empty; leave it out for the model's own".to_owned());
+        }
+        for (key, zero) in [
+            ("max-num-batched-tokens", self.max_num_batched_tokens == 0),
+            ("max-num-seqs", self.max_num_seqs == 0),
+            ("max-num-queued-reqs", self.max_num_queued_reqs == 0),
+            ("max-num-queued-tokens", self.max_num_queued_tokens == 0),
+            ("threads", self.threads == Some(0)),
+            ("request-timeout", self.request_timeout.get().is_zero()),
+        ] {
+            if zero {
+                add(key, "zero would let nothing run; leave the key out for the default".to_owned());
+            }
+        }
+        found
+    }
+}
+
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
@@ -50,5 +92,28 @@ impl Default for EngineConfig {
             threads: None,
             request_timeout: HumanDuration::from_secs(600),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_at_which_nothing_runs_are_named() {
+        let check = |change: fn(&mut EngineConfig), expect: &[&str]| {
+            let mut config = EngineConfig::default();
+            change(&mut config);
+            let keys: Vec<_> = config.problems().into_iter().map(|problem| problem.key).collect();
+            assert_eq!(keys, expect);
+        };
+        check(|_| {}, &[]);
+        check(|c| c.block_size = 0, &["block-size"]);
+        check(|c| c.block_size = 257, &["block-size"]);
+        check(|c| c.max_model_len = Some(1), &["max-model-len"]);
+        check(|c| c.max_model_len = Some(2), &[]);
+        check(|c| c.served_model_name = Some(" ".into()), &["served-model-name"]);
+        check(|c| (c.max_num_seqs, c.threads) = (0, Some(0)), &["max-num-seqs", "threads"]);
+        check(|c| c.request_timeout = HumanDuration::from_secs(0), &["request-timeout"]);
     }
 }

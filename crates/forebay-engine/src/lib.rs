@@ -8,6 +8,6 @@ pub mod model;
 pub mod sample;
 mod serve;
 
-pub use config::EngineConfig;
+pub use config::{EngineConfig, EngineConfigError};
 pub use metrics::EngineMetrics;
 pub use serve::{Engine, EngineDeps, KvSink, StartError, TextError};

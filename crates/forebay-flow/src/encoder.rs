@@ -1,12 +1,13 @@
 //! Tokenized once: how the gateway gets a prompt's tokens without knowing any engine.
 
+use std::fmt;
 use std::sync::Arc;
 
 use forebay_types::{Fault, ModelName, TokenId, TokenizerId};
 use forebay_wire::Prompt;
 
 /// A prompt's tokens.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub enum PromptIds {
     /// The ids of each prompt of the call, made with the tokenizer `tokenizer`.
     Exact { tokenizer: TokenizerId, prompts: Vec<Arc<[TokenId]>> },
@@ -30,6 +31,14 @@ impl PromptIds {
             Self::Exact { prompts, .. } => prompts.iter().map(|ids| ids.len() as u32).sum(),
             Self::Estimated { tokens } => *tokens,
         }
+    }
+}
+
+/// Without the ids: they are the client's text.
+impl fmt::Debug for PromptIds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = if matches!(self, Self::Exact { .. }) { "exact" } else { "estimated" };
+        write!(f, "PromptIds({} tokens, {how})", self.tokens())
     }
 }
 

@@ -1,5 +1,6 @@
 //! The request and what has been proved about it.
 
+use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -58,13 +59,24 @@ impl<In: Send + 'static, S: Stage<In>> Stage<In> for Arc<S> {
 }
 
 /// A whole request on the LLM route, within the edge's limits. Nothing is known about who sent it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Received {
     pub method: http::Method,
     /// The path as the LLM API knows it (`/v1/chat/completions`), any mount prefix taken off.
     pub path: String,
     pub headers: http::HeaderMap,
     pub body: Bytes,
+}
+
+/// Without headers and body: there are keys in the headers, and the body is the client's.
+impl fmt::Debug for Received {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Received")
+            .field("method", &self.method)
+            .field("path", &self.path)
+            .field("body_bytes", &self.body.len())
+            .finish_non_exhaustive()
+    }
 }
 
 /// Who is calling.
@@ -104,4 +116,20 @@ pub struct Placed {
     pub ask: Ask,
     pub ids: PromptIds,
     pub held: Reserved,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_not_printed() {
+        let mut headers = http::HeaderMap::new();
+        headers.insert("authorization", http::HeaderValue::from_static("Bearer sk-secret"));
+        let path = "/v1/models".to_owned();
+        let received = Received { method: http::Method::GET, path, headers, body: Bytes::from_static(b"a prompt") };
+        let text = format!("{received:?}");
+        assert!(!text.contains("sk-secret") && !text.contains("a prompt"), "{text}");
+        assert!(text.contains("/v1/models"), "{text}");
+    }
 }

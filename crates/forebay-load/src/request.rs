@@ -74,7 +74,7 @@ pub(crate) async fn perform(
 /// it is counted apart. The clock runs on.
 async fn send(target: &Target, body: bytes::Bytes) -> Result<(Response<ResponseBody>, bool), Failure> {
     let (result, reconnected) = match target.client.send(target.post(body.clone())).await {
-        Err(UpstreamError::Reset { .. }) => (target.client.send(target.post(body)).await, true),
+        Err(UpstreamError::Stale { .. }) => (target.client.send_fresh(target.post(body)).await, true),
         result => (result, false),
     };
     result.map(|response| (response, reconnected)).map_err(|error| Failure::from(&error))

@@ -30,9 +30,9 @@ pub(crate) enum FetchError {
     Stalled,
     #[error("the connection broke off at {at} bytes: {why}; run the same command again to resume")]
     Broken { at: u64, why: String },
-    #[error("the server answered {status} for {url}{}", hint(*.status))]
+    #[error("the server answered {status} for {}{}", shown(url), hint(*.status))]
     Status { status: u16, url: String },
-    #[error("`{url}` is not a URL that can be fetched")]
+    #[error("`{}` is not a URL that can be fetched", shown(url))]
     BadUrl { url: String },
     #[error("more than {REDIRECTS_MAX} redirects")]
     Redirects,
@@ -62,6 +62,15 @@ fn hint(status: u16) -> &'static str {
     }
 }
 
+/// A URL as people may see it. Queries are signatures, and before an `@` stands a password.
+pub(crate) fn shown(url: &str) -> String {
+    let url = url.split(['?', '#']).next().unwrap_or_default();
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = authority.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}://{host}{path}")
+}
+
 /// What the file must be, as far as it is known before.
 pub(crate) struct Expect {
     pub bytes: Option<u64>,
@@ -84,10 +93,7 @@ pub(crate) async fn download(
     // A part that is already too long is of another file.
     let have = if expect.bytes.is_some_and(|bytes| have > bytes) { 0 } else { have };
     let complete = expect.bytes == Some(have) && have > 0;
-    if !complete {
-        let response = open(client, url, token, have, &mut expect).await?;
-        let resumed = response.status() == StatusCode::PARTIAL_CONTENT;
-        let start = if resumed { have } else { 0 };
+    if !complete && let Opened::Rest { response, start } = open(client, url, token, have, &mut expect).await? {
         let left = content_length(response.headers());
         let total = expect.bytes.or(left.map(|left| left + start));
         progress.begin(total, start);
@@ -116,11 +122,16 @@ pub(crate) async fn download(
             return Err(FetchError::Broken { at: written, why: "closed early".into() });
         }
     }
-    settle(&part, target, &expect, progress)
+    settle(&part, target, &expect, progress).await
 }
 
 /// Verifies `part` and gives it its final name; a wrong file is removed, so that the next try starts clean.
-pub(crate) fn settle(part: &Path, target: &Path, expect: &Expect, progress: &dyn Progress) -> Result<(), FetchError> {
+pub(crate) async fn settle(
+    part: &Path,
+    target: &Path,
+    expect: &Expect,
+    progress: &dyn Progress,
+) -> Result<(), FetchError> {
     let write = |source| FetchError::Write { path: target.to_owned(), source };
     let found = fs::metadata(part).map_err(write)?.len();
     if let Some(expected) = expect.bytes
@@ -131,7 +142,10 @@ pub(crate) fn settle(part: &Path, target: &Path, expect: &Expect, progress: &dyn
     }
     if let Some(expected) = &expect.sha256 {
         progress.verifying();
-        let found = sha256(part).map_err(write)?;
+        // Seconds for a large file: off this thread, so that whoever waits for us can still be interrupted.
+        let path = part.to_owned();
+        let hashed = tokio::task::spawn_blocking(move || sha256(&path)).await;
+        let found = hashed.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(write)?;
         if !found.eq_ignore_ascii_case(expected) {
             let _ = fs::remove_file(part);
             return Err(FetchError::Checksum { expected: expected.clone(), found });
@@ -169,6 +183,13 @@ fn open_part(part: &Path, start: u64) -> Result<File, FetchError> {
     Ok(file)
 }
 
+enum Opened {
+    /// The file from byte `start` on.
+    Rest { response: http::Response<forebay_upstream::ResponseBody>, start: u64 },
+    /// The server has no more than what is there: an earlier try ended after the last byte, before its check.
+    Whole,
+}
+
 /// Follows redirects to the answer that has the file, from byte `have` where the server can do that.
 async fn open(
     client: &HttpClient,
@@ -176,8 +197,8 @@ async fn open(
     token: Option<&str>,
     have: u64,
     expect: &mut Expect,
-) -> Result<http::Response<forebay_upstream::ResponseBody>, FetchError> {
-    let mut url = url.to_owned();
+) -> Result<Opened, FetchError> {
+    let (mut url, mut have) = (url.to_owned(), have);
     // The token belongs to the hub, never to the storage it redirects to.
     let mut token = token;
     for _ in 0..=REDIRECTS_MAX {
@@ -213,14 +234,19 @@ async fn open(
             url = next;
             continue;
         }
-        let range_refused = status == StatusCode::RANGE_NOT_SATISFIABLE;
-        if range_refused {
-            return Err(FetchError::Broken { at: have, why: "the server refuses to resume".into() });
+        let range = content_range(response.headers());
+        match status {
+            StatusCode::RANGE_NOT_SATISFIABLE if have > 0 && range == Some((None, Some(have))) => {
+                return Ok(Opened::Whole);
+            }
+            StatusCode::PARTIAL_CONTENT if matches!(range, Some((Some(start), _)) if start == have) => {
+                return Ok(Opened::Rest { response, start: have });
+            }
+            // What is there doesn't go with what the server has: once more, from the beginning.
+            StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT if have > 0 => have = 0,
+            _ if status.is_success() => return Ok(Opened::Rest { response, start: 0 }),
+            _ => return Err(FetchError::Status { status: status.as_u16(), url }),
         }
-        if !status.is_success() {
-            return Err(FetchError::Status { status: status.as_u16(), url });
-        }
-        return Ok(response);
     }
     Err(FetchError::Redirects)
 }
@@ -237,6 +263,41 @@ fn absolute(base: &str, location: &str) -> String {
     }
 }
 
+/// First byte and size of `content-range: bytes 5-9/10`, or of `bytes */10`.
+fn content_range(headers: &http::HeaderMap) -> Option<(Option<u64>, Option<u64>)> {
+    let (range, size) = headers.get(header::CONTENT_RANGE)?.to_str().ok()?.strip_prefix("bytes ")?.split_once('/')?;
+    let first = range.split_once('-').and_then(|(first, _)| first.trim().parse().ok());
+    Some((first, size.trim().parse().ok()))
+}
+
 fn content_length(headers: &http::HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shown_url_has_no_secret() {
+        let check = |url: &str, expect: &str| assert_eq!(shown(url), expect);
+        check("https://storage.example/a/b.gguf?signature=s3cret", "https://storage.example/a/b.gguf");
+        check("https://me:s3cret@mirror.example/x", "https://mirror.example/x");
+        check("https://me:s3cret@mirror.example", "https://mirror.example");
+        check("http://127.0.0.1:9/a@b", "http://127.0.0.1:9/a@b");
+        check("nonsense", "nonsense");
+    }
+
+    #[test]
+    fn content_ranges_are_read() {
+        let check = |value: &'static str, expect| {
+            let headers = [(header::CONTENT_RANGE, http::HeaderValue::from_static(value))].into_iter().collect();
+            assert_eq!(content_range(&headers), expect, "{value}");
+        };
+        check("bytes 5-9/10", Some((Some(5), Some(10))));
+        check("bytes 5-9/*", Some((Some(5), None)));
+        check("bytes */10", Some((None, Some(10))));
+        check("lines 5-9/10", None);
+        check("bytes", None);
+    }
 }

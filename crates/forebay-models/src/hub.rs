@@ -32,11 +32,16 @@ impl Default for HubConfig {
 impl std::fmt::Debug for HubConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let token = self.token.as_ref().map(|_| "<hidden>");
-        f.debug_struct("HubConfig").field("endpoint", &self.endpoint).field("token", &token).finish()
+        f.debug_struct("HubConfig").field("endpoint", &crate::fetch::shown(&self.endpoint)).field("token", &token).finish()
     }
 }
 
 impl HubConfig {
+    /// A repository as people may see it.
+    pub(crate) fn source(&self, repo: &str) -> String {
+        format!("hub {}/{repo}", crate::fetch::shown(self.endpoint.trim_end_matches('/')))
+    }
+
     pub(crate) fn file_url(&self, repo: &str, revision: &str, file: &str) -> String {
         format!("{}/{repo}/resolve/{revision}/{file}", self.endpoint.trim_end_matches('/'))
     }
@@ -105,7 +110,7 @@ mod tests {
 
     #[test]
     fn a_token_is_not_printed() {
-        let hub = HubConfig { token: Some("hf_secret".into()), ..HubConfig::default() };
-        assert!(!format!("{hub:?}").contains("hf_secret"));
+        let hub = HubConfig { token: Some("hf_secret".into()), endpoint: "https://me:hf_secret@hub.example".into() };
+        assert!(!format!("{hub:?} {}", hub.source("org/repo")).contains("hf_secret"));
     }
 }

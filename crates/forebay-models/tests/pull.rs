@@ -64,13 +64,18 @@ impl Hub {
                         answer("302 Found", &format!("x-linked-etag: \"{sha}\"\r\nlocation: http://{address}/storage\r\n"), b"")
                     } else if path == "/storage" {
                         let start = head.split("range: bytes=").nth(1).and_then(|r| r.split('-').next()).and_then(|n| n.parse::<usize>().ok());
-                        let mut body = content[start.unwrap_or(0)..].to_vec();
-                        let status = if start.is_some() { "206 Partial Content" } else { "200 OK" };
+                        let size = content.len();
+                        let mut body = content[start.unwrap_or(0).min(size)..].to_vec();
+                        let (status, range) = match start {
+                            None => ("200 OK", String::new()),
+                            Some(start) if start >= size => ("416 Range Not Satisfiable", format!("content-range: bytes */{size}\r\n")),
+                            Some(start) => ("206 Partial Content", format!("content-range: bytes {start}-{}/{size}\r\n", size - 1)),
+                        };
                         let behaviour = *behaviour.lock().expect("not poisoned");
-                        if behaviour == Behaviour::Corrupt {
+                        if behaviour == Behaviour::Corrupt && !body.is_empty() {
                             body[0] ^= 1;
                         }
-                        let mut out = answer(status, "", &body);
+                        let mut out = answer(status, &range, &body);
                         if let Behaviour::BreakAt(n) = behaviour {
                             out.truncate(out.len() - body.len() + n);
                         }
@@ -130,6 +135,7 @@ async fn an_interrupted_download_resumes() {
     assert!(error.to_string().contains("resume"), "{error}");
     let incomplete = store.list().unwrap();
     assert_eq!((incomplete.len(), incomplete[0].complete), (1, false));
+    assert_eq!(incomplete[0].name, "hf:org/repo/m.Q8_0.gguf", "the name that continues it");
     hub.behave(Behaviour::Whole);
     struct Resumed(Mutex<Option<u64>>);
     impl Progress for Resumed {
@@ -170,6 +176,44 @@ async fn a_partial_file_of_another_content_ends_in_a_clean_start() {
     let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
     assert!(store.pull(&client(), &model, &Quiet).await.unwrap_err().to_string().contains("SHA-256"));
     assert!(store.pull(&client(), &model, &Quiet).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_download_that_ended_before_its_check_is_settled() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let part: PathBuf = dir.path().join("hub/org--repo/m.Q8_0.gguf.part");
+    fs::create_dir_all(part.parent().unwrap()).unwrap();
+    let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
+    // All of it; and more than the hub has, which is another file's.
+    for there in [hub.content.clone(), [hub.content.as_slice(), b"more"].concat()] {
+        fs::write(&part, there).unwrap();
+        let pulled = hub.store(&dir).pull(&client(), &model, &Quiet).await.unwrap();
+        assert_eq!(fs::read(&pulled.path).unwrap(), hub.content);
+        fs::remove_file(&pulled.path).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn of_several_cached_files_the_best_is_not_fetched_again() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let store = hub.store(&dir);
+    let pulled = store.pull(&client(), &ModelRef::parse("hf:org/repo").unwrap(), &Quiet).await.unwrap();
+    fs::write(pulled.path.with_file_name("other.Q4_0.gguf"), "").unwrap();
+    let again = store.pull(&client(), &ModelRef::parse("hf:org/repo").unwrap(), &Quiet).await.unwrap();
+    assert_eq!((again.path, again.source.as_str()), (pulled.path, "cache"));
+    let fetched = hub.seen.lock().unwrap().iter().filter(|head| head.starts_with("get /storage")).count();
+    assert_eq!(fetched, 1);
+}
+
+#[tokio::test]
+async fn two_pulls_of_one_model_fetch_it_once() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let (one, two) = (hub.store(&dir), hub.store(&dir));
+    let (client, model) = (client(), ModelRef::parse("hf:org/repo").unwrap());
+    let (one, two) = tokio::join!(one.pull(&client, &model, &Quiet), two.pull(&client, &model, &Quiet));
+    assert_eq!(one.unwrap().path, two.unwrap().path);
+    let fetched = hub.seen.lock().unwrap().iter().filter(|head| head.starts_with("get /storage")).count();
+    assert_eq!(fetched, 1);
 }
 
 #[tokio::test]

@@ -7,9 +7,13 @@ use crate::SeqId;
 /// Why a sequence was not queued. Nothing has changed in the scheduler.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AddError {
-    #[error("the engine's queue is full: {limit} requests are waiting, which is `engine.max-num-queued-reqs`")]
+    #[error(
+        "the engine's queue is full: {limit} requests are waiting, which is `engine.max-num-queued-reqs`"
+    )]
     QueueFull { limit: u32 },
-    #[error("the engine's queue is full: {waiting} prompt tokens are waiting, `engine.max-num-queued-tokens` is {limit}")]
+    #[error(
+        "the engine's queue is full: {waiting} prompt tokens are waiting, `engine.max-num-queued-tokens` is {limit}"
+    )]
     QueueTokensFull { waiting: u64, limit: u64 },
     #[error(
         "the prompt has {prompt_tokens} tokens; with at least one to generate, the model's limit is {limit}"

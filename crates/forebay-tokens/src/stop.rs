@@ -5,6 +5,8 @@
 //! needed and each byte is looked at once, whatever the pieces. The `aho-corasick` crate hides the depth of a state,
 //! which is the number wanted here.
 
+use std::sync::Arc;
+
 use forebay_types::{Blame, Class, Classify, Code};
 
 const STOPS_MAX: usize = 64;
@@ -50,7 +52,8 @@ pub struct Piece<'a> {
 /// not depend on how the text was split.
 #[derive(Debug, Clone)]
 pub struct StopMatcher {
-    nodes: Vec<Node>,
+    /// Shared by clones: up to 64 KiB of stop strings make a node per byte, and a request has many choices.
+    nodes: Arc<[Node]>,
     include_stop: bool,
     state: usize,
     /// The last `nodes[state].depth` bytes of the text: not yet emitted.
@@ -102,7 +105,7 @@ impl StopMatcher {
             nodes[at].stop.get_or_insert(Stop { index, bytes: stop.len() });
         }
         link(&mut nodes);
-        Ok(Self { nodes, include_stop, state: 0, held: String::new(), out: String::new(), hit: None })
+        Ok(Self { nodes: nodes.into(), include_stop, state: 0, held: String::new(), out: String::new(), hit: None })
     }
 
     /// Takes the next piece of the generation, gives the text that may be sent on.

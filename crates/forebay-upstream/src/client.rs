@@ -83,6 +83,23 @@ impl HttpClient {
     /// Only connecting has a time limit; wrap the future for more. Cancellation: guarded; dropping the future, or
     /// the body before its end, closes the connection.
     pub async fn send(&self, request: Request<RequestBody>) -> Result<Response<ResponseBody>, UpstreamError> {
+        self.send_over(request, true).await
+    }
+
+    /// Like [`HttpClient::send`], over a new connection: for a request that met [`UpstreamError::Stale`] and may be
+    /// repeated.
+    pub async fn send_fresh(
+        &self,
+        request: Request<RequestBody>,
+    ) -> Result<Response<ResponseBody>, UpstreamError> {
+        self.send_over(request, false).await
+    }
+
+    async fn send_over(
+        &self,
+        request: Request<RequestBody>,
+        pooled: bool,
+    ) -> Result<Response<ResponseBody>, UpstreamError> {
         let (mut parts, body) = request.into_parts();
         let place = place_of(&parts.uri)?;
         let path = parts.uri.path_and_query().map_or("/", |p| p.as_str());
@@ -100,13 +117,14 @@ impl HttpClient {
         let permit = self.permit(&host).await?;
         // A pooled connection may turn out to be closed before it took the request: then hyper hands the request
         // back, and the next connection is tried. The loop ends because every round uses up an idle connection.
-        while let Some(mut connection) = host.reuse().await {
+        while pooled && let Some(mut connection) = host.reuse().await {
             match connection.sender.try_send_request(request).await {
                 Ok(response) => return Ok(finish(response, connection, permit)),
                 Err(mut error) => match error.take_message() {
                     Some(unsent) => request = unsent,
                     None => {
-                        return Err(UpstreamError::from_hyper(&place.authority, error.into_error(), false));
+                        let error = UpstreamError::from_hyper(&place.authority, error.into_error(), false);
+                        return Err(error.on_reused());
                     }
                 },
             }

@@ -30,6 +30,10 @@ pub enum UpstreamError {
     /// The connection broke. `unsent` says that no byte of this request had left.
     #[error("the upstream closed the connection")]
     Reset { authority: String, unsent: bool, source: BoxError },
+    /// A kept connection was closed by the other side instead of an answer: it had most likely closed it before it
+    /// read this request, but that can't be known.
+    #[error("the upstream closed the connection")]
+    Stale { authority: String, source: BoxError },
     /// What came back is not HTTP, or not what was agreed.
     #[error("the upstream's answer could not be understood")]
     Protocol { authority: String, source: BoxError },
@@ -52,6 +56,7 @@ impl UpstreamError {
             Self::Connect { authority, source } => (authority, Some(source)),
             Self::Tls { authority, source }
             | Self::Reset { authority, source, .. }
+            | Self::Stale { authority, source }
             | Self::Protocol { authority, source } => (authority, Some(source)),
             Self::RequestBody { source } => return format!("{self}: {source}"),
             Self::ConnectTimeout { authority, .. }
@@ -75,11 +80,20 @@ impl UpstreamError {
             | Self::ConnectTimeout { .. }
             | Self::Busy { .. } => true,
             Self::Reset { unsent, .. } => *unsent,
-            Self::Protocol { .. }
+            Self::Stale { .. }
+            | Self::Protocol { .. }
             | Self::RequestBody { .. }
             | Self::FirstByteTimeout { .. }
             | Self::IdleTimeout { .. }
             | Self::AnswerTooLarge { .. } => false,
+        }
+    }
+
+    /// The same error where the request went out on a connection that had been used before.
+    pub(crate) fn on_reused(self) -> Self {
+        match self {
+            Self::Reset { authority, unsent: false, source } => Self::Stale { authority, source },
+            other => other,
         }
     }
 
@@ -108,7 +122,7 @@ impl Classify for UpstreamError {
             Self::ConnectTimeout { .. } => timeout.retry(Retry::Elsewhere),
             Self::Busy { .. } => Class::new(Code::Overloaded, Blame::Us).retry(Retry::Elsewhere),
             Self::Reset { unsent: true, .. } => failed.retry(Retry::Elsewhere),
-            Self::Reset { unsent: false, .. } => failed,
+            Self::Reset { unsent: false, .. } | Self::Stale { .. } => failed,
             Self::Protocol { .. } | Self::AnswerTooLarge { .. } => failed,
             Self::RequestBody { .. } => Class::new(Code::BadRequest, Blame::Client),
             Self::FirstByteTimeout { .. } | Self::IdleTimeout { .. } => timeout,

@@ -115,12 +115,21 @@ impl Upstream {
     ) -> Result<Reply, UpstreamFault> {
         let deadline = Instant::now() + timeouts.first_byte;
         let accept = if call.stream { "text/event-stream" } else { "application/json" };
-        let request = self
-            .request(Some(origin), Method::POST, path, accept)
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(full(body))
-            .map_err(|_| UpstreamError::Url { why: "bad path" })?;
-        let response = tokio::time::timeout_at(deadline, self.client.send(request))
+        let request = || {
+            self.request(Some(origin), Method::POST, path, accept)
+                .header(header::CONTENT_TYPE, "application/json")
+                .body(full(body.clone()))
+                .map_err(|_| UpstreamError::Url { why: "bad path" })
+        };
+        let answered = async {
+            match self.client.send(request()?).await {
+                // llama.cpp's server closes kept connections without a word. A generation has no effect but its
+                // cost, and nothing of it has come back: it may be repeated.
+                Err(UpstreamError::Stale { .. }) => self.client.send_fresh(request()?).await,
+                sent => sent,
+            }
+        };
+        let response = tokio::time::timeout_at(deadline, answered)
             .await
             .map_err(|_| self.first_byte_timeout(timeouts.first_byte))??;
         let (head, body) = response.into_parts();

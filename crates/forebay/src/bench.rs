@@ -26,7 +26,7 @@ pub(crate) fn run(args: &Bench) -> anyhow::Result<()> {
     if args.json {
         println!("{}", report.to_json());
     } else {
-        println!("{report}");
+        print!("{report}");
     }
     anyhow::ensure!(report.completed > 0, "no request succeeded");
     Ok(())

@@ -28,6 +28,10 @@ impl PullProgress {
 }
 
 impl Progress for PullProgress {
+    fn waiting(&self) {
+        eprintln!("waiting for another process that fetches into the same directory");
+    }
+
     fn source(&self, source: &str) {
         self.finish();
         eprintln!("fetching the model from {source}");

@@ -1,5 +1,6 @@
 //! `forebay serve` and `forebay worker`: start, say what runs where, serve until told to stop.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -9,6 +10,7 @@ use forebay_app::{AdminConfig, Config, StartError, Summary, prepare};
 use forebay_config::{Loaded, OneOrMany, RealEnvironment, Source};
 use forebay_edge::{EdgeConfig, Switch};
 use forebay_engine::EngineConfig;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::{Serve, Worker};
 use crate::progress::PullProgress;
@@ -82,9 +84,17 @@ fn run(config: &Config, loaded: Option<&Loaded<Config>>) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("the I/O threads can't be started")?;
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
+        // Before the long start-up: as process 1 of a container we would not even be ended by an unhandled signal.
+        let mut signals = StopSignals::new().context("signals can't be handled")?;
         let progress = PullProgress::default();
-        let prepared = prepare(config, &RealEnvironment, &progress).await;
+        let prepared = tokio::select! {
+            prepared = prepare(config, &RealEnvironment, &progress) => prepared,
+            () = signals.next() => {
+                progress.finish();
+                anyhow::bail!("stopped before it was ready");
+            }
+        };
         progress.finish();
         let ready = match (prepared, loaded) {
             (Ok(ready), _) => ready,
@@ -95,30 +105,41 @@ fn run(config: &Config, loaded: Option<&Loaded<Config>>) -> anyhow::Result<()> {
             (Err(error), _) => return Err(error.into()),
         };
         banner(&ready.summary);
-        let report = ready.run(stop_signal()).await;
+        let report = ready.run(stop(signals)).await;
         tracing::info!(?report, "stopped");
         Ok(())
-    })
+    });
+    // Nothing that still runs (a model being loaded, a prompt being tokenized) is wanted any more.
+    runtime.shutdown_background();
+    served
 }
 
-/// SIGTERM (Kubernetes, systemd) or SIGINT (a person). A second one ends the process at once.
-async fn stop_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        tracing::error!("signals can't be handled: this process won't drain");
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// SIGTERM (Kubernetes, systemd) and SIGINT (a person).
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    /// Takes over both signals; from now on they end nothing by themselves.
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Ready at the first signal. A second one ends the process at once.
+async fn stop(mut signals: StopSignals) {
+    signals.next().await;
     tracing::info!("draining: streams in flight finish, new connections are refused; signal again to stop at once");
     tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
+        signals.next().await;
         tracing::warn!("stopped before the drain was complete");
         std::process::exit(130);
     });
@@ -126,15 +147,20 @@ async fn stop_signal() {
 
 /// What runs, where, and a line to try it with.
 fn banner(summary: &Summary) {
-    println!("forebay {}", forebay_app::VERSION);
+    // Not `println!`, which panics where nobody reads: a server must not fail because of its greeting.
+    let _ = std::io::stdout().write_all(greeting(summary).as_bytes());
+}
+
+fn greeting(summary: &Summary) -> String {
+    let mut text = format!("forebay {}\n", forebay_app::VERSION);
     for (layer, does) in &summary.layers {
-        println!("  {layer:<8} {does}");
+        text += &format!("  {layer:<8} {does}\n");
     }
     if let Some(admin) = summary.admin {
-        println!("  admin    http://{admin}/metrics /health /ready /api/requests");
+        text += &format!("  admin    http://{admin}/metrics /health /ready /api/requests\n");
     }
     let scheme = if summary.tls { "https" } else { "http" };
-    let Some(address) = summary.listen.first() else { return };
+    let Some(address) = summary.listen.first() else { return text };
     // A wildcard address is nothing to connect to.
     let host = match address.ip().is_unspecified() {
         true => format!("localhost:{}", address.port()),
@@ -143,7 +169,8 @@ fn banner(summary: &Summary) {
     if let Some(model) = &summary.model {
         let insecure = if summary.tls { " --insecure" } else { "" };
         let key = if summary.needs_key { " -H \"authorization: Bearer $KEY\"" } else { "" };
-        println!("\ntry it:\n  curl{insecure} {scheme}://{host}/v1/chat/completions -H 'content-type: application/json'{key} \\");
-        println!("    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Name three rivers.\"}}], \"max_tokens\": 64}}'\n");
+        text += &format!("\ntry it:\n  curl{insecure} {scheme}://{host}/v1/chat/completions -H 'content-type: application/json'{key} \\\n");
+        text += &format!("    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Name three rivers.\"}}], \"max_tokens\": 64}}'\n\n");
     }
+    text
 }

@@ -115,8 +115,8 @@ fn compared(turns: &Turns, works: &[Work]) -> String {
             let [ours, theirs] = [0, 1].map(|side| turns.median(side, index, metric.key));
             rows.push(vec![
                 format!("{}: {}", work.name, metric.name),
-                format!("{ours:.1}"),
-                format!("{theirs:.1}"),
+                shown(ours),
+                shown(theirs),
                 format!("{:.2}", ratio(ours, theirs, metric.more_is_better)),
             ]);
         }
@@ -160,13 +160,18 @@ fn raw(turns: &Turns, works: &[Work], contestants: &[Contestant<'_>]) -> String 
         .map(|turn| {
             let (work, side) = (works[turn.work].name, contestants[turn.contestant].name);
             let mut row = vec![format!("{}, {work}, {side}", turn.round)];
-            row.extend(keys.map(|key| format!("{:.1}", turn.found.number(key))));
-            let per_request = |key| format!("{:.1}", turn.found.number(key) / turn.found.number("completed"));
+            row.extend(keys.map(|key| shown(turn.found.number(key))));
+            let per_request = |key| shown(turn.found.number(key) / turn.found.number("completed"));
             row.extend(["total_input_tokens", "total_cached_tokens", "total_output_tokens"].map(per_request));
             row
         })
         .collect();
     format!("Times in milliseconds, tokens per request.\n\n{}", table(&head, &rows))
+}
+
+/// A reply of one token has no gaps between tokens.
+fn shown(value: f64) -> String {
+    if value.is_nan() { "-".into() } else { format!("{value:.1}") }
 }
 
 /// Date and load of the machine when a suite began.

@@ -47,7 +47,11 @@ async fn metrics_are_shown_only_where_they_are_asked_for() {
         let edge = Running::start(config, Some(echo())).await;
         let answer = edge.raw(get("/metrics")).await;
         assert_eq!(answer.contains("# TYPE forebay_edge_requests_total"), shown, "{answer}");
-        assert_eq!(header(&answer, "content-type").is_some_and(|t| t.starts_with("text/plain")), shown, "{answer}");
+        assert_eq!(
+            header(&answer, "content-type").is_some_and(|t| t.starts_with("text/plain")),
+            shown,
+            "{answer}"
+        );
     };
     check(EdgeConfig::default(), false).await;
     check(EdgeConfig { metrics: crate::Switch::On, ..EdgeConfig::default() }, true).await;

@@ -19,7 +19,8 @@ use super::step_loop::{LoopState, StepLoop};
 use super::submission::{How, PromptAsk, Submission};
 use super::text::{TextError, text_model};
 use super::KvSink;
-use crate::config::EngineConfig;
+use super::memory::check_memory;
+use crate::config::{EngineConfig, EngineConfigError};
 use crate::exec::{BuildError, CpuExecutor, CpuOptions, Executor};
 use crate::metrics::{EngineMetrics, KvInfo};
 use crate::model::{ModelFile, ModelSpec, OpenError, SpecError};
@@ -36,6 +37,8 @@ pub(super) const RETRY_AFTER: Duration = Duration::from_secs(2);
 /// Why an engine could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    #[error(transparent)]
+    Config(#[from] EngineConfigError),
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error("the model in {} can't be served", path.display())]
@@ -87,14 +90,17 @@ impl Engine {
     /// Loads the model and starts the step thread. Blocks until the model is ready (about a second per 100 MB).
     pub fn start(config: &EngineConfig, path: &Path, model: ModelName, deps: EngineDeps<'_>) -> Result<Self, StartError> {
         let begun = Instant::now();
+        if let Some(problem) = config.problems().into_iter().next() {
+            return Err(problem.into());
+        }
         let file = Arc::new(ModelFile::open(path)?);
         let spec = ModelSpec::from_gguf(file.gguf()).map_err(|source| StartError::Spec { path: path.into(), source })?;
         let text = text_model(file.gguf()).map_err(|source| StartError::Text { path: path.into(), source })?;
-        let threads = config.threads.map_or_else(cores, |n| n.max(1) as usize);
+        let threads = config.threads.map_or_else(cores, |n| n as usize);
         let pool = Arc::new(Pool::new(threads));
         let isa = deps.isa.unwrap_or_else(Isa::detect);
 
-        let block_size = config.block_size.max(1) as usize;
+        let block_size = config.block_size as usize;
         let wanted = spec.blocks_for_memory(config.kv_cache_memory.bytes(), block_size);
         if wanted == 0 {
             let needed = forebay_config::ByteSize::new(spec.memory_for_blocks(1, block_size));
@@ -107,7 +113,7 @@ impl Engine {
         }
         let positions_max = config.max_model_len.map_or(spec.context_len, |n| n as usize);
         // No more blocks than all running sequences could fill.
-        let useful = positions_max.div_ceil(block_size) * config.max_num_seqs.max(1) as usize;
+        let useful = positions_max.div_ceil(block_size) * config.max_num_seqs as usize;
         let blocks = wanted.min(useful);
         check_memory(path, spec.memory_for_blocks(blocks, block_size))?;
 
@@ -443,25 +449,4 @@ fn fresh_seed() -> Result<u64, Fault> {
 
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}
-
-/// Refuses to start where the kernel would have to kill us later. Only where the system says what is available.
-fn check_memory(path: &Path, kv: u64) -> Result<(), StartError> {
-    let Some(available) = available_memory() else { return Ok(()) };
-    let file = std::fs::metadata(path).map_or(0, |m| m.len());
-    // Packed weights are a little larger than the file's (scales are widened).
-    let weights = file + file / 4;
-    if weights + kv > available {
-        let size = forebay_config::ByteSize::new;
-        return Err(StartError::Memory { weights: size(weights), kv: size(kv), available: size(available) });
-    }
-    Ok(())
-}
-
-/// `MemAvailable` of Linux, in bytes.
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib * 1024)
 }

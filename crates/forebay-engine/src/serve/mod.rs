@@ -6,6 +6,7 @@
 
 mod choice;
 mod engine;
+mod memory;
 mod prompt;
 mod step_loop;
 mod submission;

@@ -221,6 +221,8 @@ async fn limits_and_stops_end_a_choice() {
     .await;
     check(|c| c.stop_token_ids = vec![u32::from(b't')], "one ", FinishReason::Stop).await;
     check(|c| (c.stop, c.min_tokens) = (vec!["o".into()], 5), "one tw", FinishReason::Stop).await;
+    // The seventh token is one of the first seven: its text can't stop the choice.
+    check(|c| (c.stop, c.min_tokens) = (vec!["o".into()], 7), "one two three", FinishReason::Stop).await;
     check(|c| c.echo = true, "goone two three", FinishReason::Stop).await;
 }
 
@@ -234,6 +236,11 @@ async fn eos_is_ignored_or_put_off_on_request() {
     let events = bench.events(waiting).await.unwrap();
     assert_eq!(usage(&events).completion_tokens, 6);
     assert!(text(&events, 0).starts_with("ab"), "{}", text(&events, 0));
+    // The request's own end tokens are put off too.
+    let own = Generate { stop_token_ids: vec![u32::from(b'b')], min_tokens: 4, max_tokens: Some(4), ..greedy("x") };
+    let events = bench.events(own).await.unwrap();
+    assert_eq!(usage(&events).completion_tokens, 4);
+    assert!(!text(&events, 0).contains('b'), "{}", text(&events, 0));
 }
 
 #[tokio::test]
@@ -280,6 +287,44 @@ async fn output_does_not_depend_on_the_batch() {
 }
 
 #[tokio::test]
+async fn a_seeded_prompt_is_answered_the_same_alone_and_in_a_list() {
+    let bench = bench(fake(), |_| {});
+    let call = |prompts: &[&str]| Generate {
+        prompt: Prompt::Text(prompts.iter().map(|&p| p.into()).collect()),
+        sampling: Sampling { temperature: 1.0, seed: Some(7), ..Sampling::default() },
+        ignore_eos: true,
+        max_tokens: Some(12),
+        n: 2,
+        ..greedy("")
+    };
+    let alone = bench.events(call(&["second"])).await.unwrap();
+    let listed = bench.events(call(&["first", "second"])).await.unwrap();
+    assert_eq!((text(&alone, 0), text(&alone, 1)), (text(&listed, 2), text(&listed, 3)));
+    assert_ne!(text(&alone, 0), text(&alone, 1));
+}
+
+#[tokio::test]
+async fn metrics_count_as_vllm_does() {
+    let bench = bench(fake(), |_| {});
+    let prompt = "a prompt of more than one block";
+    let call = || Generate { n: 2, max_tokens: Some(3), ignore_eos: true, ..greedy(prompt) };
+    bench.events(call()).await.unwrap();
+    bench.events(call()).await.unwrap();
+    bench.wait_for("vllm:generation_tokens_total{engine=\"0\",model_name=\"fake\"} 12").await;
+    let all = bench.registry.render();
+    let value = |name: &str| {
+        let line = all.lines().find_map(|line| line.strip_prefix(&format!("{name}{{engine=\"0\",model_name=\"fake\"}} ")));
+        line.map(str::to_owned)
+    };
+    // Whole prompts, cached or not, once per sequence.
+    assert_eq!(value("vllm:prompt_tokens_total"), Some((prompt.len() * 4).to_string()));
+    assert_eq!(value("vllm:time_to_first_token_seconds_count").as_deref(), Some("4"));
+    // `n` is a parameter of the request.
+    assert_eq!(value("vllm:request_params_n_count").as_deref(), Some("2"));
+    assert_eq!(value("vllm:request_params_n_sum").as_deref(), Some("4"));
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_frees_its_blocks() {
     let bench = bench(fake(), |c| c.model_len_max = 200);
     let call = Generate { ignore_eos: true, max_tokens: Some(150), ..greedy("to be continued") };
@@ -313,6 +358,8 @@ async fn prompts_that_do_not_fit_are_refused() {
     check(&|c| c.prompt = Prompt::Text(vec![String::new()]), Code::BadRequest, "prompt", "empty").await;
     check(&|c| c.n = CHOICES + 1, Code::BadRequest, "n", "choices").await;
     check(&|c| c.stop = vec![String::new()], Code::BadRequest, "stop", "empty").await;
+    check(&|c| c.sampling.logit_bias = vec![(1, 1.0), (9999, 1.0)], Code::BadRequest, "logit_bias", "9999").await;
+    check(&|c| (c.max_tokens, c.min_tokens) = (None, 17), Code::BadRequest, "min_tokens", "only 16").await;
 }
 
 const CHOICES: u32 = 2048;
@@ -347,6 +394,9 @@ async fn a_request_has_a_deadline() {
     let bench = bench_with(fake(), |_| {}, config);
     let fault = bench.events(greedy("too late")).await.unwrap_err();
     assert_eq!(fault.class.code, Code::UpstreamTimeout, "{fault}");
+    assert!(fault.message.contains("longer than 0"), "the limit is named: {fault}");
+    // It never ran: a time that it didn't have must not stand in the histograms as zero.
+    bench.wait_for("vllm:request_prefill_time_seconds_count{engine=\"0\",model_name=\"fake\"} 0").await;
 }
 
 #[tokio::test]

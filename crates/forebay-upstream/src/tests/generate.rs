@@ -262,3 +262,33 @@ fn base_urls_are_checked_and_keys_kept_secret() {
     assert_eq!(upstream.base_url(), "https://api.example/v1");
     assert!(!format!("{upstream:?}").contains("sk-1"));
 }
+
+/// llama.cpp's server does this: it closes a kept connection when the next request comes.
+#[tokio::test]
+async fn a_kept_connection_that_closes_instead_of_answering_is_replaced() {
+    const ANSWER: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
+    let below = Below::start().await;
+    let upstream = Upstream::new(HttpClient::default(), &below.url(""), None).unwrap();
+    let origin = origin();
+    let generate = async || {
+        let body = Bytes::from_static(b"{}");
+        let reply = within(upstream.generate(&origin, "/v1/completions", body, JSON, timeouts())).await;
+        reply.unwrap().chunks.next().await
+    };
+    let (first, kept) = tokio::join!(generate(), async {
+        let mut tcp = below.accept().await;
+        read_until(&mut tcp, "\r\n\r\n{}").await;
+        write(&mut tcp, ANSWER).await;
+        tcp
+    });
+    assert_eq!(text(first), "{}");
+    let (second, ()) = tokio::join!(generate(), async {
+        let mut kept = kept;
+        read_until(&mut kept, "\r\n\r\n{}").await;
+        drop(kept);
+        let mut fresh = below.accept().await;
+        read_until(&mut fresh, "\r\n\r\n{}").await;
+        write(&mut fresh, ANSWER).await;
+    });
+    assert_eq!(text(second), "{}");
+}
