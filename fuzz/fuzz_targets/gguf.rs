@@ -65,8 +65,8 @@ fuzz_target!(|data: &[u8]| {
         file[at % base.header] = change[2];
     }
     // Usually not at all.
-    if cut >= 0xe0 {
-        file.truncate(base.header * usize::from(cut - 0xe0) / 16);
+    if let sixteenths @ 0..16 = usize::from(cut.wrapping_sub(b'a')) {
+        file.truncate(base.header * sixteenths / 16);
     }
     read(file);
 });

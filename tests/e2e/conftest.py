@@ -98,7 +98,9 @@ def start_factory(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def start(kind: type[Process] | dict[str, Any], *args: Any, **options: Any) -> Process:
         directory = tmp_path / f"process-{len(mine)}"
-        process = Forebay(kind, directory, *args, **options) if isinstance(kind, dict) else kind(directory, *args, **options)
+        process = (
+            Forebay(kind, directory, *args, **options) if isinstance(kind, dict) else kind(directory, *args, **options)
+        )
         mine.append(process)
         _alive.append(process)
         return process
@@ -145,4 +147,3 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     if report.failed:
         for process in _alive:
             report.sections.append((f"log of {' '.join(process.args[1:3])}", process.log()[-6000:]))
-

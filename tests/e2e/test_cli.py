@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from harness import ALIAS, KEY, MODEL, engine_config, forebay, free_port, model_file
 
 GOOD = """\

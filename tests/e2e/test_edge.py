@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from harness import KEY, MODEL, Forebay, data_lines, engine_config, eventually, free_port, user
 from service import Service
 

@@ -6,6 +6,7 @@ import json
 
 import openai
 import pytest
+
 from harness import KEY, MODEL, user
 
 CHAT = "/v1/chat/completions"
@@ -100,7 +101,9 @@ def test_a_bad_field_is_named(server, fields, param):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000], ids=lambda body: repr(body[:12])
+    "body",
+    [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000],
+    ids=lambda body: repr(body[:12]),
 )
 def test_bad_json(server, body):
     with server.http(KEY) as http:
@@ -111,7 +114,9 @@ def test_bad_json(server, body):
 
 def test_bad_json_says_where(server):
     with server.http(KEY) as http:
-        response = http.post(CHAT, content=b'{"model": "m",\n  "messages": [}', headers={"content-type": "application/json"})
+        response = http.post(
+            CHAT, content=b'{"model": "m",\n  "messages": [}', headers={"content-type": "application/json"}
+        )
     assert "line 2 column 16" in error_of(response)["message"]
 
 
@@ -124,7 +129,9 @@ def test_wrong_method(server):
             assert error_of(response)["code"] == "method_not_supported", path
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat", "/v1/embeddings", "/v1/chat/completions/x", "/metrics", "/api/requests"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/chat", "/v1/embeddings", "/v1/chat/completions/x", "/metrics", "/api/requests"]
+)
 def test_unknown_path(server, path):
     with server.http(KEY) as http:
         response = http.post(path, json=GOOD)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+
 from harness import MODEL, Forebay, Worker, data_lines, engine_config, eventually, free_port, get, status_of, user
 
 ALIAS = "house-model"
@@ -89,7 +90,10 @@ def test_a_prefix_sticks_to_its_replica(router, stream):
 
 
 def test_one_id_and_one_trace_over_processes(router, workers):
-    headers = {"x-request-id": "over-processes-1", "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}
+    headers = {
+        "x-request-id": "over-processes-1",
+        "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+    }
     with router.sdk() as sdk:
         raw = ask(sdk, "hi", extra_headers=headers)
     worker = workers[int(raw.headers["x-forebay-replica"].removeprefix("replica-")) - 1]
@@ -120,7 +124,7 @@ def test_a_dead_replica_loses_nothing(start):
     with router.sdk() as sdk:
         alone = ask(sdk, CAPITAL).parse().choices[0].message.content
         workers[0].kill()
-        for n in range(4):
+        for _ in range(4):
             raw = ask(sdk, CAPITAL)
             assert raw.parse().choices[0].message.content == alone
             assert raw.headers["x-forebay-replica"] == "replica-2"
@@ -209,7 +213,12 @@ def second(start_for_module) -> Forebay:
 
 
 def with_fallback(fleet_url: str, second: Forebay, **proxy) -> dict:
-    provider = {"provider": "openai-compatible", "model": MODEL, "base-url": f"{second.url}/v1", "api-key": "env:SECOND_KEY"}
+    provider = {
+        "provider": "openai-compatible",
+        "model": MODEL,
+        "base-url": f"{second.url}/v1",
+        "api-key": "env:SECOND_KEY",
+    }
     return {
         "proxy": {"models": [{"name": ALIAS, "deployments": [{"fleet": "local"}, provider]}], **proxy},
         "router": {

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from harness import ALIAS, KEY, KEYS, MODEL, OTHER_KEY, Forebay, engine_config, eventually, get, user
 
 CHAT = "/v1/chat/completions"
@@ -35,7 +36,13 @@ def test_a_wrong_key_is_refused(server):
 
 @pytest.mark.parametrize(
     "headers",
-    [{}, {"authorization": "Bearer"}, {"authorization": "Basic dXNlcjpwdw=="}, {"authorization": KEY}, {"x-api-key": ""}],
+    [
+        {},
+        {"authorization": "Bearer"},
+        {"authorization": "Basic dXNlcjpwdw=="},
+        {"authorization": KEY},
+        {"x-api-key": ""},
+    ],
     ids=lambda headers: "-".join(headers.values())[:8] or "none",
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/models", "/tokenize"])

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+
 from harness import ALIAS, KEY, MODEL, Forebay, engine_config, eventually, get, status_of, user
 
 CHAT = "/v1/chat/completions"
@@ -93,7 +94,10 @@ def test_one_request_has_a_waterfall_over_five_layers(server, client, stream):
     assert [span["start_us"] for span in spans] == sorted(span["start_us"] for span in spans)
     for span in spans:
         assert span["start_us"] + span["duration_us"] <= record["duration_us"] + 1000, span
-    why = {layer: " ".join(s["why"] for s in spans if s["layer"] == layer) for layer in ("gateway", "proxy", "router", "engine")}
+    why = {
+        layer: " ".join(s["why"] for s in spans if s["layer"] == layer)
+        for layer in ("gateway", "proxy", "router", "engine")
+    }
     assert "team-a" in why["gateway"]
     assert f"fleet/{MODEL}" in why["proxy"]
     assert "engine" in why["router"]
@@ -205,7 +209,11 @@ def test_stopping_finishes_what_waits_too(start):
     def ask(n: int) -> str | None:
         with server.sdk() as sdk:
             options = {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
-            return sdk.chat.completions.create(model=MODEL, messages=user(f"Story {n}"), **options).choices[0].finish_reason
+            return (
+                sdk.chat.completions.create(model=MODEL, messages=user(f"Story {n}"), **options)
+                .choices[0]
+                .finish_reason
+            )
 
     with ThreadPoolExecutor(4) as pool:
         tasks = [pool.submit(ask, n) for n in range(4)]

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+
 from harness import ALIAS, KEY, MODEL, Forebay, user
 
 CAPITAL = "The capital of France is"

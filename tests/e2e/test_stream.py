@@ -8,6 +8,7 @@ import threading
 
 import httpx
 import pytest
+
 from harness import KEY, KEYS, MODEL, Forebay, data_lines, eventually, user
 
 STORY = "Tell me a short story about a lighthouse."

@@ -77,7 +77,9 @@ fn answer(request: &Request<Incoming>, state: &AdminState) -> Response<Full<Byte
         "/health" => json(StatusCode::OK, &serde_json::json!({"status": "ok"})),
         "/ready" => match (state.ready)() {
             Ok(()) => json(StatusCode::OK, &serde_json::json!({"status": "ready"})),
-            Err(why) => json(StatusCode::SERVICE_UNAVAILABLE, &serde_json::json!({"status": "not ready", "why": why})),
+            Err(why) => {
+                json(StatusCode::SERVICE_UNAVAILABLE, &serde_json::json!({"status": "not ready", "why": why}))
+            }
         },
         "/version" => json(StatusCode::OK, &serde_json::json!({"version": state.version})),
         "/api/fleets" => json(StatusCode::OK, &(state.fleets)()),
@@ -88,7 +90,15 @@ fn answer(request: &Request<Incoming>, state: &AdminState) -> Response<Full<Byte
         _ => match path.strip_prefix("/api/requests/").and_then(|id| state.recent.find(id)) {
             Some(record) => json(StatusCode::OK, &serde_json::json!(record)),
             None => {
-                let paths = ["/metrics", "/health", "/ready", "/version", "/api/fleets", "/api/requests", "/api/requests/{id}"];
+                let paths = [
+                    "/metrics",
+                    "/health",
+                    "/ready",
+                    "/version",
+                    "/api/fleets",
+                    "/api/requests",
+                    "/api/requests/{id}",
+                ];
                 let body = serde_json::json!({"error": "no such path or request", "paths": paths});
                 json(StatusCode::NOT_FOUND, &body)
             }

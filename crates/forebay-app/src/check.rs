@@ -64,7 +64,10 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
         ),
     }
     if config.engine.is_none() && config.router.is_none() && config.proxy.is_none() {
-        let llm = config.edge.as_ref().is_none_or(|edge| edge.routes.is_empty() || edge.routes.iter().any(|r| r.to == "llm"));
+        let llm = config
+            .edge
+            .as_ref()
+            .is_none_or(|edge| edge.routes.is_empty() || edge.routes.iter().any(|r| r.to == "llm"));
         if llm {
             found.push(
                 Diagnostic::error("nothing would answer: there is neither `engine`, `router` nor `proxy`")
@@ -114,7 +117,11 @@ fn engine_model(
 }
 
 /// The files that TLS needs.
-fn edge_files(loaded: &Loaded<Config>, edge: &forebay_edge::EdgeConfig, env: &dyn Environment) -> Vec<Diagnostic> {
+fn edge_files(
+    loaded: &Loaded<Config>,
+    edge: &forebay_edge::EdgeConfig,
+    env: &dyn Environment,
+) -> Vec<Diagnostic> {
     let Some(tls) = &edge.tls else { return Vec::new() };
     let mut found = Vec::new();
     if let Err(error) = env.read_file(&tls.cert) {
@@ -142,11 +149,16 @@ impl PromptEncoder for NotLoaded {
     }
 }
 
-fn dry_compose(config: &Config, engine: Option<ModelName>, env: &dyn Environment) -> Result<(), crate::error::BuildError> {
+fn dry_compose(
+    config: &Config,
+    engine: Option<ModelName>,
+    env: &dyn Environment,
+) -> Result<(), crate::error::BuildError> {
     // Health probes are tasks: they are spawned into a runtime that never runs, so nothing is sent.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|_| {
-        crate::error::BuildError::Router(forebay_router::RouterBuildError::NoRuntime)
-    })?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|_| crate::error::BuildError::Router(forebay_router::RouterBuildError::NoRuntime))?;
     let _entered = runtime.enter();
     let registry = Registry::new();
     let shared = Shared { client: HttpClient::new(ClientConfig::default()), registry: &registry, env };
@@ -177,7 +189,8 @@ pub(crate) fn explain(config: &Config) -> Vec<LayerReport> {
         format!("listens on {} ({scheme}), {routes}", listen.join(", "))
     });
     let gateway = config.gateway.as_ref().map(|gateway| {
-        let audit = if gateway.audit.is_some() { "with an audit record per request" } else { "without an audit log" };
+        let audit =
+            if gateway.audit.is_some() { "with an audit record per request" } else { "without an audit log" };
         format!("{} consumers, {audit}", gateway.consumers.len())
     });
     let proxy = config.proxy.as_ref().map(|proxy| match proxy.models.as_slice() {
@@ -190,7 +203,9 @@ pub(crate) fn explain(config: &Config) -> Vec<LayerReport> {
                     .iter()
                     .map(|d| match (&d.fleet, &d.provider) {
                         (Some(fleet), _) => format!("fleet {fleet}"),
-                        (None, Some(provider)) => format!("{} {}", provider.as_str(), d.model.as_deref().unwrap_or("?")),
+                        (None, Some(provider)) => {
+                            format!("{} {}", provider.as_str(), d.model.as_deref().unwrap_or("?"))
+                        }
                         (None, None) => "?".to_owned(),
                     })
                     .collect();
@@ -210,13 +225,41 @@ pub(crate) fn explain(config: &Config) -> Vec<LayerReport> {
             .collect::<Vec<_>>()
             .join("; "),
     });
-    let engine = config.engine.as_ref().map(|engine| format!("serves {} with a KV cache of {}", engine.model, engine.kv_cache_memory));
+    let engine = config
+        .engine
+        .as_ref()
+        .map(|engine| format!("serves {} with a KV cache of {}", engine.model, engine.kv_cache_memory));
     vec![
-        layer("edge", edge, "no listener", "no client can connect: no TLS, no routes, no limits on bodies and connections"),
-        layer("gateway", gateway, "everybody is `anonymous`", "anyone who reaches the port may use every model without limit, and nothing records who used what"),
-        layer("proxy", proxy, "each fleet is a model under its own name", "clients must use the fleets' own model names, and a fleet that fails has no fallback"),
-        layer("router", router, "one fleet: the engine in this process", "one replica only: no second machine, no placement by cached prefix, no failover"),
-        layer("engine", engine, "no model runs in this process", "tokens come from replicas and providers elsewhere only"),
+        layer(
+            "edge",
+            edge,
+            "no listener",
+            "no client can connect: no TLS, no routes, no limits on bodies and connections",
+        ),
+        layer(
+            "gateway",
+            gateway,
+            "everybody is `anonymous`",
+            "anyone who reaches the port may use every model without limit, and nothing records who used what",
+        ),
+        layer(
+            "proxy",
+            proxy,
+            "each fleet is a model under its own name",
+            "clients must use the fleets' own model names, and a fleet that fails has no fallback",
+        ),
+        layer(
+            "router",
+            router,
+            "one fleet: the engine in this process",
+            "one replica only: no second machine, no placement by cached prefix, no failover",
+        ),
+        layer(
+            "engine",
+            engine,
+            "no model runs in this process",
+            "tokens come from replicas and providers elsewhere only",
+        ),
     ]
 }
 
@@ -232,7 +275,9 @@ mod tests {
             let report = check(&Source::new("forebay.yaml", text), &FixedEnvironment::new());
             let found = report.diagnostics.to_string();
             match expect {
-                Some(expect) => assert!(report.diagnostics.has_errors() && found.contains(expect), "{text}\n{found}"),
+                Some(expect) => {
+                    assert!(report.diagnostics.has_errors() && found.contains(expect), "{text}\n{found}")
+                }
                 None => assert!(!report.diagnostics.has_errors(), "{text}\n{found}"),
             }
         };

@@ -60,7 +60,8 @@ pub fn start_engine(
 
 /// The prefix view that [`start_engine`] and [`compose`] share.
 pub fn prefix_view(config: &Config) -> PrefixView {
-    let limit = config.router.as_ref().map_or(RouterConfig::default().prefix_blocks_max, |r| r.prefix_blocks_max);
+    let limit =
+        config.router.as_ref().map_or(RouterConfig::default().prefix_blocks_max, |r| r.prefix_blocks_max);
     PrefixView::new(limit)
 }
 
@@ -73,7 +74,8 @@ pub fn compose<E: Stage<Placed>>(
     encoder: Arc<dyn PromptEncoder>,
 ) -> Result<Composed<E>, BuildError> {
     let Shared { client, registry, env } = shared;
-    let lens: HashMap<ModelName, u32> = engines.iter().map(|(model, (_, len))| (model.clone(), *len)).collect();
+    let lens: HashMap<ModelName, u32> =
+        engines.iter().map(|(model, (_, len))| (model.clone(), *len)).collect();
 
     // The router sits above the engine's queue, not inside it: placement must see every replica, and a split
     // deployment replaces the engine by URLs without any other layer noticing.
@@ -109,7 +111,8 @@ impl EngineTokenizers {
             engines.iter().map(|engine| (engine.model().clone(), engine.clone())).collect();
         for model in config.proxy.iter().flat_map(|proxy| &proxy.models) {
             let first = model.deployments.iter().find_map(|deployment| deployment.fleet.as_deref());
-            if let Some(engine) = first.and_then(|fleet| engines.iter().find(|e| e.model().as_str() == fleet)) {
+            if let Some(engine) = first.and_then(|fleet| engines.iter().find(|e| e.model().as_str() == fleet))
+            {
                 by_name.insert(model.name.as_str().into(), engine.clone());
             }
         }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use forebay_config::Environment;
 use forebay_edge::{Edge, EdgeDeps, Health, LlmStage};
@@ -21,6 +22,9 @@ use crate::model::{self, LocalModel, ModelError};
 
 /// This program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// A disk that hangs must not keep the process from ending: whoever stops it kills it soon after.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why the program can't start.
 #[derive(Debug, thiserror::Error)]
@@ -164,7 +168,12 @@ impl Ready {
             })
             .await;
         // The records of the last requests are on disk before the process says that it has stopped.
-        self.stack.flush_audit().await;
+        if tokio::time::timeout(FLUSH_TIMEOUT, self.stack.flush_audit()).await.is_err() {
+            tracing::error!(
+                "the audit log could not be written within {} s; its last records are lost",
+                FLUSH_TIMEOUT.as_secs()
+            );
+        }
         // The admin listener outlives the drain, so that /ready says `draining` and the last scrape is complete.
         let _ = stop.send(true);
         if let Some(admin) = admin {
@@ -183,7 +192,8 @@ async fn load(
 ) -> Result<Option<Arc<Engine>>, StartError> {
     let (config, local, prefix, registry) = (config.clone(), local.clone(), prefix.clone(), registry.clone());
     let started =
-        tokio::task::spawn_blocking(move || compose::start_engine(&config, &local, &prefix, &registry)).await?;
+        tokio::task::spawn_blocking(move || compose::start_engine(&config, &local, &prefix, &registry))
+            .await?;
     Ok(started?)
 }
 
@@ -208,11 +218,16 @@ async fn listen(address: &str, key: &'static str) -> Result<tokio::net::TcpListe
 
 fn first_model(config: &Config, engine: Option<&Engine>) -> Option<String> {
     let named = config.proxy.as_ref().and_then(|proxy| proxy.models.first()).map(|model| model.name.clone());
-    let fleet = || config.router.as_ref().and_then(|router| router.fleets.first()).map(|fleet| fleet.model.clone());
+    let fleet =
+        || config.router.as_ref().and_then(|router| router.fleets.first()).map(|fleet| fleet.model.clone());
     named.or_else(|| engine.map(|engine| engine.model().to_string())).or_else(fleet)
 }
 
-fn layers(config: &Config, engine: Option<&Engine>, local: Option<&LocalModel>) -> Vec<(&'static str, String)> {
+fn layers(
+    config: &Config,
+    engine: Option<&Engine>,
+    local: Option<&LocalModel>,
+) -> Vec<(&'static str, String)> {
     let mut layers = Vec::new();
     for layer in crate::check::explain(config).into_iter().filter(|layer| layer.runs) {
         let does = match (layer.section, engine, local) {

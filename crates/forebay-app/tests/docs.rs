@@ -88,7 +88,14 @@ async fn the_metrics_reference_is_fresh() {
          vLLM's names (`vllm:*`), so that dashboards and routers made for vLLM read it.\n\n| name | kind | labels | meaning |\n|---|---|---|---|\n"
     );
     for family in registry.families() {
-        let _ = writeln!(page, "| `{}` | {} | {} | {} |", family.name, family.kind, family.labels.join(", "), family.help);
+        let _ = writeln!(
+            page,
+            "| `{}` | {} | {} | {} |",
+            family.name,
+            family.kind,
+            family.labels.join(", "),
+            family.help
+        );
     }
     fresh("metrics.md", &page);
 }

@@ -1,11 +1,13 @@
-//! Compares the CPU executor with llama.cpp on a whole text: mean KL divergence and top-1 agreement.
+//! Compares the CPU executor with llama.cpp on a whole text: KL divergence and top-1 agreement, whole vocabulary.
 //!
 //! ```text
 //! llama-perplexity -m MODEL.gguf -f text.txt -c 512 -b 512 -t 1 --chunks 8 --kl-divergence-base logits.kld
 //! cargo run --release -p forebay-engine --example kl_divergence -- MODEL.gguf logits.kld
+//! cargo run --release -p forebay-engine --example kl_divergence -- other.kld logits.kld
 //! ```
 //!
-//! The format of `logits.kld` is described in `tests/reference/llamacpp_logits.py`.
+//! With a `.kld` file in the model's place, two files are compared (llama.cpp with itself, say): what of the first
+//! figure is noise. The format is described in `tests/reference/llamacpp_logits.py`; `docs/numerics.md` has results.
 #![allow(clippy::print_stdout, reason = "a command-line program")]
 
 use std::fs::File;
@@ -20,46 +22,135 @@ use forebay_kernels::Isa;
 use forebay_schedule::{SeqId, StepPlan};
 
 const BLOCK_SIZE: usize = 16;
+/// Below this distance of the reference's first two (in log p), either token is right.
+const NEAR_TIE: f64 = 0.1;
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [model, base] = &arguments[..] else { anyhow::bail!("usage: kl_divergence MODEL.gguf logits.kld") };
-    let mut base = BufReader::new(File::open(base)?);
-    let mut magic = [0; 8];
-    base.read_exact(&mut magic)?;
-    ensure!(&magic == b"_logits_", "not a file of llama-perplexity");
-    let [context, vocab, chunks] = [(); 3].map(|()| u32_from(&mut base));
-    let (context, vocab, chunks) = (context? as usize, vocab? as usize, chunks? as usize);
-    let tokens: Vec<u32> = (0..context * chunks).map(|_| u32_from(&mut base)).collect::<Result<_, _>>()?;
-
-    let model = Arc::new(ModelFile::open(Path::new(model))?);
-    let blocks = context.div_ceil(BLOCK_SIZE);
-    let options =
-        CpuOptions { isa: Isa::detect(), threads: 2, block_size: BLOCK_SIZE, blocks, positions_max: context };
-    let mut executor = CpuExecutor::new(&model, &options)?;
-    ensure!(executor.vocab_size() == vocab, "another vocabulary");
-
-    let mut row = vec![0u8; 8 + 2 * vocab.next_multiple_of(2)];
+    let [tested, base] = &arguments[..] else {
+        anyhow::bail!("usage: kl_divergence MODEL.gguf|OTHER.kld BASE.kld")
+    };
+    let mut base = Base::open(Path::new(base))?;
+    let tested = Path::new(tested);
+    let mut tested = if tested.extension().is_some_and(|ext| ext == "kld") {
+        let other = Base::open(tested)?;
+        ensure!(other.vocab == base.vocab && other.tokens == base.tokens, "not the same text");
+        Tested::Saved(other)
+    } else {
+        Tested::Ours(Box::new(executor(tested, &base)?))
+    };
     let mut total = Totals::default();
-    for (nth, tokens) in tokens.chunks(context).enumerate() {
-        let wanted = context / 2..context - 1;
-        let plan = StepPlan {
-            seqs: vec![SeqId(nth as u64)],
-            token_ids: tokens.to_vec(),
-            positions: (0..context as u32).collect(),
-            row_starts: vec![0, context as u32],
-            block_tables: (0..blocks as u32).collect(),
-            table_starts: vec![0, blocks as u32],
-            logit_tokens: wanted.clone().map(|at| at as u32).collect(),
-        };
-        let logits = executor.execute(&plan)?;
-        for (logits, at) in logits.chunks(vocab).zip(wanted) {
-            base.read_exact(&mut row).context("the reference ends early")?;
-            total.add(&row, vocab, logits, tokens[at + 1] as usize);
+    for nth in 0..base.chunks() {
+        let tokens = base.tokens[nth * base.context..(nth + 1) * base.context].to_vec();
+        let tested = tested.log_p(nth, &tokens, base.scored())?;
+        for (tested, at) in tested.iter().zip(base.scored()) {
+            let row = base.next_row()?;
+            total.add(&row, tested, tokens[at + 1] as usize);
         }
-        println!("chunk {}: {total}", nth + 1);
     }
+    println!("{total}");
     Ok(())
+}
+
+/// A file of llama-perplexity's, read from front to back.
+struct Base {
+    file: BufReader<File>,
+    context: usize,
+    vocab: usize,
+    tokens: Vec<u32>,
+}
+
+/// Natural-log probabilities of one position. Those at `low` are "at most this".
+struct Row {
+    low: f64,
+    log_p: Vec<f64>,
+}
+
+impl Base {
+    fn open(path: &Path) -> anyhow::Result<Self> {
+        let mut file = BufReader::new(File::open(path).with_context(|| path.display().to_string())?);
+        let mut magic = [0; 8];
+        file.read_exact(&mut magic)?;
+        ensure!(&magic == b"_logits_", "not a file of llama-perplexity");
+        let (context, vocab, chunks) = (u32_from(&mut file)?, u32_from(&mut file)?, u32_from(&mut file)?);
+        let tokens = (0..context * chunks).map(|_| u32_from(&mut file)).collect::<Result<_, _>>()?;
+        Ok(Self { file, context: context as usize, vocab: vocab as usize, tokens })
+    }
+
+    fn chunks(&self) -> usize {
+        self.tokens.len() / self.context
+    }
+
+    /// The positions of a chunk whose successor is predicted.
+    fn scored(&self) -> std::ops::Range<usize> {
+        self.context / 2..self.context - 1
+    }
+
+    fn next_row(&mut self) -> anyhow::Result<Row> {
+        let mut bytes = vec![0u8; 8 + 2 * self.vocab.next_multiple_of(2)];
+        self.file.read_exact(&mut bytes).context("the file ends early")?;
+        let (head, quants) = bytes.split_at(8);
+        let float = |at: usize| f32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let (scale, low) = (f64::from(float(0)), f64::from(float(4)));
+        let quants = quants.as_chunks::<2>().0.iter().take(self.vocab);
+        let log_p = quants.map(|q| low + scale * f64::from(u16::from_le_bytes(*q))).collect();
+        Ok(Row { low, log_p })
+    }
+}
+
+/// What is held against the reference.
+enum Tested {
+    Ours(Box<CpuExecutor>),
+    Saved(Base),
+}
+
+impl Tested {
+    /// Per scored position of the `nth` chunk, the log probabilities of all tokens.
+    fn log_p(
+        &mut self,
+        nth: usize,
+        tokens: &[u32],
+        scored: std::ops::Range<usize>,
+    ) -> anyhow::Result<Vec<Vec<f64>>> {
+        match self {
+            Self::Saved(base) => scored.map(|_| Ok(base.next_row()?.log_p)).collect(),
+            Self::Ours(executor) => {
+                let blocks = tokens.len().div_ceil(BLOCK_SIZE) as u32;
+                let plan = StepPlan {
+                    seqs: vec![SeqId(nth as u64)],
+                    token_ids: tokens.to_vec(),
+                    positions: (0..tokens.len() as u32).collect(),
+                    row_starts: vec![0, tokens.len() as u32],
+                    block_tables: (0..blocks).collect(),
+                    table_starts: vec![0, blocks],
+                    logit_tokens: scored.map(|at| at as u32).collect(),
+                };
+                let vocab = executor.vocab_size();
+                Ok(executor.execute(&plan)?.chunks(vocab).map(log_softmax).collect())
+            }
+        }
+    }
+}
+
+fn executor(model: &Path, base: &Base) -> anyhow::Result<CpuExecutor> {
+    let model = Arc::new(ModelFile::open(model)?);
+    let options = CpuOptions {
+        isa: Isa::detect(),
+        threads: 2,
+        block_size: BLOCK_SIZE,
+        blocks: base.context.div_ceil(BLOCK_SIZE),
+        positions_max: base.context,
+    };
+    let executor = CpuExecutor::new(&model, &options)?;
+    ensure!(executor.vocab_size() == base.vocab, "another vocabulary");
+    Ok(executor)
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
+    let log_sum = f64::from(max) + sum.ln();
+    logits.iter().map(|l| f64::from(*l) - log_sum).collect()
 }
 
 fn u32_from(from: &mut impl Read) -> std::io::Result<u32> {
@@ -70,69 +161,64 @@ fn u32_from(from: &mut impl Read) -> std::io::Result<u32> {
 
 #[derive(Default)]
 struct Totals {
-    positions: usize,
-    kl: f64,
-    kl_max: f64,
+    /// Per position.
+    kl: Vec<f64>,
     agree: usize,
-    /// Disagreements where the reference's first two are less than 0.1 apart.
+    /// Disagreements at a near tie of the reference.
     ties: usize,
-    log_p_theirs: f64,
-    log_p_ours: f64,
+    log_p_reference: f64,
+    log_p_tested: f64,
 }
 
 impl Totals {
-    fn add(&mut self, row: &[u8], vocab: usize, logits: &[f32], next: usize) {
-        let (head, quants) = row.split_at(8);
-        let float = |at: usize| f32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-        let (scale, low) = (f64::from(float(0)), f64::from(float(4)));
-        let quants = quants.as_chunks::<2>().0.iter().take(vocab);
-        let theirs: Vec<f64> = quants.map(|q| low + scale * f64::from(u16::from_le_bytes(*q))).collect();
-
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
-        let log_sum = f64::from(max) + sum.ln();
-        let ours = |id: usize| f64::from(logits[id]) - log_sum;
-
+    fn add(&mut self, reference: &Row, tested: &[f64], next: usize) {
+        let theirs = &reference.log_p;
         // Tokens at the floor are "at most this likely": together they are one event.
         let (mut kl, mut p_rest, mut q_rest) = (0.0, 1.0, 1.0);
-        for id in (0..vocab).filter(|&id| theirs[id] > low) {
-            let p = theirs[id].exp();
-            kl += p * (theirs[id] - ours(id));
+        for (&log_p, &log_q) in theirs.iter().zip(tested).filter(|(log_p, _)| **log_p > reference.low) {
+            let p = log_p.exp();
+            kl += p * (log_p - log_q);
             p_rest -= p;
-            q_rest -= ours(id).exp();
+            q_rest -= log_q.exp();
         }
         if p_rest > 1e-6 && q_rest > 1e-6 {
             kl += p_rest * (p_rest / q_rest).ln();
         }
-        let best_ours = (0..vocab).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
-        let best = (0..vocab).max_by(|&a, &b| theirs[a].total_cmp(&theirs[b])).unwrap_or(0);
-        self.positions += 1;
-        self.kl += kl;
-        self.kl_max = self.kl_max.max(kl);
-        if best == best_ours {
+        self.kl.push(kl);
+        let best_tested = most_likely(tested);
+        let best = most_likely(theirs);
+        if best == best_tested {
             self.agree += 1;
-        } else if theirs[best] - theirs[best_ours] < 0.1 {
+        } else if theirs[best] - theirs[best_tested] < NEAR_TIE {
             self.ties += 1;
         }
-        self.log_p_theirs += theirs[next];
-        self.log_p_ours += ours(next);
+        self.log_p_reference += theirs[next];
+        self.log_p_tested += tested[next];
     }
+}
+
+/// The first of equals.
+fn most_likely(log_p: &[f64]) -> usize {
+    (0..log_p.len()).reduce(|best, id| if log_p[id] > log_p[best] { id } else { best }).unwrap_or(0)
 }
 
 impl std::fmt::Display for Totals {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let n = self.positions as f64;
+        let mut kl = self.kl.clone();
+        kl.sort_by(f64::total_cmp);
+        let n = kl.len() as f64;
         write!(
             f,
-            "{} positions, mean KL {:.2e} (max {:.2e}), same top-1 {:.2} % (near ties besides: {:.2} %), \
-             perplexity {:.3} (llama.cpp {:.3})",
-            self.positions,
-            self.kl / n,
-            self.kl_max,
+            "{} positions, KL mean {:.2e} median {:.2e} max {:.2e}, same top-1 {:.2} % (near ties counted {:.2} %), \
+             perplexity {:.3} (reference {:.3})",
+            kl.len(),
+            kl.iter().sum::<f64>() / n,
+            kl.get(kl.len() / 2).copied().unwrap_or(f64::NAN),
+            kl.last().copied().unwrap_or(f64::NAN),
             100.0 * self.agree as f64 / n,
-            100.0 * self.ties as f64 / n,
-            (-self.log_p_ours / n).exp(),
-            (-self.log_p_theirs / n).exp(),
+            100.0 * (self.agree + self.ties) as f64 / n,
+            (-self.log_p_tested / n).exp(),
+            (-self.log_p_reference / n).exp(),
         )
     }
 }

@@ -52,10 +52,16 @@ impl EngineConfig {
         let mut found = Vec::new();
         let mut add = |key, problem: String| found.push(EngineConfigError { key, problem });
         if !(1..=BLOCK_SIZE_MAX).contains(&self.block_size) {
-            add("block-size", format!("{} is not from 1 to {BLOCK_SIZE_MAX}; 16 suits most", self.block_size));
+            add(
+                "block-size",
+                format!("{} is not from 1 to {BLOCK_SIZE_MAX}; 16 suits most", self.block_size),
+            );
         }
         if let Some(len @ 0..=1) = self.max_model_len {
-            add("max-model-len", format!("{len} leaves no room for a prompt and one token; leave it out for the model's own"));
+            add(
+                "max-model-len",
+                format!("{len} leaves no room for a prompt and one token; leave it out for the model's own"),
+            );
         }
         if self.served_model_name.as_deref().is_some_and(|name| name.trim().is_empty()) {
             add("served-model-name", "the name is empty; leave it out for the model's own".to_owned());

@@ -11,15 +11,15 @@ use forebay_types::FinishReason;
 const LABELS: &[&str] = &["model_name", "engine"];
 
 const TTFT_BUCKETS: &[f64] = &[
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-    160.0, 640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0, 2560.0,
 ];
 const ITL_BUCKETS: &[f64] = &[
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 ];
 const REQUEST_BUCKETS: &[f64] = &[
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+    960.0, 1920.0, 7680.0,
 ];
 const ITERATION_BUCKETS: &[f64] =
     &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
@@ -68,7 +68,8 @@ struct Histograms<T> {
 impl EngineMetrics {
     pub fn register(registry: &Registry, model_len_max: u32) -> Result<Self, MetricError> {
         let counter = |name: &str, help: &str| registry.counters(name, help, LABELS);
-        let histogram = |name: &str, help: &str, buckets: &[f64]| registry.histograms(name, help, buckets, LABELS);
+        let histogram =
+            |name: &str, help: &str, buckets: &[f64]| registry.histograms(name, help, buckets, LABELS);
         let tokens = one_two_five(model_len_max);
         Ok(Self {
             gauges: registry.add(forebay_observe::metrics::GaugeVec::new(
@@ -167,7 +168,11 @@ impl EngineMetrics {
                     "Histogram of time spent in DECODE phase for request.",
                     REQUEST_BUCKETS,
                 )?,
-                prompt: histogram("vllm:request_prompt_tokens", "Number of prefill tokens processed.", &tokens)?,
+                prompt: histogram(
+                    "vllm:request_prompt_tokens",
+                    "Number of prefill tokens processed.",
+                    &tokens,
+                )?,
                 generation: histogram(
                     "vllm:request_generation_tokens",
                     "Number of generation tokens processed.",

@@ -55,6 +55,9 @@ impl Reply {
 
 impl std::fmt::Debug for Reply {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Reply").field("form", &self.form).field("headers", &self.headers).finish_non_exhaustive()
+        f.debug_struct("Reply")
+            .field("form", &self.form)
+            .field("headers", &self.headers)
+            .finish_non_exhaustive()
     }
 }

@@ -127,7 +127,8 @@ mod tests {
         let mut headers = http::HeaderMap::new();
         headers.insert("authorization", http::HeaderValue::from_static("Bearer sk-secret"));
         let path = "/v1/models".to_owned();
-        let received = Received { method: http::Method::GET, path, headers, body: Bytes::from_static(b"a prompt") };
+        let received =
+            Received { method: http::Method::GET, path, headers, body: Bytes::from_static(b"a prompt") };
         let text = format!("{received:?}");
         assert!(!text.contains("sk-secret") && !text.contains("a prompt"), "{text}");
         assert!(text.contains("/v1/models"), "{text}");

@@ -10,6 +10,7 @@
 //!
 //! **Invariant:** no wire format here. MessagePack and ZMQ framing of KV events belong to a codec above.
 
+pub mod codec;
 mod event;
 mod hash;
 mod index;

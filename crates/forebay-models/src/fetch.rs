@@ -93,7 +93,7 @@ pub(crate) async fn download(
     // A part that is already too long is of another file.
     let have = if expect.bytes.is_some_and(|bytes| have > bytes) { 0 } else { have };
     let complete = expect.bytes == Some(have) && have > 0;
-    if !complete && let Opened::Rest { response, start } = open(client, url, token, have, &mut expect).await? {
+    if !complete && let Some((response, start)) = open(client, url, token, have, &mut expect).await? {
         let left = content_length(response.headers());
         let total = expect.bytes.or(left.map(|left| left + start));
         progress.begin(total, start);
@@ -104,7 +104,9 @@ pub(crate) async fn download(
             let frame = match tokio::time::timeout(STALL_TIMEOUT, body.frame()).await {
                 Err(_) => return Err(FetchError::Stalled),
                 Ok(None) => break,
-                Ok(Some(Err(error))) => return Err(FetchError::Broken { at: written, why: error.to_string() }),
+                Ok(Some(Err(error))) => {
+                    return Err(FetchError::Broken { at: written, why: error.to_string() });
+                }
                 Ok(Some(Ok(frame))) => frame,
             };
             let Ok(data) = frame.into_data() else { continue };
@@ -183,21 +185,16 @@ fn open_part(part: &Path, start: u64) -> Result<File, FetchError> {
     Ok(file)
 }
 
-enum Opened {
-    /// The file from byte `start` on.
-    Rest { response: http::Response<forebay_upstream::ResponseBody>, start: u64 },
-    /// The server has no more than what is there: an earlier try ended after the last byte, before its check.
-    Whole,
-}
-
-/// Follows redirects to the answer that has the file, from byte `have` where the server can do that.
+/// Follows redirects to the answer that has the file, from byte `have` where the server can do that. Gives it with
+/// its first byte; `None` where the server has no more than what is there: an earlier try ended after the last byte,
+/// before its check.
 async fn open(
     client: &HttpClient,
     url: &str,
     token: Option<&str>,
     have: u64,
     expect: &mut Expect,
-) -> Result<Opened, FetchError> {
+) -> Result<Option<(http::Response<forebay_upstream::ResponseBody>, u64)>, FetchError> {
     let (mut url, mut have) = (url.to_owned(), have);
     // The token belongs to the hub, never to the storage it redirects to.
     let mut token = token;
@@ -213,7 +210,9 @@ async fn open(
         let request = request.body(full("")).map_err(|_| bad())?;
         let response = tokio::time::timeout(HEAD_TIMEOUT, client.send(request))
             .await
-            .map_err(|_| FetchError::Connect { why: format!("no answer within {} s", HEAD_TIMEOUT.as_secs()) })?
+            .map_err(|_| FetchError::Connect {
+                why: format!("no answer within {} s", HEAD_TIMEOUT.as_secs()),
+            })?
             .map_err(|error| FetchError::Connect { why: error.detail() })?;
         // The hub names the content's hash on the redirect: the file is verified even where the catalogue has no hash.
         if expect.sha256.is_none()
@@ -226,7 +225,8 @@ async fn open(
         }
         let status = response.status();
         if status.is_redirection() {
-            let location = response.headers().get(header::LOCATION).and_then(|v| v.to_str().ok()).ok_or_else(bad)?;
+            let location =
+                response.headers().get(header::LOCATION).and_then(|v| v.to_str().ok()).ok_or_else(bad)?;
             let next = absolute(&url, location);
             if origin(&next) != origin(&url) {
                 token = None;
@@ -237,14 +237,14 @@ async fn open(
         let range = content_range(response.headers());
         match status {
             StatusCode::RANGE_NOT_SATISFIABLE if have > 0 && range == Some((None, Some(have))) => {
-                return Ok(Opened::Whole);
+                return Ok(None);
             }
             StatusCode::PARTIAL_CONTENT if matches!(range, Some((Some(start), _)) if start == have) => {
-                return Ok(Opened::Rest { response, start: have });
+                return Ok(Some((response, have)));
             }
             // What is there doesn't go with what the server has: once more, from the beginning.
             StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT if have > 0 => have = 0,
-            _ if status.is_success() => return Ok(Opened::Rest { response, start: 0 }),
+            _ if status.is_success() => return Ok(Some((response, 0))),
             _ => return Err(FetchError::Status { status: status.as_u16(), url }),
         }
     }
@@ -265,7 +265,8 @@ fn absolute(base: &str, location: &str) -> String {
 
 /// First byte and size of `content-range: bytes 5-9/10`, or of `bytes */10`.
 fn content_range(headers: &http::HeaderMap) -> Option<(Option<u64>, Option<u64>)> {
-    let (range, size) = headers.get(header::CONTENT_RANGE)?.to_str().ok()?.strip_prefix("bytes ")?.split_once('/')?;
+    let (range, size) =
+        headers.get(header::CONTENT_RANGE)?.to_str().ok()?.strip_prefix("bytes ")?.split_once('/')?;
     let first = range.split_once('-').and_then(|(first, _)| first.trim().parse().ok());
     Some((first, size.trim().parse().ok()))
 }
@@ -291,7 +292,8 @@ mod tests {
     #[test]
     fn content_ranges_are_read() {
         let check = |value: &'static str, expect| {
-            let headers = [(header::CONTENT_RANGE, http::HeaderValue::from_static(value))].into_iter().collect();
+            let headers =
+                [(header::CONTENT_RANGE, http::HeaderValue::from_static(value))].into_iter().collect();
             assert_eq!(content_range(&headers), expect, "{value}");
         };
         check("bytes 5-9/10", Some((Some(5), Some(10))));

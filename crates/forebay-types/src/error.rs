@@ -130,8 +130,11 @@ impl Fault {
     }
 
     pub fn internal(detail: impl Into<String>) -> Self {
-        Self::new(Class::new(Code::Internal, Blame::Us), "internal error; the log has the details under this request id")
-            .detail(detail)
+        Self::new(
+            Class::new(Code::Internal, Blame::Us),
+            "internal error; the log has the details under this request id",
+        )
+        .detail(detail)
     }
 
     pub fn param(mut self, param: impl Into<String>) -> Self {

@@ -37,7 +37,8 @@ fn options(args: &Bench) -> anyhow::Result<Options> {
         None => None,
         Some(name) => {
             let key = RealEnvironment.var(name);
-            let key = key.map_err(|_| anyhow::anyhow!("the environment variable {name} is not set (--api-key-env)"))?;
+            let key = key
+                .map_err(|_| anyhow::anyhow!("the environment variable {name} is not set (--api-key-env)"))?;
             Some(SecretValue::new(key))
         }
     };
@@ -62,7 +63,9 @@ fn options(args: &Bench) -> anyhow::Result<Options> {
             Api::Completions => Endpoint::Completions,
         },
         load,
-        until: args.duration.map_or(Until::Requests(args.requests), |duration| Until::Duration(duration.get())),
+        until: args
+            .duration
+            .map_or(Until::Requests(args.requests), |duration| Until::Duration(duration.get())),
         warmup_requests: args.warmup,
         prompts,
         output_tokens: args.output_tokens,

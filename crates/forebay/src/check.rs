@@ -13,7 +13,10 @@ pub(crate) fn run(args: &Check) -> ExitCode {
         Ok(source) => source,
         Err(error) => {
             if args.json {
-                println!("{}", serde_json::json!({"ok": false, "error": error.to_string(), "findings": [], "layers": []}));
+                println!(
+                    "{}",
+                    serde_json::json!({"ok": false, "error": error.to_string(), "findings": [], "layers": []})
+                );
             } else {
                 eprintln!("error: {error}");
             }

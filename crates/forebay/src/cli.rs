@@ -38,9 +38,7 @@ pub(crate) enum Command {
     Bench(Bench),
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  forebay completions bash > /etc/bash_completion.d/forebay")]
-    Completions {
-        shell: clap_complete::Shell,
-    },
+    Completions { shell: clap_complete::Shell },
 }
 
 #[derive(Args, Default)]
@@ -69,7 +67,9 @@ pub(crate) enum LogFormat {
 }
 
 #[derive(Args)]
-#[command(after_help = "Example:\n  forebay worker --model smollm2-135m-instruct --port 8001 --max-num-seqs 32")]
+#[command(
+    after_help = "Example:\n  forebay worker --model smollm2-135m-instruct --port 8001 --max-num-seqs 32"
+)]
 pub(crate) struct Worker {
     /// Known name, path to a GGUF file, or hf:ORG/REPO
     #[arg(long)]
@@ -138,7 +138,9 @@ pub(crate) struct Check {
 #[derive(Subcommand)]
 pub(crate) enum Model {
     /// Fetch a model into the cache, or verify that it is there
-    #[command(after_help = "Examples:\n  forebay model pull smollm2-135m-instruct\n  forebay model pull ./model.gguf\n  forebay model pull hf:ORG/REPO-GGUF")]
+    #[command(
+        after_help = "Examples:\n  forebay model pull smollm2-135m-instruct\n  forebay model pull ./model.gguf\n  forebay model pull hf:ORG/REPO-GGUF"
+    )]
     Pull {
         /// Known name, path to a GGUF file, or hf:ORG/REPO[/FILE]
         model: String,

@@ -50,7 +50,12 @@ fn list(json: bool) -> anyhow::Result<()> {
         println!("{:<40} {:>12}{state}", model.name, ByteSize::new(model.bytes).to_string());
     }
     for known in CATALOGUE.iter().filter(|known| cached.iter().all(|c| c.name != known.name)) {
-        println!("{:<40} {:>12}  (not fetched; {})", known.name, ByteSize::new(known.bytes).to_string(), known.licence);
+        println!(
+            "{:<40} {:>12}  (not fetched; {})",
+            known.name,
+            ByteSize::new(known.bytes).to_string(),
+            known.licence
+        );
     }
     Ok(())
 }

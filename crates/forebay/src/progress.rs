@@ -39,7 +39,8 @@ impl Progress for PullProgress {
 
     fn begin(&self, total: Option<u64>, have: u64) {
         let bar = ProgressBar::new(total.unwrap_or(0));
-        let style = ProgressStyle::with_template("  {bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta} {msg}");
+        let style =
+            ProgressStyle::with_template("  {bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta} {msg}");
         if let Ok(style) = style {
             bar.set_style(style);
         }

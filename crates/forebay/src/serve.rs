@@ -137,7 +137,9 @@ impl StopSignals {
 /// Ready at the first signal. A second one ends the process at once.
 async fn stop(mut signals: StopSignals) {
     signals.next().await;
-    tracing::info!("draining: streams in flight finish, new connections are refused; signal again to stop at once");
+    tracing::info!(
+        "draining: streams in flight finish, new connections are refused; signal again to stop at once"
+    );
     tokio::spawn(async move {
         signals.next().await;
         tracing::warn!("stopped before the drain was complete");
@@ -169,8 +171,12 @@ fn greeting(summary: &Summary) -> String {
     if let Some(model) = &summary.model {
         let insecure = if summary.tls { " --insecure" } else { "" };
         let key = if summary.needs_key { " -H \"authorization: Bearer $KEY\"" } else { "" };
-        text += &format!("\ntry it:\n  curl{insecure} {scheme}://{host}/v1/chat/completions -H 'content-type: application/json'{key} \\\n");
-        text += &format!("    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Name three rivers.\"}}], \"max_tokens\": 64}}'\n\n");
+        text += &format!(
+            "\ntry it:\n  curl{insecure} {scheme}://{host}/v1/chat/completions -H 'content-type: application/json'{key} \\\n"
+        );
+        text += &format!(
+            "    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Name three rivers.\"}}], \"max_tokens\": 64}}'\n\n"
+        );
     }
     text
 }

@@ -139,7 +139,12 @@ mod tests {
             all.truncate(cut);
             let total: f64 = all.iter().map(|&(_, p)| f64::from(p)).sum();
             let mut sum = 0.0;
-            all.iter().find(|&&(_, p)| { sum += f64::from(p); uniform * total < sum }).map(|&(id, _)| id)
+            all.iter()
+                .find(|&&(_, p)| {
+                    sum += f64::from(p);
+                    uniform * total < sum
+                })
+                .map(|&(id, _)| id)
         };
         let mut state = 1u64;
         let mut next = move || {
@@ -157,7 +162,11 @@ mod tests {
                 ..Sampling::default()
             };
             let uniform = f64::from(next());
-            assert_eq!(Some(candidates.draw(&logits, &params, uniform)), naive(&logits, &params, uniform), "{params:?}");
+            assert_eq!(
+                Some(candidates.draw(&logits, &params, uniform)),
+                naive(&logits, &params, uniform),
+                "{params:?}"
+            );
         }
     }
 }

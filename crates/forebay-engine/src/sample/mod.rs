@@ -210,7 +210,11 @@ mod tests {
             let chi: f64 = shares(&params, n)
                 .iter()
                 .zip(expect)
-                .map(|(got, want)| if *want == 0.0 { got * 1e9 } else { (got - want).powi(2) / want * f64::from(n) })
+                .map(
+                    |(got, want)| {
+                        if *want == 0.0 { got * 1e9 } else { (got - want).powi(2) / want * f64::from(n) }
+                    },
+                )
                 .sum();
             // 4 degrees of freedom: 18.5 is p = 0.001.
             assert!(chi < 18.5, "{params:?}: chi-square {chi}");
@@ -221,7 +225,10 @@ mod tests {
         check(Sampling { min_p: 0.2, ..Sampling::default() }, &[4.0 / 7.0, 2.0 / 7.0, 1.0 / 7.0, 0.0, 0.0]);
         let halved: Vec<f64> = [0.25f64, 0.0625, 0.015625, 0.00390625, 0.00390625].to_vec();
         let sum: f64 = halved.iter().sum();
-        check(Sampling { temperature: 0.5, ..Sampling::default() }, &halved.iter().map(|p| p / sum).collect::<Vec<_>>());
+        check(
+            Sampling { temperature: 0.5, ..Sampling::default() },
+            &halved.iter().map(|p| p / sum).collect::<Vec<_>>(),
+        );
     }
 
     #[test]
@@ -241,7 +248,8 @@ mod tests {
 
     #[test]
     fn logprobs_are_of_the_raw_distribution() {
-        let mut s = sampler(Sampling { temperature: 0.0, logit_bias: vec![(3, 50.0)], ..Sampling::default() }, 0);
+        let mut s =
+            sampler(Sampling { temperature: 0.0, logit_bias: vec![(3, 50.0)], ..Sampling::default() }, 0);
         let choice = s.choose(&logits(), &[], Some(2));
         assert_eq!(choice.token, 3);
         assert!((choice.logprob - 0.0625f32.ln()).abs() < 1e-5);
@@ -251,7 +259,9 @@ mod tests {
 
     #[test]
     fn hostile_logits_do_not_panic() {
-        for logits in [[f32::NAN; 4], [f32::INFINITY; 4], [f32::NEG_INFINITY; 4], [0.0, f32::NAN, 1.0, f32::INFINITY]] {
+        for logits in
+            [[f32::NAN; 4], [f32::INFINITY; 4], [f32::NEG_INFINITY; 4], [0.0, f32::NAN, 1.0, f32::INFINITY]]
+        {
             for params in [Sampling::default(), Sampling { top_p: 0.5, top_k: 3, ..Sampling::default() }] {
                 assert!(sampler(params, 3).choose(&logits, &[], Some(4)).token < 4);
             }

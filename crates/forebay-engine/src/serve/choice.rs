@@ -99,7 +99,8 @@ impl ChoiceState {
         if self.generated >= self.max_tokens {
             return self.end(FinishReason::Length);
         }
-        let delta = if self.held.text.is_empty() && self.held.logprobs.is_empty() { None } else { self.take() };
+        let delta =
+            if self.held.text.is_empty() && self.held.logprobs.is_empty() { None } else { self.take() };
         Advance { delta, finished: None }
     }
 

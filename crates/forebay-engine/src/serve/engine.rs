@@ -14,12 +14,12 @@ use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, Tokeni
 use forebay_wire::{Api, Ask, Chunk, Event, Generate};
 use tokio::sync::mpsc;
 
+use super::KvSink;
+use super::memory::check_memory;
 use super::prompt;
 use super::step_loop::{LoopState, StepLoop};
 use super::submission::{How, PromptAsk, Submission};
 use super::text::{TextError, text_model};
-use super::KvSink;
-use super::memory::check_memory;
 use crate::config::{EngineConfig, EngineConfigError};
 use crate::exec::{BuildError, CpuExecutor, CpuOptions, Executor};
 use crate::metrics::{EngineMetrics, KvInfo};
@@ -59,7 +59,11 @@ pub enum StartError {
         "not enough memory: the model needs about {weights} and `engine.kv-cache-memory` is {kv}, but only {available} \
          is available; lower `engine.kv-cache-memory` or use a smaller model"
     )]
-    Memory { weights: forebay_config::ByteSize, kv: forebay_config::ByteSize, available: forebay_config::ByteSize },
+    Memory {
+        weights: forebay_config::ByteSize,
+        kv: forebay_config::ByteSize,
+        available: forebay_config::ByteSize,
+    },
     #[error("the engine's thread can't be started")]
     Thread(#[source] std::io::Error),
 }
@@ -88,14 +92,21 @@ pub struct Engine {
 
 impl Engine {
     /// Loads the model and starts the step thread. Blocks until the model is ready (about a second per 100 MB).
-    pub fn start(config: &EngineConfig, path: &Path, model: ModelName, deps: EngineDeps<'_>) -> Result<Self, StartError> {
+    pub fn start(
+        config: &EngineConfig,
+        path: &Path,
+        model: ModelName,
+        deps: EngineDeps<'_>,
+    ) -> Result<Self, StartError> {
         let begun = Instant::now();
         if let Some(problem) = config.problems().into_iter().next() {
             return Err(problem.into());
         }
         let file = Arc::new(ModelFile::open(path)?);
-        let spec = ModelSpec::from_gguf(file.gguf()).map_err(|source| StartError::Spec { path: path.into(), source })?;
-        let text = text_model(file.gguf()).map_err(|source| StartError::Text { path: path.into(), source })?;
+        let spec = ModelSpec::from_gguf(file.gguf())
+            .map_err(|source| StartError::Spec { path: path.into(), source })?;
+        let text =
+            text_model(file.gguf()).map_err(|source| StartError::Text { path: path.into(), source })?;
         let threads = config.threads.map_or_else(cores, |n| n as usize);
         let pool = Arc::new(Pool::new(threads));
         let isa = deps.isa.unwrap_or_else(Isa::detect);
@@ -104,7 +115,11 @@ impl Engine {
         let wanted = spec.blocks_for_memory(config.kv_cache_memory.bytes(), block_size);
         if wanted == 0 {
             let needed = forebay_config::ByteSize::new(spec.memory_for_blocks(1, block_size));
-            return Err(StartError::KvTooSmall { given: config.kv_cache_memory, tokens: wanted * block_size, needed });
+            return Err(StartError::KvTooSmall {
+                given: config.kv_cache_memory,
+                tokens: wanted * block_size,
+                needed,
+            });
         }
         if let Some(asked) = config.max_model_len
             && asked as usize > spec.context_len
@@ -235,7 +250,9 @@ impl Engine {
             // Counted with another vocabulary, or only estimated: count with our own.
             _ => match self.encode_off_thread(&call).await? {
                 PromptIds::Exact { prompts, .. } => prompts,
-                PromptIds::Estimated { .. } => return Err(Fault::internal("the engine's own encoder only estimated")),
+                PromptIds::Estimated { .. } => {
+                    return Err(Fault::internal("the engine's own encoder only estimated"));
+                }
             },
         };
         let asks = self.prompt_asks(&call, prompts)?;
@@ -296,7 +313,9 @@ impl Engine {
     fn prompt_asks(&self, call: &Generate, prompts: Vec<Arc<[TokenId]>>) -> Result<Vec<PromptAsk>, Fault> {
         let choices = prompts.len().saturating_mul(call.n as usize);
         if choices > CHOICES_MAX {
-            let message = format!("the request asks for {choices} choices (prompts times `n`); the limit is {CHOICES_MAX}");
+            let message = format!(
+                "the request asks for {choices} choices (prompts times `n`); the limit is {CHOICES_MAX}"
+            );
             return Err(Fault::bad_request(message).param("n"));
         }
         let param = match call.api {
@@ -435,12 +454,16 @@ impl futures_util::Stream for EventStream {
 
 fn overloaded() -> Fault {
     let class = Class::new(Code::Overloaded, Blame::Us).retry(Retry::After(RETRY_AFTER));
-    Fault::new(class, format!("the engine's inbox is full: {INBOX_MAX} requests arrived within one step; try again later"))
+    Fault::new(
+        class,
+        format!("the engine's inbox is full: {INBOX_MAX} requests arrived within one step; try again later"),
+    )
 }
 
 fn stopped() -> Fault {
     let class = Class::new(Code::ModelUnavailable, Blame::Us).retry(Retry::Elsewhere);
-    Fault::new(class, "the engine has stopped").detail("the step thread has ended; an earlier log line says why")
+    Fault::new(class, "the engine has stopped")
+        .detail("the step thread has ended; an earlier log line says why")
 }
 
 fn fresh_seed() -> Result<u64, Fault> {

@@ -19,7 +19,8 @@ pub(super) fn check_memory(path: &Path, kv: u64) -> Result<(), StartError> {
 
 /// What this process may still take, in bytes: the machine's `MemAvailable`, or less where a container has a limit.
 fn available_memory() -> Option<u64> {
-    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| field(&text, "MemAvailable:"));
+    let machine =
+        std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| field(&text, "MemAvailable:"));
     let machine = machine.map(|kib| kib.saturating_mul(1024));
     let container = Path::new("/sys/fs/cgroup");
     let read = |file: &str| std::fs::read_to_string(container.join(file)).ok();

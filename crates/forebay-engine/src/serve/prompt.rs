@@ -14,7 +14,10 @@ use serde_json::{Map, Value};
 pub(super) fn encode(text: &TextModel, prompt: &Prompt) -> Result<PromptIds, Fault> {
     let prompts: Vec<Arc<[TokenId]>> = match prompt {
         Prompt::Chat { messages, tools, add_generation_prompt, chat_template_kwargs } => {
-            vec![chat(text, messages, tools.as_ref(), *add_generation_prompt, chat_template_kwargs.as_ref())?.into()]
+            vec![
+                chat(text, messages, tools.as_ref(), *add_generation_prompt, chat_template_kwargs.as_ref())?
+                    .into(),
+            ]
         }
         Prompt::Text(texts) => texts
             .iter()

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forebay_kernels::Pool;
-use forebay_kv::KvEvent;
 use forebay_kv::CacheSalt;
+use forebay_kv::KvEvent;
 use forebay_schedule::{AddError, NewSeq, Scheduler, SeqId, StepPlan};
 use forebay_tokens::Tokenizer;
 use forebay_types::{Blame, Class, Code, Fault, FinishReason, Retry, Usage};
@@ -21,10 +21,10 @@ use crate::exec::Executor;
 use crate::metrics::{ModelMetrics, Rejection, RequestRecord, StepRecord};
 use crate::sample::{Choice as Sampled, Sampler};
 
-use super::choice::ChoiceState;
-use super::submission::{How, Submission};
 use super::KvSink;
+use super::choice::ChoiceState;
 use super::engine::INBOX_MAX;
+use super::submission::{How, Submission};
 
 /// How long the loop sleeps where work waits but nothing can be planned: only a defect of the scheduler leads here,
 /// and it must not become a busy loop.
@@ -165,7 +165,10 @@ impl<E: Executor> StepLoop<E> {
             // Said once, not two hundred times a second.
             if !std::mem::replace(&mut self.state.stuck, true) {
                 let requests = self.state.requests.len();
-                tracing::error!(requests, "nothing can be planned while requests wait: a defect of the scheduler");
+                tracing::error!(
+                    requests,
+                    "nothing can be planned while requests wait: a defect of the scheduler"
+                );
             }
             std::thread::sleep(STUCK_NAP);
             return Turn::Worked;
@@ -448,7 +451,8 @@ impl Request {
 fn record_of(request: &Request, choice: &ChoiceState, reason: FinishReason) -> RequestRecord {
     let now = Instant::now();
     let submission = &request.submission;
-    let since = |later: Option<Instant>, earlier: Option<Instant>| Some(later?.saturating_duration_since(earlier?));
+    let since =
+        |later: Option<Instant>, earlier: Option<Instant>| Some(later?.saturating_duration_since(earlier?));
     let prompt = &submission.prompts[choice.prompt];
     RequestRecord {
         e2e: now.saturating_duration_since(submission.arrived),

@@ -62,7 +62,11 @@ fn bench(executor: FakeExecutor, change: impl FnOnce(&mut SchedulerConfig)) -> B
     bench_with(executor, change, EngineConfig::default())
 }
 
-fn bench_with(executor: FakeExecutor, change: impl FnOnce(&mut SchedulerConfig), config: EngineConfig) -> Bench {
+fn bench_with(
+    executor: FakeExecutor,
+    change: impl FnOnce(&mut SchedulerConfig),
+    config: EngineConfig,
+) -> Bench {
     let registry = Registry::new();
     let metrics = EngineMetrics::register(&registry, 1024).expect("registers once");
     let mut scheduling =
@@ -237,7 +241,8 @@ async fn eos_is_ignored_or_put_off_on_request() {
     assert_eq!(usage(&events).completion_tokens, 6);
     assert!(text(&events, 0).starts_with("ab"), "{}", text(&events, 0));
     // The request's own end tokens are put off too.
-    let own = Generate { stop_token_ids: vec![u32::from(b'b')], min_tokens: 4, max_tokens: Some(4), ..greedy("x") };
+    let own =
+        Generate { stop_token_ids: vec![u32::from(b'b')], min_tokens: 4, max_tokens: Some(4), ..greedy("x") };
     let events = bench.events(own).await.unwrap();
     assert_eq!(usage(&events).completion_tokens, 4);
     assert!(!text(&events, 0).contains('b'), "{}", text(&events, 0));
@@ -313,7 +318,9 @@ async fn metrics_count_as_vllm_does() {
     bench.wait_for("vllm:generation_tokens_total{engine=\"0\",model_name=\"fake\"} 12").await;
     let all = bench.registry.render();
     let value = |name: &str| {
-        let line = all.lines().find_map(|line| line.strip_prefix(&format!("{name}{{engine=\"0\",model_name=\"fake\"}} ")));
+        let line = all
+            .lines()
+            .find_map(|line| line.strip_prefix(&format!("{name}{{engine=\"0\",model_name=\"fake\"}} ")));
         line.map(str::to_owned)
     };
     // Whole prompts, cached or not, once per sequence.
@@ -336,7 +343,9 @@ async fn a_client_that_leaves_frees_its_blocks() {
     let text = bench.registry.render();
     // It may have finished in the instant before: the fake is fast. Then it is counted as such.
     let ended = ["abort", "length"].iter().any(|reason| {
-        text.contains(&format!("vllm:request_success_total{{engine=\"0\",finished_reason=\"{reason}\",model_name=\"fake\"}} 1"))
+        text.contains(&format!(
+            "vllm:request_success_total{{engine=\"0\",finished_reason=\"{reason}\",model_name=\"fake\"}} 1"
+        ))
     });
     assert!(ended, "{text}");
 }
@@ -352,13 +361,32 @@ async fn prompts_that_do_not_fit_are_refused() {
         assert!(fault.message.contains(message), "{fault}");
     };
     let long = "x".repeat(128);
-    check(&|c| c.prompt = Prompt::Text(vec![long.clone()]), Code::ContextLengthExceeded, "prompt", "resulted in 128 tokens").await;
-    check(&|c| c.max_tokens = Some(128), Code::ContextLengthExceeded, "prompt", "you requested 129 tokens (1 in the prompt, 128 in").await;
-    check(&|c| c.prompt = Prompt::Tokens(vec![vec![9999]]), Code::BadRequest, "prompt", "out of the vocabulary").await;
+    check(
+        &|c| c.prompt = Prompt::Text(vec![long.clone()]),
+        Code::ContextLengthExceeded,
+        "prompt",
+        "resulted in 128 tokens",
+    )
+    .await;
+    check(
+        &|c| c.max_tokens = Some(128),
+        Code::ContextLengthExceeded,
+        "prompt",
+        "you requested 129 tokens (1 in the prompt, 128 in",
+    )
+    .await;
+    check(
+        &|c| c.prompt = Prompt::Tokens(vec![vec![9999]]),
+        Code::BadRequest,
+        "prompt",
+        "out of the vocabulary",
+    )
+    .await;
     check(&|c| c.prompt = Prompt::Text(vec![String::new()]), Code::BadRequest, "prompt", "empty").await;
     check(&|c| c.n = CHOICES + 1, Code::BadRequest, "n", "choices").await;
     check(&|c| c.stop = vec![String::new()], Code::BadRequest, "stop", "empty").await;
-    check(&|c| c.sampling.logit_bias = vec![(1, 1.0), (9999, 1.0)], Code::BadRequest, "logit_bias", "9999").await;
+    check(&|c| c.sampling.logit_bias = vec![(1, 1.0), (9999, 1.0)], Code::BadRequest, "logit_bias", "9999")
+        .await;
     check(&|c| (c.max_tokens, c.min_tokens) = (None, 17), Code::BadRequest, "min_tokens", "only 16").await;
 }
 
@@ -370,7 +398,8 @@ async fn a_full_queue_refuses_and_counts() {
     // Three choices at once for one place to run and one to wait in.
     let fault = bench.events(Generate { n: 3, ..greedy("x") }).await.unwrap_err();
     assert_eq!(fault.class.code, Code::Overloaded, "{fault}");
-    let line = "vllm:admission_rejections_total{engine=\"0\",model_name=\"fake\",reason=\"max_num_queued_reqs\"} 1";
+    let line =
+        "vllm:admission_rejections_total{engine=\"0\",model_name=\"fake\",reason=\"max_num_queued_reqs\"} 1";
     bench.wait_for(line).await;
     // Nothing of the refused request is left behind.
     assert!(bench.events(greedy("x")).await.is_ok());
