@@ -9,14 +9,14 @@ use std::sync::Arc;
 
 use forebay_kernels::{
     Activations, AttnRow, AttnShape, Isa, KvCache, KvError, Matrix, Pool, RopeStyle, RopeTable, add_assign,
-    attention, matmul, rms_norm, rope_in_place, silu_mul,
+    attention, gelu_tanh_mul, matmul, rms_norm, rope_in_place, scale_in_place, silu_mul,
 };
 use forebay_schedule::StepPlan;
 
 use super::check::{Bounds, check_plan};
 use super::{ExecError, Executor};
 use crate::model::{
-    Activation, HEAD_DIM_MAX, HeadNorms, Layer, ModelFile, ModelSpec, RopeLayout, SpecError, Weights,
+    Activation, HEAD_DIM_MAX, HeadNorms, Layer, ModelFile, ModelSpec, Rope, RopeLayout, SpecError, Weights,
     WeightsError,
 };
 
@@ -54,7 +54,7 @@ pub struct CpuExecutor {
     weights: Weights,
     pool: Arc<Pool>,
     cache: KvCache,
-    rope: RopeTable,
+    ropes: RopeTables,
     bounds: Bounds,
     buffers: Buffers,
     /// Empty between passes; kept for its memory.
@@ -101,7 +101,7 @@ impl CpuExecutor {
             KvCache::new(spec.layers, options.blocks, options.block_size, spec.kv_heads, spec.head_dim)?
                 .with_isa(options.isa);
         let positions_max = options.positions_max.min(spec.context_len);
-        let rope = rope_table(&spec, weights.rope_factors.as_deref(), positions_max);
+        let ropes = RopeTables::new(&spec, weights.rope_factors.as_deref(), positions_max);
         let bounds = Bounds {
             vocab: spec.vocab_size,
             block_size: options.block_size,
@@ -109,7 +109,7 @@ impl CpuExecutor {
             positions_max,
         };
         let (buffers, attention_rows) = (Buffers::default(), Vec::new());
-        Ok(Self { spec, weights, pool, cache, rope, bounds, buffers, attention_rows })
+        Ok(Self { spec, weights, pool, cache, ropes, bounds, buffers, attention_rows })
     }
 
     pub fn spec(&self) -> &ModelSpec {
@@ -122,12 +122,35 @@ impl CpuExecutor {
     }
 }
 
-fn rope_table(spec: &ModelSpec, factors: Option<&[f32]>, positions_max: usize) -> RopeTable {
-    let pairs = spec.rope.dims / 2;
-    let linear = spec.rope.linear_factor;
-    // Dividing a frequency is the same as dividing every position.
-    let factors: Vec<f32> = (0..pairs).map(|pair| factors.map_or(1.0, |f| f[pair]) * linear).collect();
-    RopeTable::new(spec.rope.dims, spec.rope.base, positions_max, Some(&factors))
+/// Cosines and sines of every kind of rotation that a model's layers have: one or two.
+struct RopeTables {
+    tables: Vec<RopeTable>,
+    /// For each layer, which of the tables is its own.
+    of_layer: Vec<usize>,
+}
+
+impl RopeTables {
+    fn new(spec: &ModelSpec, factors: Option<&[f32]>, positions_max: usize) -> Self {
+        let mut kinds: Vec<&Rope> = Vec::new();
+        let of_layer = spec.attention.iter().map(|layer| {
+            kinds.iter().position(|kind| **kind == layer.rope).unwrap_or_else(|| {
+                kinds.push(&layer.rope);
+                kinds.len() - 1
+            })
+        });
+        let of_layer = of_layer.collect();
+        let table = |rope: &&Rope| {
+            // Dividing a frequency is the same as dividing every position.
+            let by = |pair: usize| factors.map_or(1.0, |f| f[pair]) * rope.linear_factor;
+            let factors: Vec<f32> = (0..rope.dims / 2).map(by).collect();
+            RopeTable::new(rope.dims, rope.base, positions_max, Some(&factors))
+        };
+        Self { tables: kinds.iter().map(table).collect(), of_layer }
+    }
+
+    fn of(&self, layer: usize) -> &RopeTable {
+        &self.tables[self.of_layer[layer]]
+    }
 }
 
 impl Executor for CpuExecutor {
@@ -165,7 +188,7 @@ impl Executor for CpuExecutor {
         let mut pass = Pass {
             spec,
             pool,
-            rope: &self.rope,
+            ropes: &self.ropes,
             cache: &mut self.cache,
             plan,
             attention_rows: &rows,
@@ -197,7 +220,7 @@ fn reuse<'b>(mut rows: Vec<AttnRow<'_>>) -> Vec<AttnRow<'b>> {
 struct Pass<'a> {
     spec: &'a ModelSpec,
     pool: &'a Pool,
-    rope: &'a RopeTable,
+    ropes: &'a RopeTables,
     cache: &'a mut KvCache,
     plan: &'a StepPlan,
     attention_rows: &'a [AttnRow<'a>],
@@ -205,20 +228,25 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// `x = embedding of each token`
+    /// `x = embedding of each token`, scaled where the family wants it
     fn embed(&mut self, weights: &Weights) {
         let (dim, plan) = (self.spec.dim, self.plan);
+        let scale = self.spec.family.scaled_embeddings.then(|| (dim as f32).sqrt());
         let x = at_least(&mut self.buffers.x, plan.tokens() * dim);
         by_rows(self.pool, x, dim, &|first, rows| {
             for (row, token) in rows.chunks_exact_mut(dim).zip(&plan.token_ids[first..]) {
                 weights.embeddings.lookup(*token, row);
+                if let Some(scale) = scale {
+                    scale_in_place(row, scale);
+                }
             }
         });
     }
 
     /// `attended = attention(norm(x))`; writes the tokens' K and V.
     fn attend(&mut self, nth: usize, layer: &Layer) {
-        let Self { spec, pool, rope, plan, .. } = *self;
+        let Self { spec, pool, plan, .. } = *self;
+        let (rope, window) = (self.ropes.of(nth), spec.attention[nth].window);
         let b = &mut *self.buffers;
         let tokens = plan.tokens();
         let (q_dim, kv_dim, qkv_dim) =
@@ -258,14 +286,15 @@ impl Pass<'_> {
         let shape = AttnShape {
             heads: spec.q_heads,
             q_stride: qkv_dim,
-            scale: 1.0 / (spec.head_dim as f32).sqrt(),
-            window: None,
+            scale: spec.attention_scale,
+            window,
         };
         let attended = at_least(&mut b.attended, tokens * q_dim);
         attention(pool, self.cache, nth, shape, self.attention_rows, qkv, attended);
     }
 
-    /// `x += output(attended); x += mlp(norm(x))` for the first `tokens` rows.
+    /// `x += output(attended); x += mlp(norm(x))` for the first `tokens` rows. A family with post norms norms what
+    /// is added.
     fn mix(&mut self, layer: &Layer, tokens: usize) {
         let Self { spec, pool, .. } = *self;
         let (dim, ffn_dim) = (spec.dim, spec.ffn_dim);
@@ -273,10 +302,11 @@ impl Pass<'_> {
         let x = &mut b.x[..tokens * dim];
         let delta = at_least(&mut b.delta, tokens * dim);
         let normed = at_least(&mut b.normed, tokens * dim);
+        let post = layer.post_norms.as_ref();
         let attended = &b.attended[..tokens * spec.q_heads * spec.head_dim];
 
         project(pool, &layer.output, attended, &mut b.inputs, delta);
-        add(pool, x, delta, dim);
+        add(pool, x, post_normed(pool, post.map(|p| &p.attention), spec.rms_eps, delta, normed), dim);
         norm(pool, x, &layer.ffn_norm, spec.rms_eps, normed);
         let gate_up = at_least(&mut b.gate_up, tokens * 2 * ffn_dim);
         project(pool, &layer.gate_up, normed, &mut b.inputs, gate_up);
@@ -286,10 +316,11 @@ impl Pass<'_> {
             let gate_up = &gate_up[first * 2 * ffn_dim..][..2 * rows.len()];
             match spec.family.activation {
                 Activation::Silu => silu_mul(gate_up, ffn_dim, rows),
+                Activation::GeluTanh => gelu_tanh_mul(gate_up, ffn_dim, rows),
             }
         });
         project(pool, &layer.down, hidden, &mut b.inputs, delta);
-        add(pool, x, delta, dim);
+        add(pool, x, post_normed(pool, post.map(|p| &p.ffn), spec.rms_eps, delta, normed), dim);
     }
 
     /// Moves the rows of the wanted tokens to the front of `x` and `attended`.
@@ -331,6 +362,19 @@ fn by_rows(pool: &Pool, out: &mut [f32], row_len: usize, f: &(dyn Fn(usize, &mut
 fn norm(pool: &Pool, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let dim = weight.len();
     by_rows(pool, out, dim, &|first, rows| rms_norm(&x[first * dim..][..rows.len()], weight, eps, rows));
+}
+
+/// `delta`, or its norm (in `scratch`) where there is one.
+fn post_normed<'b>(
+    pool: &Pool,
+    weight: Option<&Vec<f32>>,
+    eps: f32,
+    delta: &'b [f32],
+    scratch: &'b mut [f32],
+) -> &'b [f32] {
+    let Some(weight) = weight else { return delta };
+    norm(pool, delta, weight, eps, scratch);
+    scratch
 }
 
 fn add(pool: &Pool, x: &mut [f32], delta: &[f32], dim: usize) {

@@ -13,5 +13,7 @@ pub mod tiny;
 mod weights;
 
 pub use file::{ModelFile, OpenError};
-pub use spec::{Activation, FAMILIES, Family, HEAD_DIM_MAX, ModelSpec, Rope, RopeLayout, SpecError};
-pub use weights::{Embeddings, HeadNorms, Layer, Weights, WeightsError};
+pub use spec::{
+    Activation, FAMILIES, Family, HEAD_DIM_MAX, LayerAttention, ModelSpec, Rope, RopeLayout, SpecError, Windowed,
+};
+pub use weights::{Embeddings, HeadNorms, Layer, PostNorms, Weights, WeightsError};

@@ -2,7 +2,7 @@
 
 use forebay_kernels::KvCache;
 
-use crate::gguf::{Gguf, Value};
+use crate::gguf::{Gguf, List, Value};
 
 /// Which two elements of a head one rotation turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +17,20 @@ pub enum RopeLayout {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     Silu,
+    /// GELU in its tanh approximation.
+    GeluTanh,
+}
+
+/// Which layers have the sliding window that the metadata names, where it names one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Windowed {
+    /// None: files of the family carry a window that their models were not trained to use.
+    Never,
+    Every,
+    /// All but each `period`-th, where the file has no pattern of its own.
+    AllBut {
+        period: usize,
+    },
 }
 
 /// What sets one architecture apart from the others, as data.
@@ -28,14 +42,43 @@ pub struct Family {
     pub name: &'static str,
     pub rope: RopeLayout,
     pub activation: Activation,
+    /// Embeddings are multiplied by `sqrt(dim)`.
+    pub scaled_embeddings: bool,
+    /// What attention and MLP give is normed before it is added to the residual stream.
+    pub post_norms: bool,
+    pub windowed: Windowed,
+    /// Base of the rotation in windowed layers, where the file has none of its own, without the file's scaling;
+    /// `None`: theirs is that of all layers.
+    pub window_rope_base: Option<f32>,
 }
+
+/// What most families have.
+const PLAIN: Family = Family {
+    name: "",
+    rope: RopeLayout::HalfSplit,
+    activation: Activation::Silu,
+    scaled_embeddings: false,
+    post_norms: false,
+    windowed: Windowed::Never,
+    window_rope_base: None,
+};
 
 /// The architectures that we run.
 pub const FAMILIES: &[Family] = &[
-    // Also SmolLM, Mistral and others that are converted as `llama`.
-    Family { name: "llama", rope: RopeLayout::Interleaved, activation: Activation::Silu },
-    Family { name: "qwen2", rope: RopeLayout::HalfSplit, activation: Activation::Silu },
-    Family { name: "qwen3", rope: RopeLayout::HalfSplit, activation: Activation::Silu },
+    // Also SmolLM, Mistral (the first of which has a window) and others that are converted as `llama`.
+    Family { name: "llama", rope: RopeLayout::Interleaved, windowed: Windowed::Every, ..PLAIN },
+    Family { name: "qwen2", ..PLAIN },
+    Family { name: "qwen3", ..PLAIN },
+    // The text side of Gemma 3. Its norms are `1 + weight`; the files have the 1 added already.
+    Family {
+        name: "gemma3",
+        activation: Activation::GeluTanh,
+        scaled_embeddings: true,
+        post_norms: true,
+        windowed: Windowed::AllBut { period: 6 },
+        window_rope_base: Some(10_000.0),
+        ..PLAIN
+    },
 ];
 
 /// Rotary positions.
@@ -48,6 +91,15 @@ pub struct Rope {
     pub base: f32,
     /// Positions are divided by this (linear scaling); 1 means none.
     pub linear_factor: f32,
+}
+
+/// What sets the attention of one layer apart from other layers'.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerAttention {
+    /// A token sees only the last this many tokens, itself included. The KV cache holds all of them all the same:
+    /// blocks are shared by all layers, so a window saves work and no memory.
+    pub window: Option<usize>,
+    pub rope: Rope,
 }
 
 /// Shape of a model. All sizes are checked to be consistent and above zero.
@@ -68,7 +120,12 @@ pub struct ModelSpec {
     /// Positions the model was trained for.
     pub context_len: usize,
     pub rms_eps: f32,
+    /// Of layers without a window.
     pub rope: Rope,
+    /// One for each layer.
+    pub attention: Vec<LayerAttention>,
+    /// What scores are multiplied with before softmax.
+    pub attention_scale: f32,
     /// No `output.weight`: logits are made with the embedding matrix.
     pub tied_embeddings: bool,
 }
@@ -140,11 +197,21 @@ impl ModelSpec {
                 what: format!("{q_heads} query heads do not divide into {kv_heads} KV heads"),
             });
         }
+        // Some files say "0": none.
+        let (key, softcap) = keys.get("final_logit_softcapping");
+        if softcap.is_some_and(|value| value.as_f64() != Some(0.0)) {
+            return Err(SpecError::Unsupported { what: format!("a soft cap on logits (`{key}`)") });
+        }
+        let layers = keys.size("block_count")?;
         let rope = keys.rope(family.rope, head_dim)?;
+        let attention = keys.attention(&family, layers, &rope)?;
+        // Gemma 3 27B alone divides by the width of a head that its embedding would give it. No key says so;
+        // llama.cpp knows it by its layers, too.
+        let scale_dim = if family.name == "gemma3" && layers == 62 { dim / q_heads } else { head_dim };
         Ok(Self {
             family,
             name: gguf.get("general.name").and_then(Value::as_str).map(str::to_owned),
-            layers: keys.size("block_count")?,
+            layers,
             dim,
             ffn_dim: keys.size("feed_forward_length")?,
             q_heads,
@@ -154,6 +221,8 @@ impl ModelSpec {
             context_len: keys.size("context_length")?,
             rms_eps: keys.positive("attention.layer_norm_rms_epsilon")?,
             rope,
+            attention,
+            attention_scale: 1.0 / (scale_dim as f32).sqrt(),
             tied_embeddings: gguf.tensor("output.weight").is_none(),
         })
     }
@@ -265,6 +334,57 @@ impl<'a> Keys<'a> {
         };
         let base = self.optional_positive("rope.freq_base")?.unwrap_or(10_000.0);
         Ok(Rope { layout, dims, base, linear_factor })
+    }
+
+    /// The table of layers. `rope` is that of layers without a window.
+    fn attention(
+        &self,
+        family: &Family,
+        layers: usize,
+        rope: &Rope,
+    ) -> Result<Vec<LayerAttention>, SpecError> {
+        let none = || Ok(vec![LayerAttention { window: None, rope: rope.clone() }; layers]);
+        // Some files say "0": none.
+        if self.get("attention.sliding_window").1.is_some_and(|value| value.as_u64() == Some(0)) {
+            return none();
+        }
+        let Some(window) = self.optional_size("attention.sliding_window")? else { return none() };
+        let windowed = match family.windowed {
+            Windowed::Never => return none(),
+            Windowed::Every => vec![true; layers],
+            Windowed::AllBut { period } => self.pattern(period, layers)?,
+        };
+        let base = self.optional_positive("rope.freq_base_swa")?.or(family.window_rope_base);
+        let windowed_rope =
+            base.map_or_else(|| rope.clone(), |base| Rope { base, linear_factor: 1.0, ..rope.clone() });
+        let layer = |windowed| match windowed {
+            true => LayerAttention { window: Some(window), rope: windowed_rope.clone() },
+            false => LayerAttention { window: None, rope: rope.clone() },
+        };
+        Ok(windowed.into_iter().map(layer).collect())
+    }
+
+    /// Which layers have the window: a flag for each, or a period, in the file; else the family's period.
+    fn pattern(&self, period: usize, layers: usize) -> Result<Vec<bool>, SpecError> {
+        let (key, value) = self.get("attention.sliding_window_pattern");
+        let flags = match value {
+            Some(Value::List(List::Bools(flags))) => flags.clone(),
+            Some(Value::List(List::Uints(flags))) => flags.iter().map(|&flag| flag != 0).collect(),
+            Some(Value::List(List::Ints(flags))) => flags.iter().map(|&flag| flag != 0).collect(),
+            Some(Value::List(_)) => {
+                return Err(SpecError::Kind { key, found: "an array", expected: "a period, or flags" });
+            }
+            _ => {
+                let period = self.optional_size("attention.sliding_window_pattern")?.unwrap_or(period);
+                return Ok((1..=layers).map(|nth| !nth.is_multiple_of(period)).collect());
+            }
+        };
+        if flags.len() != layers {
+            return Err(SpecError::Inconsistent {
+                what: format!("`{key}` has {} entries for {layers} layers", flags.len()),
+            });
+        }
+        Ok(flags)
     }
 }
 

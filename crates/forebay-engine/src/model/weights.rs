@@ -44,6 +44,8 @@ pub struct Layer {
     pub head_norms: Option<HeadNorms>,
     /// `[dim, q_heads * head_dim]`
     pub output: Matrix,
+    /// `[dim]`: norms of what attention and MLP add to the residual stream, if the family has them.
+    pub post_norms: Option<PostNorms>,
     /// `[dim]`
     pub ffn_norm: Vec<f32>,
     /// `[2 * ffn_dim, dim]`: the rows of gate, then up.
@@ -52,7 +54,14 @@ pub struct Layer {
     pub down: Matrix,
 }
 
-/// Per-head RMS norm weights (Qwen 3).
+/// RMS norm weights after attention and after the MLP (Gemma 3).
+#[derive(Debug)]
+pub struct PostNorms {
+    pub attention: Vec<f32>,
+    pub ffn: Vec<f32>,
+}
+
+/// Per-head RMS norm weights (Qwen 3, Gemma 3).
 #[derive(Debug)]
 pub struct HeadNorms {
     pub q: Vec<f32>,
@@ -124,6 +133,13 @@ impl Weights {
                     spec.head_dim,
                 )?,
                 output: loader.matrix(&[(&name("attn_output.weight"), dim)], q_dim)?,
+                post_norms: match spec.family.post_norms {
+                    false => None,
+                    true => Some(PostNorms {
+                        attention: loader.vector(&name("post_attention_norm.weight"), dim)?,
+                        ffn: loader.vector(&name("post_ffw_norm.weight"), dim)?,
+                    }),
+                },
                 ffn_norm: loader.vector(&name("ffn_norm.weight"), dim)?,
                 gate_up: loader.matrix(&[(&gate, spec.ffn_dim), (&up, spec.ffn_dim)], dim)?,
                 down: loader.matrix(&[(&name("ffn_down.weight"), dim)], spec.ffn_dim)?,
