@@ -231,7 +231,7 @@ def with_fallback(fleet_url: str, second: Forebay, **proxy) -> dict:
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_next_deployment_answers_where_the_first_is_dead(start, second, stream):
     dead = f"http://127.0.0.1:{free_port()}"
-    server = start(with_fallback(dead, second), env={"SECOND_KEY": "sk-second"}, ready=False)
+    server = start(with_fallback(dead, second), env={"SECOND_KEY": "sk-second"})
     eventually("the edge listens", lambda: listens(server))
     with server.sdk() as sdk:
         raw = ask(sdk, CAPITAL, model=ALIAS, stream=stream)
@@ -258,7 +258,7 @@ def test_the_first_deployment_is_used_again_when_it_is_back(start, second, worke
     # A port that is free now, and the worker's later.
     port = free_port()
     config = with_fallback(f"http://127.0.0.1:{port}", second, cooldown={"failures": 2, "time": "300ms"})
-    server = start(config, env={"SECOND_KEY": "sk-second"}, ready=False)
+    server = start(config, env={"SECOND_KEY": "sk-second"})
     eventually("the edge listens", lambda: listens(server))
     with server.sdk() as sdk:
 
@@ -279,7 +279,7 @@ def test_a_clients_mistake_does_not_fall_back(start, second, workers):
 
 def test_a_provider_refusing_our_key_is_not_the_clients_mistake(start, second):
     dead = f"http://127.0.0.1:{free_port()}"
-    server = start(with_fallback(dead, second), env={"SECOND_KEY": "sk-not-the-right-one"}, ready=False)
+    server = start(with_fallback(dead, second), env={"SECOND_KEY": "sk-not-the-right-one"})
     eventually("the edge listens", lambda: listens(server))
     with server.sdk() as sdk, pytest.raises(openai.InternalServerError) as error:
         ask(sdk, "hi", model=ALIAS)
@@ -294,7 +294,7 @@ def test_usage_of_a_provider_is_exact_also_where_nobody_asked(start, second, tmp
         "consumers": [{"name": "c", "keys": ["env:C_KEY"]}],
         "audit": {"dir": str(tmp_path / "audit")},
     }
-    server = start(config, env={"SECOND_KEY": "sk-second", "C_KEY": "sk-c"}, ready=False)
+    server = start(config, env={"SECOND_KEY": "sk-second", "C_KEY": "sk-c"})
     eventually("the edge listens", lambda: listens(server))
     body = {"model": ALIAS, "messages": user("hi"), "max_tokens": 6, "stream": True, "ignore_eos": True}
     with server.http("sk-c") as http:

@@ -3,12 +3,13 @@
 //! - [`BlockHasher`], [`block_hash`]: a block's name is the hash of its tokens and of everything before them.
 //! - [`KvEvent`]: a cache stored or dropped blocks.
 //! - [`PrefixIndex`]: which replica holds how much of a prompt.
+//! - [`codec`], [`Renamer`]: events on the wire, and what a replica's names for its blocks mean.
 //! - [`BlockHashMap`], [`IndexList`]: the containers that router and block pool build on.
 //!
 //! **Invariant:** nobody else computes a block hash. The engine's pool and the router's index agree on a prompt's
 //! blocks because both call this crate.
 //!
-//! **Invariant:** no wire format here. MessagePack and ZMQ framing of KV events belong to a codec above.
+//! **Invariant:** no sockets here. The ZMQ frames around a payload belong to who sends and receives them.
 
 pub mod codec;
 mod event;
@@ -16,6 +17,7 @@ mod hash;
 mod index;
 mod list;
 mod map;
+mod rename;
 mod salt;
 
 pub use event::KvEvent;
@@ -23,4 +25,5 @@ pub use hash::{BlockHasher, DEFAULT_SEED, ExtraKey, block_hash, none_hash, none_
 pub use index::{Lane, Matches, PrefixIndex};
 pub use list::IndexList;
 pub use map::{BlockHashMap, PassThroughHasher};
+pub use rename::Renamer;
 pub use salt::CacheSalt;

@@ -21,6 +21,7 @@ mod detokenize;
 mod guard;
 mod json;
 mod pre;
+mod spm;
 mod stop;
 mod template;
 mod text_model;

@@ -1,7 +1,7 @@
 //! The tokenizer: text to ids and back.
 //!
-//! Two pipelines give the same ids. Byte-level BPE with one of the usual patterns (GPT-2, SmolLM, Llama 3, Qwen) goes
-//! through `words.rs` and `bpe.rs`: linear, no cache. Everything else is the `tokenizers` crate's (normalizer,
+//! Byte-level BPE with one of the usual patterns (GPT-2, SmolLM, Llama 3, Qwen) goes through `words.rs` and `bpe.rs`,
+//! the plain data of a SentencePiece model through `spm.rs`: no cache. Everything else is the `tokenizers` crate's (normalizer,
 //! pre-tokenizer, model), which is about 20 times slower and keeps up to 10,000 words per thread (each under 256
 //! bytes). Neither shares state between threads, so `encode` scales with cores.
 //!
@@ -24,6 +24,7 @@ use tokenizers::{
 use crate::added::{AddedTokens, Segment};
 use crate::bpe::{ByteBpe, Scratch};
 use crate::guard::Guard;
+use crate::spm::{self, Spm};
 use crate::vocab::{BuildError, TokenType};
 use crate::words::Cut;
 
@@ -98,6 +99,7 @@ pub(crate) enum Pipeline {
         cut: Cut,
         bpe: Box<ByteBpe>,
     },
+    SentencePiece(Box<Spm>),
     Library(Box<LibraryPipeline>),
 }
 
@@ -317,6 +319,19 @@ impl Tokenizer {
                             pattern.words(part, |word| bpe.encode(word.as_bytes(), &mut scratch, &mut ids));
                         }
                     }
+                }
+                Ok(ids)
+            }
+            Pipeline::SentencePiece(spm) => {
+                let mut ids = Vec::with_capacity(text.len() / 3);
+                let mut scratch = spm::Scratch::default();
+                let mut is_start = true;
+                for Segment { range, id } in cut {
+                    match id {
+                        Some(id) => ids.push(id),
+                        None => spm.encode(&text[range], is_start, &mut scratch, &mut ids),
+                    }
+                    is_start = id.is_some();
                 }
                 Ok(ids)
             }

@@ -9,6 +9,7 @@ use crate::added::{AddedToken, AddedTokens};
 use crate::alphabet;
 use crate::bpe::ByteBpe;
 use crate::pre;
+use crate::spm::{self, Spm};
 use crate::tokenizer::{Entries, LibraryPipeline, Parts, Pipeline, Roles, Tokenizer, TokenizerId};
 
 /// The largest published vocabularies have 262,144 tokens.
@@ -45,14 +46,17 @@ impl TokenType {
 /// A vocabulary as plain data: the `tokenizer.ggml.*` keys of a GGUF, field by field.
 #[derive(Debug, Clone, Default)]
 pub struct Vocab {
-    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE).
+    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE) or `llama` (SentencePiece's BPE).
     pub model: String,
-    /// `tokenizer.ggml.pre`: how text is cut into words before BPE (`smollm`, `llama-bpe`, `qwen2`, ...).
+    /// `tokenizer.ggml.pre`: how text is cut into words before BPE (`smollm`, `llama-bpe`, `qwen2`, ...). `gpt2` only.
     pub pre: String,
-    /// Text by id, in the byte-level alphabet (`Ġthe`) for normal tokens, plain for control tokens.
+    /// Text by id, for normal tokens in the byte-level alphabet (`Ġthe`) or with `▁` for spaces; plain for control
+    /// tokens.
     pub tokens: Vec<String>,
-    /// `left right`, best first.
+    /// `left right`, best first. `gpt2` only.
     pub merges: Vec<String>,
+    /// By id, the best is joined first. `llama` only.
+    pub scores: Vec<f32>,
     /// By id; empty means all normal.
     pub token_types: Vec<TokenType>,
     pub bos: Option<TokenId>,
@@ -63,13 +67,16 @@ pub struct Vocab {
     pub pad: Option<TokenId>,
     /// Put `bos` before a text that is not a rendered template.
     pub add_bos: bool,
+    /// Begin a text with a space, as if a word came before. `llama` only.
+    pub add_space_prefix: bool,
 }
 
 /// Why a tokenizer could not be built. Happens when a model is loaded, never for a request.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     #[error(
-        "tokenizer model `{model}` is not supported; supported are `gpt2` (byte-level BPE) and tokenizer.json"
+        "tokenizer model `{model}` is not supported; supported are `gpt2` (byte-level BPE), `llama` (SentencePiece's BPE) and \
+         tokenizer.json"
     )]
     UnknownModel { model: String },
     #[error("pre-tokenizer `{pre}` is not known; known are {}", crate::pre::names().collect::<Vec<_>>().join(", "))]
@@ -82,6 +89,8 @@ pub enum BuildError {
     UnknownMerge { index: usize, text: String },
     #[error("the vocabulary has {tokens} tokens and {types} token types")]
     TypesMismatch { tokens: usize, types: usize },
+    #[error("the vocabulary has {tokens} tokens and {scores} scores")]
+    ScoresMismatch { tokens: usize, scores: usize },
     #[error("the {role} token is {id}, but the vocabulary has {tokens} tokens")]
     BadSpecialId { role: &'static str, id: TokenId, tokens: usize },
     #[error("the vocabulary is empty")]
@@ -109,6 +118,7 @@ impl Classify for BuildError {
             Self::BadMerge { .. }
             | Self::UnknownMerge { .. }
             | Self::TypesMismatch { .. }
+            | Self::ScoresMismatch { .. }
             | Self::BadSpecialId { .. }
             | Self::Empty
             | Self::TooLarge { .. }
@@ -120,11 +130,14 @@ impl Classify for BuildError {
 }
 
 impl Tokenizer {
-    /// A byte-level BPE tokenizer from plain data.
+    /// A tokenizer from plain data.
     pub fn new(vocab: Vocab) -> Result<Self, BuildError> {
-        if vocab.model != "gpt2" {
-            return Err(BuildError::UnknownModel { model: vocab.model });
-        }
+        let spelling: fn(&str, &mut Vec<u8>) = match vocab.model.as_str() {
+            "gpt2" => alphabet::bytes_of,
+            "llama" => spm::bytes_of,
+            _ => return Err(BuildError::UnknownModel { model: vocab.model }),
+        };
+        let is_spm = vocab.model == "llama";
         let (count, types) = (vocab.tokens.len(), vocab.token_types.len());
         if count > TOKENS_MAX {
             return Err(BuildError::TooLarge { tokens: count, limit: TOKENS_MAX });
@@ -132,7 +145,10 @@ impl Tokenizer {
         if types != 0 && types != count {
             return Err(BuildError::TypesMismatch { tokens: count, types });
         }
-        let pre = pre::find(&vocab.pre)?;
+        let scores = vocab.scores.len();
+        if is_spm && scores != count {
+            return Err(BuildError::ScoresMismatch { tokens: count, scores });
+        }
         let id = vocab.identity();
         let mut entries = Entries::default();
         let (mut controls, mut user_defined) = (Vec::new(), Vec::new());
@@ -145,24 +161,18 @@ impl Tokenizer {
             }
             entries.push(text, kind, |text, out| match kind {
                 TokenType::Control | TokenType::UserDefined => out.extend_from_slice(text.as_bytes()),
-                TokenType::Normal | TokenType::Unknown | TokenType::Unused | TokenType::Byte => {
-                    alphabet::bytes_of(text, out);
-                }
+                TokenType::Normal | TokenType::Unknown | TokenType::Unused => spelling(text, out),
+                TokenType::Byte => match spm::byte_of(text).filter(|_| is_spm) {
+                    Some(byte) => out.push(byte),
+                    None => spelling(text, out),
+                },
             });
         }
-        let pipeline = match pre.by_hand() {
-            Some(cut) => Pipeline::ByHand {
-                nfc: false,
-                cut,
-                bpe: Box::new(own_bpe(&entries, &vocab.merges, pre.ignore_merges)?),
-            },
-            None => Pipeline::Library(Box::new(LibraryPipeline {
-                normalizer: None,
-                pre_tokenizer: Some(pre.by_library()?),
-                model: library_bpe(&entries, &vocab.merges, pre.ignore_merges)?.into(),
-                // The model's vocabulary was made without them.
-                never: AHashSet::new(),
-            })),
+        let pipeline = if is_spm {
+            let spm = own_spm(&entries, &vocab.scores, vocab.unk, vocab.add_space_prefix);
+            Pipeline::SentencePiece(Box::new(spm))
+        } else {
+            byte_level(&entries, &vocab.pre, &vocab.merges)?
         };
         Self::from_parts(Parts {
             id,
@@ -180,9 +190,43 @@ impl Tokenizer {
                 pad: vocab.pad,
                 eog: Vec::new(),
             },
-            strip_first_space: false,
+            strip_first_space: is_spm && vocab.add_space_prefix,
         })
     }
+}
+
+fn byte_level(entries: &Entries, pre: &str, merges: &[String]) -> Result<Pipeline, BuildError> {
+    let pre = pre::find(pre)?;
+    Ok(match pre.by_hand() {
+        Some(cut) => {
+            Pipeline::ByHand { nfc: false, cut, bpe: Box::new(own_bpe(entries, merges, pre.ignore_merges)?) }
+        }
+        None => Pipeline::Library(Box::new(LibraryPipeline {
+            normalizer: None,
+            pre_tokenizer: Some(pre.by_library()?),
+            model: library_bpe(entries, merges, pre.ignore_merges)?.into(),
+            // The model's vocabulary was made without them.
+            never: AHashSet::new(),
+        })),
+    })
+}
+
+fn own_spm(entries: &Entries, scores: &[f32], unknown: Option<TokenId>, space_prefix: bool) -> Spm {
+    let mut bytes = [None; 256];
+    for (id, text, kind) in entries.iter() {
+        if kind != TokenType::Control
+            && let Some(byte) = spm::byte_of(text)
+        {
+            bytes[usize::from(byte)] = Some(id);
+        }
+    }
+    let tokens = entries.iter().filter_map(|(id, text, kind)| match kind {
+        TokenType::Normal | TokenType::UserDefined | TokenType::Unused => {
+            Some((text, id, scores[id as usize]))
+        }
+        TokenType::Control | TokenType::Unknown | TokenType::Byte => None,
+    });
+    Spm::new(tokens, bytes, unknown, space_prefix)
 }
 
 /// What words may become. Control tokens are left out: with `ignore_merges` a plain word that happens to be spelled
@@ -261,6 +305,10 @@ impl Vocab {
         }
         self.merges.iter().for_each(|merge| put(merge));
         put(&format!("{:?} {}", self.bos, self.add_bos));
+        if self.model == "llama" {
+            self.scores.iter().for_each(|score| put(&score.to_bits().to_string()));
+            put(&format!("{:?} {}", self.unk, self.add_space_prefix));
+        }
         TokenizerId(hash.finalize().into())
     }
 }
@@ -290,11 +338,12 @@ mod tests {
     #[test]
     fn says_what_is_wrong_with_a_vocabulary() {
         assert!(Tokenizer::new(vocab()).is_ok());
-        check(|v| v.model = "llama".into(), "tokenizer model `llama` is not supported; supported are `gpt2`");
+        check(|v| v.model = "t5".into(), "tokenizer model `t5` is not supported; supported are `gpt2`");
         check(|v| v.pre = "new".into(), "pre-tokenizer `new` is not known; known are smollm, starcoder");
         check(|v| v.merges.push("ab".into()), "merge 1 is `ab`, not two tokens");
         check(|v| v.merges.push("b a".into()), "merge 1 needs the token `ba`");
         check(|v| v.token_types = vec![TokenType::Normal], "the vocabulary has 4 tokens and 1 token types");
+        check(|v| v.model = "llama".into(), "the vocabulary has 4 tokens and 0 scores");
         check(|v| v.eos = Some(4), "the eos token is 4, but the vocabulary has 4 tokens");
         check(
             |v| {

@@ -283,12 +283,7 @@ impl Pass<'_> {
                 self.cache.write(nth, row.block_table[position / block_size], position % block_size, k, v);
             }
         }
-        let shape = AttnShape {
-            heads: spec.q_heads,
-            q_stride: qkv_dim,
-            scale: spec.attention_scale,
-            window,
-        };
+        let shape = AttnShape { heads: spec.q_heads, q_stride: qkv_dim, scale: spec.attention_scale, window };
         let attended = at_least(&mut b.attended, tokens * q_dim);
         attention(pool, self.cache, nth, shape, self.attention_rows, qkv, attended);
     }

@@ -14,6 +14,7 @@ mod weights;
 
 pub use file::{ModelFile, OpenError};
 pub use spec::{
-    Activation, FAMILIES, Family, HEAD_DIM_MAX, LayerAttention, ModelSpec, Rope, RopeLayout, SpecError, Windowed,
+    Activation, FAMILIES, Family, HEAD_DIM_MAX, LayerAttention, ModelSpec, Rope, RopeLayout, SpecError,
+    Windowed,
 };
 pub use weights::{Embeddings, HeadNorms, Layer, PostNorms, Weights, WeightsError};

@@ -36,7 +36,7 @@ pub enum Windowed {
 /// What sets one architecture apart from the others, as data.
 ///
 /// Biases on q, k and v and norms of q and k are not here: a file has the tensors or has them not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Family {
     /// `general.architecture`, and the prefix of the other keys.
     pub name: &'static str,

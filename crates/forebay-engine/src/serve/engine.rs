@@ -311,6 +311,12 @@ impl Engine {
 
     /// Checks each prompt against the model and fixes how much may be generated for it.
     fn prompt_asks(&self, call: &Generate, prompts: Vec<Arc<[TokenId]>>) -> Result<Vec<PromptAsk>, Fault> {
+        if call.echo && call.logprobs.is_some() {
+            // The prompt's own log-probabilities would be missing: refused rather than answered by half.
+            let class = Class::new(Code::NotSupported, Blame::Client);
+            let message = "`echo` together with `logprobs` is not supported; ask for one of them";
+            return Err(Fault::new(class, message).param("echo"));
+        }
         let choices = prompts.len().saturating_mul(call.n as usize);
         if choices > CHOICES_MAX {
             let message = format!(

@@ -27,6 +27,13 @@ pub(crate) fn text_model(gguf: &Gguf) -> Result<TextModel, TextError> {
         Some(Value::List(List::Uints(types))) => types.iter().map(|&t| t as i64).collect(),
         _ => Vec::new(),
     };
+    let scores = match gguf.get("tokenizer.ggml.scores") {
+        Some(Value::List(List::Floats(scores))) => scores.iter().map(|&score| score as f32).collect(),
+        _ => Vec::new(),
+    };
+    // What llama.cpp takes a file of a SentencePiece model to mean that does not say.
+    let is_sentencepiece = model == "llama";
+    let flag = |key: &str, default| gguf.get(key).and_then(|v| v.as_bool()).unwrap_or(default);
     let vocab = Vocab {
         model,
         pre: text("tokenizer.ggml.pre").unwrap_or_else(|| "default".into()),
@@ -38,7 +45,9 @@ pub(crate) fn text_model(gguf: &Gguf) -> Result<TextModel, TextError> {
         eot: id("tokenizer.ggml.eot_token_id"),
         unk: id("tokenizer.ggml.unknown_token_id"),
         pad: id("tokenizer.ggml.padding_token_id"),
-        add_bos: gguf.get("tokenizer.ggml.add_bos_token").and_then(|v| v.as_bool()).unwrap_or(false),
+        scores,
+        add_bos: flag("tokenizer.ggml.add_bos_token", is_sentencepiece),
+        add_space_prefix: flag("tokenizer.ggml.add_space_prefix", is_sentencepiece),
     };
     let template = text("tokenizer.chat_template");
     let tokenizer = Tokenizer::new(vocab).map_err(TextError::Tokenizer)?;

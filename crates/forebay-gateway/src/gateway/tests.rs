@@ -51,7 +51,7 @@ async fn a_good_request_is_held_settled_and_audited() {
         "forebay_gateway_requests_total{consumer=\"team-a\",outcome=\"ok\"} 1",
         "forebay_gateway_tokens_total{consumer=\"team-a\",kind=\"prompt\"} 10",
         "forebay_gateway_tokens_total{consumer=\"team-a\",kind=\"completion\"} 3",
-        "forebay_gateway_tokens_total{consumer=\"team-a\",kind=\"cached\"} 8",
+        "forebay_gateway_cached_tokens_total{consumer=\"team-a\"} 8",
         "forebay_gateway_holds 0",
         "forebay_gateway_audit_records_total 1",
     ] {

@@ -32,6 +32,9 @@ const STORED: &[&str] = &[
 ];
 const REMOVED: &[&str] = &["block_hashes", "medium", "group_idx"];
 
+/// Items for which memory is taken on an array's word; for more, as they come.
+const RESERVED_MAX: usize = 4096;
+
 /// Kinds of attention for which a block can be used wherever all blocks before it are there.
 const PREFIX_KINDS: &[&[u8]] = &[b"full_attention", b"mla_attention", b"sink_full_attention"];
 
@@ -75,7 +78,6 @@ struct Fields<'a> {
     block_size: u32,
     medium: Option<&'a [u8]>,
     lora_name: Option<&'a [u8]>,
-    has_lora: bool,
     /// SGLang's own field.
     cache_salt: Option<&'a [u8]>,
     /// Of the first block: the strings.
@@ -150,7 +152,7 @@ impl<'a> Fields<'a> {
                 Token::Int(group) => self.group = u32::try_from(group).unwrap_or(u32::MAX),
                 other => self.odd |= other != Token::Nil,
             },
-            b"lora_id" => self.has_lora |= cursor.value()? != Token::Nil,
+            b"lora_id" => self.odd |= cursor.value()? != Token::Nil,
             b"lora_name" => self.lora_name = cursor.text()?,
             b"medium" => self.medium = cursor.text()?,
             b"cache_salt" => self.cache_salt = cursor.text()?,
@@ -186,9 +188,7 @@ impl<'a> Fields<'a> {
             for _ in 0..keys {
                 match cursor.value()? {
                     Token::Str(key) if block == 0 => self.first_extra.push(key),
-                    // The name of an adapter, on every block.
-                    Token::Str(_) => self.has_lora = true,
-                    // An image, and its place in the block.
+                    // An adapter's name, which is on every block, or an image.
                     _ => self.odd = true,
                 }
             }
@@ -213,7 +213,7 @@ impl<'a> Fields<'a> {
                 let expected = names.len().checked_mul(self.block_size as usize)?;
                 let fits = self.tokens.is_empty() || (self.block_size > 0 && self.tokens.len() == expected);
                 let prefix = self.spec_kind.is_none_or(|kind| PREFIX_KINDS.contains(&kind));
-                if !fits || !prefix || self.has_lora || self.lora_name.is_some() {
+                if !fits || !prefix || self.lora_name.is_some() {
                     return None;
                 }
                 let salt = match (&self.first_extra[..], self.cache_salt) {
@@ -380,8 +380,7 @@ impl<'a> Cursor<'a> {
             other => return self.skip_content(&other).map(|()| false),
         };
         out.clear();
-        // Each value takes at least a byte.
-        out.reserve(count.min(self.rest.len()));
+        out.reserve(count.min(RESERVED_MAX));
         let mut all = true;
         for _ in 0..count {
             match read(self.value()?) {
