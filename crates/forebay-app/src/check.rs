@@ -7,9 +7,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use forebay_config::{Diagnostic, Environment, Loaded, Source};
+use forebay_engine::Engine;
 use forebay_flow::{Flow, Placed, PromptEncoder, PromptIds, Reply, Stage};
 use forebay_models::ModelRef;
 use forebay_observe::Registry;
+use forebay_router::ReplicaTarget;
 use forebay_types::{Fault, ModelName};
 use forebay_upstream::{ClientConfig, HttpClient};
 use forebay_wire::Prompt;
@@ -43,8 +45,24 @@ pub fn check(source: &Source, env: &dyn Environment) -> Report {
         Err(diagnostics) => return Report { diagnostics, layers: Vec::new() },
     };
     let mut found = problems(&loaded, env);
-    found.extend(loaded.plain_secret_warnings());
+    found.extend(warnings(&loaded));
     Report { diagnostics: loaded.diagnostics(found), layers: explain(&loaded.config) }
+}
+
+/// What works, but is hardly meant so.
+pub fn warnings(loaded: &Loaded<Config>) -> Vec<Diagnostic> {
+    let mut found = loaded.plain_secret_warnings();
+    let config = &loaded.config;
+    let fleets = config.router.iter().flat_map(|router| &router.fleets);
+    let mut listed = fleets.flat_map(|fleet| &fleet.replicas).peekable();
+    if config.engine.is_some() && listed.peek().is_some() && !listed.any(|at| *at == ReplicaTarget::Engine) {
+        found.push(
+            loaded
+                .warning_at("engine", "no fleet uses this engine: it is loaded and never asked")
+                .help("add `engine` to the replicas of its fleet in `router.fleets`, or remove the section"),
+        );
+    }
+    found
 }
 
 /// Everything that is wrong with a well-formed file.
@@ -80,9 +98,25 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
         found.extend(problems);
         name
     });
+    if let (Some(edge), Some(admin)) = (&config.edge, &config.admin)
+        && admin.listen.port() != 0
+        && edge.listen.iter().any(|address| *address == admin.listen)
+    {
+        let message = format!("`edge.listen` has the address {} too", admin.listen);
+        found.push(loaded.error_at("admin.listen", message).help("give the admin listener a port of its own"));
+    }
+    for secret in loaded.secret_problems(env) {
+        // The edge has said it of its own already.
+        if found.iter().all(|other| other.path() != secret.path()) {
+            found.push(secret);
+        }
+    }
     if !found.is_empty() {
         // Later layers would only repeat what is wrong already.
         return found;
+    }
+    if let Some(problem) = config.engine.as_ref().and_then(|engine| engine_file(loaded, engine, env)) {
+        return vec![problem];
     }
     if let Err(error) = dry_compose(config, engine, env) {
         found.push(error.diagnostic(loaded));
@@ -114,6 +148,20 @@ fn engine_model(
             (None, found)
         }
     }
+}
+
+/// What the model's file says to the configuration, where the file is on this machine already.
+fn engine_file(
+    loaded: &Loaded<Config>,
+    engine: &forebay_engine::EngineConfig,
+    env: &dyn Environment,
+) -> Option<Diagnostic> {
+    let path = match ModelRef::parse(&engine.model).ok()? {
+        ModelRef::Path(path) => path,
+        reference => crate::model::store(env).ok()?.cached(&reference)?,
+    };
+    let error = crate::error::BuildError::from(Engine::inspect(engine, &path).err()?);
+    Some(error.diagnostic(loaded))
 }
 
 /// The files that TLS needs.
@@ -191,7 +239,8 @@ pub(crate) fn explain(config: &Config) -> Vec<LayerReport> {
     let gateway = config.gateway.as_ref().map(|gateway| {
         let audit =
             if gateway.audit.is_some() { "with an audit record per request" } else { "without an audit log" };
-        format!("{} consumers, {audit}", gateway.consumers.len())
+        let consumers = gateway.consumers.len();
+        format!("{consumers} consumer{}, {audit}", if consumers == 1 { "" } else { "s" })
     });
     let proxy = config.proxy.as_ref().map(|proxy| match proxy.models.as_slice() {
         [] => "each fleet is a model under its own name".to_owned(),

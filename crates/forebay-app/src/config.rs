@@ -1,5 +1,7 @@
 //! The configuration of configurations: one section per layer, each defined beside its layer.
 
+use std::path::PathBuf;
+
 use forebay_config::ListenAddr;
 use forebay_edge::EdgeConfig;
 use forebay_engine::EngineConfig;
@@ -23,6 +25,8 @@ pub struct Config {
     pub proxy: Option<ProxyConfig>,
     /// L4: where it runs: fleets of replicas; without it the engine in this process is the only replica.
     pub router: Option<RouterConfig>,
+    /// Where this process keeps what must survive it.
+    pub store: Option<StoreConfig>,
     /// L5: the inference engine in this process; without it models come from `router` replicas or `proxy` providers.
     pub engine: Option<EngineConfig>,
 }
@@ -43,7 +47,26 @@ impl Default for AdminConfig {
     }
 }
 
+/// Where state is kept. So far that is the audit log.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct StoreConfig {
+    /// Directory that relative directories of other sections (`gateway.audit.dir`) stand in.
+    pub dir: PathBuf,
+}
+
 impl Config {
+    /// With relative directories of other sections put below `store.dir`. Done once, before layers are built.
+    pub fn with_store_applied(mut self) -> Self {
+        if let (Some(store), Some(gateway)) = (&self.store, &mut self.gateway)
+            && let Some(audit) = &mut gateway.audit
+        {
+            // An absolute path stays what it is.
+            audit.dir = store.dir.join(&audit.dir);
+        }
+        self
+    }
+
     /// What runs without a file: everything but the gateway, on loopback, with the default model.
     pub fn without_a_file() -> Self {
         Self {
@@ -52,7 +75,27 @@ impl Config {
             gateway: None,
             proxy: Some(ProxyConfig::default()),
             router: Some(RouterConfig::default()),
+            store: None,
             engine: Some(EngineConfig::default()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forebay_config::{Source, load};
+
+    use super::*;
+
+    #[test]
+    fn relative_directories_stand_below_the_store() {
+        let check = |dir: &str, expect: &str| {
+            let text = format!("gateway: {{audit: {{dir: {dir}}}}}\nstore: {{dir: data}}");
+            let config = load::<Config>(&Source::new("f.yaml", text)).expect("well-formed").config;
+            let audit = config.with_store_applied().gateway.and_then(|gateway| gateway.audit);
+            assert_eq!(audit.map(|audit| audit.dir), Some(PathBuf::from(expect)));
+        };
+        check("audit", "data/audit");
+        check("/var/log/audit", "/var/log/audit");
     }
 }

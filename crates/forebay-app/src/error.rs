@@ -23,7 +23,7 @@ impl BuildError {
     /// Path in the configuration, where the mistake is in one place.
     pub fn at(&self) -> Option<&str> {
         match self {
-            Self::Engine(_) => Some("engine"),
+            Self::Engine(error) => Some(error.at()),
             Self::Router(error) => error.at(),
             Self::Proxy(error) => error.at(),
             Self::Gateway(error) => error.at(),

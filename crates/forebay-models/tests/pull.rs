@@ -283,9 +283,29 @@ async fn wrong_paths_are_named() {
     };
     check(dir.path().join("no.gguf"), "there is no model file at").await;
     check(dir.path().to_owned(), "is a directory").await;
+    let yaml = dir.path().join("a.gguf");
+    fs::write(&yaml, "engine: {}").unwrap();
+    check(yaml, "is not a GGUF file").await;
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
     let store = Store::new(&file, HubConfig::default());
     let error = store.pull(&client(), &ModelRef::parse("hf:org/repo").unwrap(), &Quiet).await.unwrap_err();
     assert!(matches!(error, PullError::Directory { .. }), "{error}");
+}
+
+/// A file of the right size and the wrong content is found by verifying, one of the wrong size by itself.
+#[tokio::test]
+async fn a_damaged_cache_is_not_served() {
+    let (hub, dir) = (Hub::start().await, temp());
+    let store = hub.store(&dir);
+    let model = ModelRef::parse("smollm2-135m-instruct").unwrap();
+    let file = dir.path().join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    fs::write(&file, "short").unwrap();
+    let error = store.pull(&client(), &model, &Quiet).await.unwrap_err();
+    assert!(matches!(error, PullError::AllSources { .. }), "it was fetched again: {error}");
+    fs::File::create(&file).unwrap().set_len(98_362_432).unwrap();
+    assert_eq!(store.pull(&client(), &model, &Quiet).await.unwrap().source, "cache");
+    let error = store.pull_verified(&client(), &model, &Quiet).await.unwrap_err();
+    assert!(matches!(error, PullError::AllSources { .. }), "{error}");
+    assert!(!file.exists(), "what is damaged is gone");
 }

@@ -105,10 +105,6 @@ impl Spm {
         spm
     }
 
-    pub(crate) fn space_prefix(&self) -> bool {
-        self.space_prefix
-    }
-
     /// Appends the ids of a text without whole-string tokens. `is_start`: it begins the whole, or follows such a
     /// token.
     pub(crate) fn encode(&self, text: &str, is_start: bool, scratch: &mut Scratch, out: &mut Vec<TokenId>) {
@@ -241,7 +237,7 @@ mod tests {
         let tokens = [("a", 0.0), ("b", 0.0), ("ab", -2.0), ("ba", -1.0), ("aa", -2.0), ("aba", -3.0)];
         check(&tokens, "", &[]);
         check(&tokens, "ab", &[258]);
-        check(&tokens, "abab", &[256, 259, 257]);
+        check(&tokens, "baab", &[259, 258]);
         check(&tokens, "aaa", &[260, 256]);
         check(&tokens, "aab", &[260, 257]);
         // "ba" comes first, then "a" and "ba" make "aba".

@@ -90,6 +90,32 @@ fn tokenizer_json_equals_the_python_package() {
 }
 
 #[test]
+fn sentencepiece_vocabularies_equal_sentencepiece() {
+    let golden = json(include_str!("fixtures/spm_golden.json"));
+    for model in golden.as_array().unwrap() {
+        let field = |name: &str| model[name].clone();
+        let types: Vec<i64> = serde_json::from_value(field("types")).unwrap();
+        let tokenizer = Tokenizer::new(Vocab {
+            model: "llama".into(),
+            tokens: serde_json::from_value(field("tokens")).unwrap(),
+            scores: serde_json::from_value(field("scores")).unwrap(),
+            token_types: types.into_iter().map(TokenType::from_gguf).collect(),
+            add_space_prefix: field("add_space_prefix") == true,
+            unk: Some(0),
+            ..Vocab::default()
+        })
+        .unwrap();
+        for case in model["cases"].as_array().unwrap() {
+            let text = case["text"].as_str().unwrap();
+            let ids = ids(case, "ids");
+            let what = format!("{}: {text:?}", model["name"]);
+            assert_eq!(tokenizer.encode(text, Special::NONE).unwrap(), ids, "{what}");
+            assert_eq!(tokenizer.decode(&ids, true), case["decoded"].as_str().unwrap(), "{what}");
+        }
+    }
+}
+
+#[test]
 fn prompts_equal_jinja2() {
     // 2024-07-26 15:04:05
     let now = CivilTime::from(SystemTime::UNIX_EPOCH + Duration::from_secs(1_722_006_245));

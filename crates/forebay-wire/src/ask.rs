@@ -64,6 +64,9 @@ pub struct Generate {
     pub stream: bool,
     /// `stream_options.include_usage`
     pub include_usage: bool,
+    /// vLLM's `stream_options.continuous_usage_stats`: usage so far in every frame. Means nothing without
+    /// `include_usage`.
+    pub continuous_usage: bool,
     pub user: Option<String>,
     /// Separates prefix caches: equal prompts share KV blocks only under an equal salt.
     pub cache_salt: Option<String>,

@@ -8,6 +8,7 @@
 //!                                 Event -> Collector -> one JSON body
 //! body -> splice -> body          Fault -> render_fault / fault_frame
 //! upstream bytes -> SseSplitter -> frames -> scan_frame -> usage
+//!                                          -> Relabel -> frames for the client
 //! ```
 //!
 //! What it does not do: it validates no model name, applies no chat template and counts no tokens.
@@ -19,6 +20,7 @@ mod event;
 mod json;
 mod models;
 mod parse;
+mod relabel;
 mod render;
 mod scan;
 mod splice;
@@ -33,8 +35,9 @@ pub use error::{ErrorRow, UpstreamError, error_row, error_rows, fault_frame, par
 pub use event::{Chunk, Delta, Event, TokenLogprob, TopLogprob};
 pub use models::{ModelCard, render_model, render_models};
 pub use parse::{ParseError, parse};
+pub use relabel::{FrameUsage, Relabel};
 pub use render::{RenderSpec, Renderer};
 pub use scan::{FrameInfo, scan_body, scan_frame};
-pub use splice::{Change, Edit, SpliceError, for_upstream, splice, with_model};
+pub use splice::{Change, Edit, SpliceError, for_replica, for_upstream, splice, with_model};
 pub use sse::{FRAME_BYTES_MAX, FrameTooLong, SseSplitter};
 pub use tokenized::{render_detokenized, render_tokenized};

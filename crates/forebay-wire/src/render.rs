@@ -18,6 +18,8 @@ pub struct RenderSpec {
     pub choices: u32,
     pub stream: bool,
     pub include_usage: bool,
+    /// Usage so far in every frame; only with `include_usage`.
+    pub continuous_usage: bool,
 }
 
 impl RenderSpec {
@@ -28,6 +30,7 @@ impl RenderSpec {
             choices: (call.prompt.count() as u32).saturating_mul(call.n),
             stream: call.stream,
             include_usage: call.include_usage,
+            continuous_usage: call.include_usage && call.continuous_usage,
         }
     }
 }
@@ -42,6 +45,8 @@ pub struct Renderer {
     head: String,
     /// `],"usage":null}` or `]}`, and the blank line.
     tail: &'static str,
+    /// What was used so far, where every frame says it.
+    so_far: Option<Usage>,
     offsets: TextOffsets,
 }
 
@@ -58,6 +63,7 @@ impl Renderer {
             include_usage: spec.include_usage,
             head: String::from_utf8(head.to_vec()).expect("JSON of strings is UTF-8"),
             tail: if spec.include_usage { "],\"usage\":null}\n\n" } else { "]}\n\n" },
+            so_far: spec.continuous_usage.then(Usage::default),
             offsets: TextOffsets::default(),
         }
     }
@@ -68,7 +74,10 @@ impl Renderer {
     /// - `Done`: the usage frame where it was asked for, then `[DONE]`.
     pub fn frame(&mut self, event: &Event, out: &mut BytesMut) {
         match event {
-            Event::Started { .. } => {
+            Event::Started { prompt_tokens, cached_tokens } => {
+                if let Some(usage) = &mut self.so_far {
+                    (usage.prompt_tokens, usage.cached_tokens) = (*prompt_tokens, *cached_tokens);
+                }
                 if self.api == Api::ChatCompletions {
                     for choice in 0..self.choices {
                         self.chat_choice(out, choice, "{\"role\":\"assistant\",\"content\":\"\"}", None);
@@ -85,7 +94,7 @@ impl Renderer {
                     put_raw(out, ",\"text\":\"\",\"logprobs\":null,\"finish_reason\":\"");
                     put_raw(out, reason.as_str());
                     put_raw(out, "\"}");
-                    put_raw(out, self.tail);
+                    self.end(out);
                 }
             },
             Event::Done { usage } => {
@@ -98,6 +107,9 @@ impl Renderer {
     }
 
     fn delta(&mut self, delta: &Delta, out: &mut BytesMut) {
+        if let Some(usage) = &mut self.so_far {
+            usage.completion_tokens = usage.completion_tokens.saturating_add(delta.tokens);
+        }
         if delta.text.is_empty() && delta.logprobs.is_empty() {
             return;
         }
@@ -119,7 +131,7 @@ impl Renderer {
             }
         }
         put_raw(out, ",\"finish_reason\":null}");
-        put_raw(out, self.tail);
+        self.end(out);
     }
 
     fn chat_choice(&self, out: &mut BytesMut, choice: u32, delta: &str, reason: Option<FinishReason>) {
@@ -131,15 +143,28 @@ impl Renderer {
         put_raw(out, ",\"logprobs\":null,\"finish_reason\":");
         put(out, &reason.map(FinishReason::as_str));
         put_raw(out, "}");
-        put_raw(out, self.tail);
+        self.end(out);
     }
 
     fn usage(&self, usage: &Usage, out: &mut BytesMut) {
         put_raw(out, &self.head);
-        put_raw(out, "],\"usage\":");
-        put_usage(out, usage);
-        put_raw(out, "}\n\n");
+        put_tail(out, usage);
     }
+
+    /// Behind the last choice.
+    fn end(&self, out: &mut BytesMut) {
+        match &self.so_far {
+            Some(usage) => put_tail(out, usage),
+            None => put_raw(out, self.tail),
+        }
+    }
+}
+
+/// `],"usage":{…}}` and the blank line.
+fn put_tail(out: &mut BytesMut, usage: &Usage) {
+    put_raw(out, "],\"usage\":");
+    put_usage(out, usage);
+    put_raw(out, "}\n\n");
 }
 
 /// `"id":…,"object":…,"created":…,"model":…`

@@ -33,6 +33,8 @@ impl Classify for SpliceError {
 pub enum Change<'a> {
     /// This raw JSON becomes its value; a member that is not there is added at the end.
     Set(Cow<'a, str>),
+    /// As `Set`, but only where the member is there.
+    Replace(Cow<'a, str>),
     Remove,
 }
 
@@ -77,11 +79,11 @@ pub fn splice(body: &Bytes, edits: &[Edit<'_>]) -> Result<Bytes, SpliceError> {
             continue;
         };
         match &edits[at].change {
-            Change::Set(new) if !applied[at] => {
+            Change::Set(new) | Change::Replace(new) if !applied[at] => {
                 changed |= value != new.as_bytes();
                 kept.push([lead, new.as_bytes(), trail]);
             }
-            Change::Set(_) | Change::Remove => changed = true,
+            Change::Set(_) | Change::Replace(_) | Change::Remove => changed = true,
         }
         applied[at] = true;
     }
@@ -128,13 +130,23 @@ pub fn with_model(body: &Bytes, model: &str) -> Result<Bytes, SpliceError> {
 /// The body of a call for an upstream in the same dialect: its model's name there and, for a stream, a request for
 /// usage, which the accounting needs whether or not the client wants to see it. Other stream options are kept.
 pub fn for_upstream(call: &Generate, model: &str) -> Result<Bytes, SpliceError> {
+    for_server(call, model, &["include_usage"])
+}
+
+/// As [`for_upstream`], for a server that knows vLLM's `continuous_usage_stats`: usage in every frame, so that a stream
+/// that is cut is accounted exactly.
+pub fn for_replica(call: &Generate, model: &str) -> Result<Bytes, SpliceError> {
+    for_server(call, model, &["include_usage", "continuous_usage_stats"])
+}
+
+fn for_server(call: &Generate, model: &str, options_on: &[&str]) -> Result<Bytes, SpliceError> {
     let mut edits = vec![Edit::string("model", model)];
-    if call.stream && !call.include_usage {
+    if call.stream {
         let object = Object::scan(&call.body)?;
         let options = object.members.iter().find(|m| m.is(&call.body, "stream_options"));
         let options = options.map(|m| call.body.slice(m.value.clone())).filter(|v| v.first() == Some(&b'{'));
-        let options =
-            splice(&options.unwrap_or(Bytes::from_static(b"{}")), &[Edit::raw("include_usage", "true")])?;
+        let on: Vec<Edit<'_>> = options_on.iter().map(|option| Edit::raw(option, "true")).collect();
+        let options = splice(&options.unwrap_or(Bytes::from_static(b"{}")), &on)?;
         let at = call.body.len();
         let options = String::from_utf8(options.into()).map_err(|_| SpliceError::Malformed { at })?;
         edits.push(Edit::raw("stream_options", options));
@@ -151,14 +163,14 @@ struct Object {
     members: Vec<Member>,
 }
 
-struct Member {
+pub(crate) struct Member {
     /// Behind `{` or the comma.
-    start: usize,
+    pub(crate) start: usize,
     /// With its quotes.
     key: Range<usize>,
-    value: Range<usize>,
+    pub(crate) value: Range<usize>,
     /// Of the comma or `}`.
-    end: usize,
+    pub(crate) end: usize,
 }
 
 impl Member {
@@ -166,7 +178,7 @@ impl Member {
         [&body[self.start..self.value.start], &body[self.value.clone()], &body[self.value.end..self.end]]
     }
 
-    fn is(&self, body: &[u8], name: &str) -> bool {
+    pub(crate) fn is(&self, body: &[u8], name: &str) -> bool {
         let raw = &body[self.key.clone()];
         if raw.contains(&b'\\') {
             return serde_json::from_slice::<String>(raw).is_ok_and(|key| key == name);
@@ -175,39 +187,58 @@ impl Member {
     }
 }
 
-impl Object {
-    fn scan(body: &[u8]) -> Result<Self, SpliceError> {
+/// Walks an object's members, each once; whoever stops early has not paid for the rest.
+pub(crate) struct Members<'b> {
+    body: &'b [u8],
+    /// Of `{`.
+    open: usize,
+    /// Behind `{` or the last comma; `None` at the end.
+    start: Option<usize>,
+    /// Of `}`, once it was met.
+    close: usize,
+}
+
+impl<'b> Members<'b> {
+    pub(crate) fn of(body: &'b [u8]) -> Result<Self, SpliceError> {
         let open = skip_space(body, 0);
         if body.get(open) != Some(&b'{') {
             return Err(SpliceError::NotAnObject { at: open });
         }
-        let mut members = Vec::new();
-        let mut at = skip_space(body, open + 1);
-        if body.get(at) != Some(&b'}') {
-            let mut start = open + 1;
-            loop {
-                let key = at..skip_string(body, at)?;
-                at = skip_space(body, key.end);
-                expect(body, at, b':')?;
-                at = skip_space(body, at + 1);
-                let value = at..skip_value(body, at)?;
-                at = skip_space(body, value.end);
-                members.push(Member { start, key, value, end: at });
-                match body.get(at) {
-                    Some(b',') => {
-                        start = at + 1;
-                        at = skip_space(body, start);
-                    }
-                    Some(b'}') => break,
-                    _ => return Err(SpliceError::Malformed { at }),
-                }
-            }
+        let first = skip_space(body, open + 1);
+        let start = (body.get(first) != Some(&b'}')).then_some(open + 1);
+        Ok(Self { body, open, start, close: first })
+    }
+
+    pub(crate) fn next(&mut self) -> Result<Option<Member>, SpliceError> {
+        let Some(start) = self.start.take() else { return Ok(None) };
+        let at = skip_space(self.body, start);
+        let key = at..skip_string(self.body, at)?;
+        let at = skip_space(self.body, key.end);
+        expect(self.body, at, b':')?;
+        let at = skip_space(self.body, at + 1);
+        let value = at..skip_value(self.body, at)?;
+        let end = skip_space(self.body, value.end);
+        match self.body.get(end) {
+            Some(b',') => self.start = Some(end + 1),
+            Some(b'}') => self.close = end,
+            _ => return Err(SpliceError::Malformed { at: end }),
         }
-        let end = skip_space(body, at + 1);
+        Ok(Some(Member { start, key, value, end }))
+    }
+}
+
+impl Object {
+    fn scan(body: &[u8]) -> Result<Self, SpliceError> {
+        let mut walk = Members::of(body)?;
+        let mut members = Vec::new();
+        while let Some(member) = walk.next()? {
+            members.push(member);
+        }
+        let end = skip_space(body, walk.close + 1);
         if end != body.len() {
             return Err(SpliceError::Malformed { at: end });
         }
-        Ok(Self { open, close: at, members })
+        Ok(Self { open: walk.open, close: walk.close, members })
     }
 }
 
@@ -356,6 +387,27 @@ mod tests {
         check(
             r#","stream":true,"stream_options":{"include_usage":true}"#,
             r#","stream":true,"stream_options":{"include_usage":true}"#,
+        );
+    }
+
+    #[test]
+    fn replicas_are_asked_to_count_as_they_go() {
+        let check = |rest: &str, expect: &str| {
+            let body = format!(r#"{{"messages":[{{"role":"user","content":"hi"}}],"model":"x"{rest}}}"#);
+            let out = for_replica(&call(&body), "m").unwrap();
+            let expect = format!(r#"{{"messages":[{{"role":"user","content":"hi"}}],"model":"m"{expect}}}"#);
+            assert_eq!(out, expect);
+        };
+        let both = r#""stream_options":{"include_usage":true,"continuous_usage_stats":true}"#;
+        check("", "");
+        check(r#","stream":true"#, &format!(r#","stream":true,{both}"#));
+        check(
+            r#","stream_options":{"include_usage":true},"stream":true"#,
+            &format!(r#",{both},"stream":true"#),
+        );
+        check(
+            r#","stream":true,"stream_options":{"continuous_usage_stats":false}"#,
+            r#","stream":true,"stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
         );
     }
 

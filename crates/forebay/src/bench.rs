@@ -1,5 +1,6 @@
 //! `forebay bench URL`.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io::IsTerminal;
 use std::sync::Mutex;
 
@@ -24,9 +25,9 @@ pub(crate) fn run(args: &Bench) -> anyhow::Result<()> {
     bar.finish();
     let report = report?;
     if args.json {
-        println!("{}", report.to_json());
+        crate::out::line!("{}", report.to_json());
     } else {
-        print!("{report}");
+        crate::out::line!("{report}");
     }
     anyhow::ensure!(report.completed > 0, "no request succeeded");
     Ok(())
@@ -54,6 +55,11 @@ fn options(args: &Bench) -> anyhow::Result<Options> {
             shared_prefix_tokens: args.shared_prefix_tokens,
         },
     };
+    let seed = args.seed.unwrap_or_else(|| RandomState::new().hash_one(0));
+    if args.seed.is_none() {
+        // A fixed default would send the prompts of the run before, and so measure the prefix cache.
+        eprintln!("--seed {seed}");
+    }
     Ok(Options {
         url: args.url.clone(),
         model: args.model.clone(),
@@ -72,7 +78,7 @@ fn options(args: &Bench) -> anyhow::Result<Options> {
         ignore_eos: args.ignore_eos,
         temperature: Some(args.temperature),
         stream: !args.no_stream,
-        seed: args.seed,
+        seed,
         request_timeout: args.timeout.get(),
         ..Options::default()
     })

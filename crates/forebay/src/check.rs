@@ -13,7 +13,7 @@ pub(crate) fn run(args: &Check) -> ExitCode {
         Ok(source) => source,
         Err(error) => {
             if args.json {
-                println!(
+                crate::out::line!(
                     "{}",
                     serde_json::json!({"ok": false, "error": error.to_string(), "findings": [], "layers": []})
                 );
@@ -27,7 +27,7 @@ pub(crate) fn run(args: &Check) -> ExitCode {
     let ok = !report.diagnostics.has_errors();
     if args.json {
         let findings = report.diagnostics.to_json();
-        println!("{}", serde_json::json!({"ok": ok, "findings": findings, "layers": report.layers}));
+        crate::out::line!("{}", serde_json::json!({"ok": ok, "findings": findings, "layers": report.layers}));
     } else {
         print(&report, &args.file.display().to_string());
     }
@@ -47,11 +47,11 @@ fn print(report: &Report, file: &str) {
         eprintln!("{file}: {n} error{}", if n == 1 { "" } else { "s" });
         return;
     }
-    println!("{file} is right. Client requests pass, from the outside in:\n");
+    crate::out::line!("{file} is right. Client requests pass, from the outside in:\n");
     for layer in &report.layers {
         let mark = if layer.runs { "runs" } else { "off " };
-        println!("  {:<8} {mark}  {}", layer.section, layer.does);
+        crate::out::line!("  {:<8} {mark}  {}", layer.section, layer.does);
         let what = if layer.runs { "without it:" } else { "so:" };
-        println!("                  {what} {}", layer.without_it);
+        crate::out::line!("                  {what} {}", layer.without_it);
     }
 }

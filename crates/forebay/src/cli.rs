@@ -1,6 +1,5 @@
 //! The command line. Flags are defined here once; help and completions come from them.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -77,9 +76,9 @@ pub(crate) struct Worker {
     /// Name that clients use; the model's own where absent
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// Address to listen on
+    /// Address or host name to listen on
     #[arg(long, default_value = "127.0.0.1")]
-    pub host: IpAddr,
+    pub host: String,
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
     /// Port of /ready and the admin API on the same address; off where absent
@@ -210,9 +209,9 @@ pub(crate) struct Bench {
     /// Ask for whole replies; there is no TTFT and no ITL then
     #[arg(long)]
     pub no_stream: bool,
-    /// Same seed, same prompts and arrivals
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    /// Same seed, same prompts and arrivals; a random one where absent
+    #[arg(long)]
+    pub seed: Option<u64>,
     /// From sending a request to the end of its reply
     #[arg(long, default_value = "10m")]
     pub timeout: HumanDuration,

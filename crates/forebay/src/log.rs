@@ -10,7 +10,13 @@ use crate::cli::{Log, LogFormat};
 const DEFAULT_FILTER: &str = "info";
 
 pub(crate) fn init(log: Log) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
+    let filter = match std::env::var_os(EnvFilter::DEFAULT_ENV) {
+        None => EnvFilter::new(DEFAULT_FILTER),
+        Some(_) => EnvFilter::try_from_default_env().unwrap_or_else(|error| {
+            eprintln!("warning: RUST_LOG can't be used ({error}); logging at `{DEFAULT_FILTER}`");
+            EnvFilter::new(DEFAULT_FILTER)
+        }),
+    };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -6,6 +6,7 @@ mod check;
 mod cli;
 mod log;
 mod model;
+mod out;
 mod progress;
 mod serve;
 
@@ -24,7 +25,9 @@ fn main() -> ExitCode {
         Command::Model(command) => model::run(&command),
         Command::Bench(args) => bench::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "forebay", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "forebay", &mut script);
+            out::write(&String::from_utf8_lossy(&script));
             Ok(())
         }
     };

@@ -22,13 +22,13 @@ fn pull(model: &str, print_path: bool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let progress = PullProgress::default();
     let client = HttpClient::new(ClientConfig::default());
-    let pulled = runtime.block_on(store.pull(&client, &reference, &progress));
+    let pulled = runtime.block_on(store.pull_verified(&client, &reference, &progress));
     progress.finish();
     let pulled = pulled?;
     if print_path {
-        println!("{}", pulled.path.display());
+        crate::out::line!("{}", pulled.path.display());
     } else {
-        println!("{} is at {} ({})", pulled.name, pulled.path.display(), pulled.source);
+        crate::out::line!("{} is at {} ({})", pulled.name, pulled.path.display(), pulled.source);
     }
     Ok(())
 }
@@ -41,16 +41,16 @@ fn list(json: bool) -> anyhow::Result<()> {
             .iter()
             .map(|m| serde_json::json!({"name": m.name, "file": m.file, "bytes": m.bytes, "licence": m.licence}))
             .collect();
-        println!("{}", serde_json::json!({"directory": store.dir(), "cached": cached, "known": known}));
+        crate::out::line!("{}", serde_json::json!({"directory": store.dir(), "cached": cached, "known": known}));
         return Ok(());
     }
-    println!("{:<40} {:>12}  in {}", "MODEL", "SIZE", store.dir().display());
+    crate::out::line!("{:<40} {:>12}  in {}", "MODEL", "SIZE", store.dir().display());
     for model in &cached {
         let state = if model.complete { "" } else { "  (download not finished: pull it again)" };
-        println!("{:<40} {:>12}{state}", model.name, ByteSize::new(model.bytes).to_string());
+        crate::out::line!("{:<40} {:>12}{state}", model.name, ByteSize::new(model.bytes).to_string());
     }
     for known in CATALOGUE.iter().filter(|known| cached.iter().all(|c| c.name != known.name)) {
-        println!(
+        crate::out::line!(
             "{:<40} {:>12}  (not fetched; {})",
             known.name,
             ByteSize::new(known.bytes).to_string(),

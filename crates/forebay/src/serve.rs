@@ -1,13 +1,12 @@
 //! `forebay serve` and `forebay worker`: start, say what runs where, serve until told to stop.
 
 use std::io::Write;
-use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::Context;
-use forebay_app::check::problems;
+use forebay_app::check::{problems, warnings};
 use forebay_app::{AdminConfig, Config, StartError, Summary, prepare};
-use forebay_config::{Loaded, OneOrMany, RealEnvironment, Source};
+use forebay_config::{ListenAddr, Loaded, OneOrMany, RealEnvironment, Source};
 use forebay_edge::{EdgeConfig, Switch};
 use forebay_engine::EngineConfig;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -43,19 +42,49 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         threads: args.threads,
         ..defaults
     };
-    let listen = |port| SocketAddr::new(args.host, port).into();
+    let listen = |port: u16| -> anyhow::Result<ListenAddr> {
+        let host = match args.host.contains(':') {
+            true => format!("[{}]", args.host),
+            false => args.host.clone(),
+        };
+        format!("{host}:{port}").parse().with_context(|| format!("--host {}", args.host))
+    };
     let config = Config {
         edge: Some(EdgeConfig {
-            listen: OneOrMany::one(listen(args.port)),
+            listen: OneOrMany::one(listen(args.port)?),
             // Where scrapers and routers made for vLLM look.
             metrics: Switch::On,
             ..EdgeConfig::default()
         }),
-        admin: args.admin_port.map(|port| AdminConfig { listen: listen(port), ..AdminConfig::default() }),
+        admin: match args.admin_port {
+            Some(port) => Some(AdminConfig { listen: listen(port)?, ..AdminConfig::default() }),
+            None => None,
+        },
         engine: Some(engine),
         ..Config::default()
     };
-    run(&config, None)
+    run(&config, None).map_err(|error| anyhow::anyhow!(in_flags(&forebay_app::one_line(error.as_ref()))))
+}
+
+/// A message with the worker's flags in the place of the configuration keys that they set.
+fn in_flags(message: &str) -> String {
+    const FLAGS: &[(&str, &str)] = &[
+        ("edge.listen", "--port"),
+        ("admin.listen", "--admin-port"),
+        ("engine.kv-cache-memory", "--kv-cache-memory-bytes"),
+        ("engine.max-model-len", "--max-model-len"),
+        ("engine.model", "--model"),
+        ("engine.served-model-name", "--served-model-name"),
+        ("engine.block-size", "--block-size"),
+        ("engine.max-num-batched-tokens", "--max-num-batched-tokens"),
+        ("engine.max-num-seqs", "--max-num-seqs"),
+        ("engine.max-num-queued-reqs", "--max-num-queued-reqs"),
+        ("engine.max-num-queued-tokens", "--max-num-queued-tokens"),
+        ("engine.threads", "--threads"),
+    ];
+    FLAGS.iter().fold(message.to_owned(), |text, (key, flag)| {
+        text.replace(&format!("`{key}`"), &format!("`{flag}`"))
+    })
 }
 
 /// Reads and checks a file; what is wrong is printed with its lines.
@@ -70,7 +99,7 @@ fn load(file: &Path) -> anyhow::Result<Loaded<Config>> {
     };
     let mut found = problems(&loaded, &RealEnvironment);
     let broken = !found.is_empty();
-    found.extend(loaded.plain_secret_warnings());
+    found.extend(warnings(&loaded));
     if !found.is_empty() {
         eprintln!("{}", loaded.diagnostics(found));
     }
@@ -106,7 +135,12 @@ fn run(config: &Config, loaded: Option<&Loaded<Config>>) -> anyhow::Result<()> {
         };
         banner(&ready.summary);
         let report = ready.run(stop(signals)).await;
-        tracing::info!(?report, "stopped");
+        tracing::info!(
+            open = report.open,
+            cut = report.cut,
+            took_ms = report.took.as_millis() as u64,
+            "stopped"
+        );
         Ok(())
     });
     // Nothing that still runs (a model being loaded, a prompt being tokenized) is wanted any more.
@@ -179,4 +213,18 @@ fn greeting(summary: &Summary) -> String {
         );
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::in_flags;
+
+    #[test]
+    fn a_worker_is_told_its_own_flags() {
+        assert_eq!(
+            in_flags("address 127.0.0.1:8000 is already in use; stop the other program or set `edge.listen`"),
+            "address 127.0.0.1:8000 is already in use; stop the other program or set `--port`"
+        );
+        assert_eq!(in_flags("`engine.max-model-len` is 9"), "`--max-model-len` is 9");
+    }
 }

@@ -128,6 +128,7 @@ fn events(form: ReplyForm, with_spec: bool, events: Vec<Event>) -> LlmStage {
                 choices: 1,
                 stream: form == ReplyForm::Sse,
                 include_usage: false,
+                continuous_usage: false,
             });
         }
         reply.headers.insert("x-ratelimit-limit-requests", http::HeaderValue::from_static("5"));

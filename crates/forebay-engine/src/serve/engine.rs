@@ -47,10 +47,8 @@ pub enum StartError {
     Text { path: PathBuf, source: TextError },
     #[error("the model in {} can't be loaded", path.display())]
     Build { path: PathBuf, source: BuildError },
-    #[error(
-        "`engine.kv-cache-memory` ({given}) holds {tokens} tokens; at least one block is needed: give it {needed} or more"
-    )]
-    KvTooSmall { given: forebay_config::ByteSize, tokens: usize, needed: forebay_config::ByteSize },
+    #[error("`engine.kv-cache-memory` ({given}) is less than one block of this model: give it {needed} or more")]
+    KvTooSmall { given: forebay_config::ByteSize, needed: forebay_config::ByteSize },
     #[error(
         "`engine.max-model-len` is {asked}, but the model was trained for {trained} tokens; lower it or leave it out"
     )]
@@ -66,6 +64,18 @@ pub enum StartError {
     },
     #[error("the engine's thread can't be started")]
     Thread(#[source] std::io::Error),
+}
+
+impl StartError {
+    /// The configuration key that is at fault, or is closest to it.
+    pub fn at(&self) -> &'static str {
+        match self {
+            Self::Open(_) | Self::Spec { .. } | Self::Text { .. } | Self::Build { .. } => "engine.model",
+            Self::KvTooSmall { .. } | Self::Memory { .. } => "engine.kv-cache-memory",
+            Self::ModelLen { .. } => "engine.max-model-len",
+            Self::Config(_) | Self::Thread(_) => "engine",
+        }
+    }
 }
 
 /// What an engine needs beside its configuration.
@@ -103,34 +113,13 @@ impl Engine {
             return Err(problem.into());
         }
         let file = Arc::new(ModelFile::open(path)?);
-        let spec = ModelSpec::from_gguf(file.gguf())
-            .map_err(|source| StartError::Spec { path: path.into(), source })?;
+        let Layout { spec, block_size, blocks, positions_max } = Layout::plan(config, &file, path)?;
+        check_memory(path, spec.memory_for_blocks(blocks, block_size))?;
         let text =
             text_model(file.gguf()).map_err(|source| StartError::Text { path: path.into(), source })?;
         let threads = config.threads.map_or_else(cores, |n| n as usize);
         let pool = Arc::new(Pool::new(threads));
         let isa = deps.isa.unwrap_or_else(Isa::detect);
-
-        let block_size = config.block_size as usize;
-        let wanted = spec.blocks_for_memory(config.kv_cache_memory.bytes(), block_size);
-        if wanted == 0 {
-            let needed = forebay_config::ByteSize::new(spec.memory_for_blocks(1, block_size));
-            return Err(StartError::KvTooSmall {
-                given: config.kv_cache_memory,
-                tokens: wanted * block_size,
-                needed,
-            });
-        }
-        if let Some(asked) = config.max_model_len
-            && asked as usize > spec.context_len
-        {
-            return Err(StartError::ModelLen { asked, trained: spec.context_len });
-        }
-        let positions_max = config.max_model_len.map_or(spec.context_len, |n| n as usize);
-        // No more blocks than all running sequences could fill.
-        let useful = positions_max.div_ceil(block_size) * config.max_num_seqs as usize;
-        let blocks = wanted.min(useful);
-        check_memory(path, spec.memory_for_blocks(blocks, block_size))?;
 
         let options = CpuOptions { isa, threads, block_size, blocks, positions_max };
         let executor = CpuExecutor::with_pool(&file, &options, pool.clone())
@@ -161,6 +150,16 @@ impl Engine {
             blocks * block_size,
         );
         Self::run(model, text, executor, scheduler, pool, metrics, deps.kv_sink, config, begun, summary)
+    }
+
+    /// Whether [`Engine::start`] would take this configuration for this file. Reads the file's head only, and leaves
+    /// out what depends on the machine's free memory.
+    pub fn inspect(config: &EngineConfig, path: &Path) -> Result<(), StartError> {
+        if let Some(problem) = config.problems().into_iter().next() {
+            return Err(problem.into());
+        }
+        let file = ModelFile::open(path)?;
+        Layout::plan(config, &file, path).map(|_| ())
     }
 
     #[allow(clippy::too_many_arguments)] // The two ways to start (real and fake executor) meet here.
@@ -386,6 +385,36 @@ impl Engine {
             ),
         };
         Fault::new(Class::new(Code::ContextLengthExceeded, Blame::Client), message).param(param)
+    }
+}
+
+/// How much of what a model file and a configuration give.
+struct Layout {
+    spec: ModelSpec,
+    block_size: usize,
+    blocks: usize,
+    positions_max: usize,
+}
+
+impl Layout {
+    fn plan(config: &EngineConfig, file: &ModelFile, path: &Path) -> Result<Self, StartError> {
+        let spec = ModelSpec::from_gguf(file.gguf())
+            .map_err(|source| StartError::Spec { path: path.into(), source })?;
+        let block_size = config.block_size as usize;
+        let wanted = spec.blocks_for_memory(config.kv_cache_memory.bytes(), block_size);
+        if wanted == 0 {
+            let needed = forebay_config::ByteSize::new(spec.memory_for_blocks(1, block_size));
+            return Err(StartError::KvTooSmall { given: config.kv_cache_memory, needed });
+        }
+        if let Some(asked) = config.max_model_len
+            && asked as usize > spec.context_len
+        {
+            return Err(StartError::ModelLen { asked, trained: spec.context_len });
+        }
+        let positions_max = config.max_model_len.map_or(spec.context_len, |n| n as usize);
+        // No more blocks than all running sequences could fill.
+        let useful = positions_max.div_ceil(block_size).saturating_mul(config.max_num_seqs as usize);
+        Ok(Self { spec, block_size, blocks: wanted.min(useful), positions_max })
     }
 }
 

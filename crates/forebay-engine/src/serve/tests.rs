@@ -118,6 +118,7 @@ fn greedy(prompt: &str) -> Generate {
         echo: false,
         stream: true,
         include_usage: true,
+        continuous_usage: false,
         user: None,
         cache_salt: None,
         priority: 0,

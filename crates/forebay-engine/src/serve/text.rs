@@ -53,3 +53,35 @@ pub(crate) fn text_model(gguf: &Gguf) -> Result<TextModel, TextError> {
     let tokenizer = Tokenizer::new(vocab).map_err(TextError::Tokenizer)?;
     TextModel::new(tokenizer, template.as_deref()).map_err(TextError::Template)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use forebay_tokens::Special;
+
+    use super::*;
+    use crate::model::ModelFile;
+
+    #[derive(serde::Deserialize)]
+    struct Case {
+        text: String,
+        ids: Vec<u32>,
+    }
+
+    /// Golden: llama.cpp, by `tests/reference/llamacpp_tokens.py`. Skipped unless `FOREBAY_TEST_GEMMA` is the path of
+    /// Gemma 3 270M's GGUF file.
+    #[test]
+    fn gemma_ids_equal_those_of_llama_cpp() {
+        let Some(path) = std::env::var_os("FOREBAY_TEST_GEMMA") else { return };
+        let model = text_model(ModelFile::open(Path::new(&path)).unwrap().gguf()).unwrap();
+        let golden = include_str!("../../tests/fixtures/gemma3-tokens.json");
+        for Case { text, ids } in serde_json::from_str::<Vec<Case>>(golden).unwrap() {
+            assert_eq!(model.encode_text(&text, Special::NONE).unwrap(), ids, "{text:?}");
+            // The vocabulary's sign for a space can't be told from one.
+            assert_eq!(model.tokenizer().decode(&ids, true), text.replace('▁', " "));
+        }
+        assert_eq!(model.encode_text("Hi", Special::ADD).unwrap(), [2, 10979]);
+        assert_eq!(model.encode_text("<bos>Hi<eos>", Special::PARSE).unwrap(), [2, 10979, 1]);
+    }
+}

@@ -69,7 +69,7 @@ pub(super) fn parse(
         return Err(ParseError::value("min_tokens", what));
     }
     let stream = fields.boolean("stream")?.unwrap_or(false);
-    let include_usage = stream_options(fields, stream)?;
+    let (include_usage, continuous_usage) = stream_options(fields, stream)?;
 
     Ok(Generate {
         api,
@@ -87,6 +87,7 @@ pub(super) fn parse(
         echo: fields.boolean("echo")?.unwrap_or(false),
         stream,
         include_usage,
+        continuous_usage,
         user: fields.string("user")?,
         cache_salt: cache_salt(fields)?,
         priority: fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0) as i32,
@@ -106,13 +107,14 @@ fn max_tokens(fields: &Fields<'_>) -> Result<Option<u32>, ParseError> {
     }
 }
 
-fn stream_options(fields: &Fields<'_>, stream: bool) -> Result<bool, ParseError> {
-    let Some(options) = fields.inner("stream_options", "stream_options.")? else { return Ok(false) };
+/// `include_usage` and `continuous_usage_stats`.
+fn stream_options(fields: &Fields<'_>, stream: bool) -> Result<(bool, bool), ParseError> {
+    let Some(options) = fields.inner("stream_options", "stream_options.")? else { return Ok((false, false)) };
     if !stream {
         return Err(ParseError::value("stream_options", "only allowed when 'stream' is enabled"));
     }
-    options.refuse("continuous_usage_stats", &["false"], "usage is sent once, at the end")?;
-    Ok(options.boolean("include_usage")?.unwrap_or(false))
+    let on = |option| Ok(options.boolean(option)?.unwrap_or(false));
+    Ok((on("include_usage")?, on("continuous_usage_stats")?))
 }
 
 fn response_format(fields: &Fields<'_>) -> Result<(), ParseError> {

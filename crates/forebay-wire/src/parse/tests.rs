@@ -411,6 +411,21 @@ fn mistakes_name_their_field() {
 }
 
 #[test]
+fn usage_of_streams() {
+    let check = |options: &str, expect: (bool, bool)| {
+        let body = chat(&format!(r#","stream":true,"stream_options":{options}"#));
+        let Ok(Ask::Generate(call)) = post(CHAT, &body) else { panic!("{options}") };
+        assert_eq!((call.include_usage, call.continuous_usage), expect, "{options}");
+        let spec = crate::RenderSpec::new(&call);
+        assert_eq!(spec.continuous_usage, expect == (true, true), "nothing without `include_usage`");
+    };
+    check("{}", (false, false));
+    check(r#"{"include_usage":true}"#, (true, false));
+    check(r#"{"include_usage":true,"continuous_usage_stats":true}"#, (true, true));
+    check(r#"{"continuous_usage_stats":true}"#, (false, true));
+}
+
+#[test]
 fn what_is_not_done_is_refused_not_ignored() {
     let check = |path: &str, body: &str, param: &str| {
         let error = post(path, body).map(|ask| format!("{ask:?}")).expect_err(body);
@@ -436,10 +451,6 @@ fn what_is_not_done_is_refused_not_ignored() {
         (r#","continue_final_message":true"#, "continue_final_message"),
         (r#","functions":[{}]"#, "functions"),
         (r#","modalities":["text","audio"]"#, "modalities"),
-        (
-            r#","stream":true,"stream_options":{"continuous_usage_stats":true}"#,
-            "stream_options.continuous_usage_stats",
-        ),
     ] {
         check(CHAT, &chat(rest), param);
     }

@@ -7,7 +7,7 @@ use super::*;
 use crate::{CollectError, Collector};
 
 fn spec(api: Api, choices: u32, include_usage: bool) -> RenderSpec {
-    RenderSpec { api, model: "m".into(), choices, stream: true, include_usage }
+    RenderSpec { api, model: "m".into(), choices, stream: true, include_usage, continuous_usage: false }
 }
 
 fn delta(choice: u32, text: &str) -> Event {
@@ -79,6 +79,27 @@ fn chat_stream() {
              {head}],\"usage\":{usage}}}\n\ndata: [DONE]\n\n"
         )
     );
+}
+
+#[test]
+fn usage_so_far_in_every_frame() {
+    let many = Event::Delta(Delta { choice: 0, text: "b".into(), tokens: 3, logprobs: Vec::new() });
+    // What is held back counts with the next frame.
+    let events = [STARTED, delta(0, "a"), delta(0, ""), many, finished(0, FinishReason::Stop), DONE];
+    for api in [Api::ChatCompletions, Api::Completions] {
+        let spec = RenderSpec { continuous_usage: true, ..spec(api, 1, true) };
+        let usage = |frame: &Value| {
+            let usage = &frame["usage"];
+            assert_eq!(
+                (&usage["prompt_tokens"], &usage["prompt_tokens_details"]["cached_tokens"]),
+                (&json!(3), &json!(2))
+            );
+            usage["completion_tokens"].as_u64().unwrap()
+        };
+        let seen: Vec<u64> = frames(&stream(&spec, &events)).iter().map(usage).collect();
+        let roles = usize::from(api == Api::Completions);
+        assert_eq!(seen, [0, 1, 5, 5, 2][roles..], "the last is the engine's own");
+    }
 }
 
 #[test]
