@@ -333,7 +333,7 @@ mod tests {
         check("edge: {}\nengine: {}", None);
         check("edge: {}", Some("nothing would answer"));
         check("engine: {}", Some("nothing would listen"));
-        check("edge: {}\nengine: {block-size: 0}", Some("not from 1 to 256"));
+        check("edge: {}\nengine: {block-size: 0}", Some("not a multiple of 16 up to 256"));
         check("edge: {}\nengine: {model: no-such}", Some("unknown model `no-such`"));
         check("edge: {}\nengine: {model: ./no-such.gguf}", Some("there is no model file"));
         // Without a model to serve, too.

@@ -1,7 +1,7 @@
 //! "Did you mean": the closest known name, if it is close enough to be meant.
 
 /// The name that differs by the fewest typing slips; case, `_` and `-` don't count. `None` if all are far.
-pub(crate) fn closest<'a>(written: &str, names: &[&'a str]) -> Option<&'a str> {
+pub fn closest<'a>(written: &str, names: &[&'a str]) -> Option<&'a str> {
     // Comparing is quadratic, and nobody misspells a known key by writing a paragraph.
     if written.len() > 100 {
         return None;

@@ -20,7 +20,9 @@ pub struct EdgeConfig {
     pub routes: Vec<RouteConfig>,
     /// What one client may take up.
     pub limits: EdgeLimits,
-    /// How long open requests may go on after a stop was asked for; longer than your longest generation.
+    /// How long `/health` and `/ready` say 503 after a stop was asked for while requests are still served; under Kubernetes `5s` to `15s`, so that the pod is taken out of its endpoints before the port closes.
+    pub drain_delay: HumanDuration,
+    /// How long open requests may go on after the port was closed for a stop; longer than your longest generation.
     pub drain_timeout: HumanDuration,
     /// Whether each request is logged as one line of the target `forebay::access`: `on` or `off`.
     pub access_log: Switch,
@@ -39,6 +41,7 @@ impl Default for EdgeConfig {
             tls: None,
             routes: Vec::new(),
             limits: EdgeLimits::default(),
+            drain_delay: HumanDuration::from_secs(0),
             drain_timeout: HumanDuration::from_secs(30),
             access_log: Switch::On,
             metrics: Switch::Off,
@@ -68,7 +71,7 @@ pub struct RouteConfig {
     pub host: Option<String>,
     /// `llm`, or the URL of an upstream like `http://127.0.0.1:9000`.
     pub to: String,
-    /// Whether the route's path is taken off before the request goes on; on an `llm` route it always is, down to `/v1/`.
+    /// Whether the route's path is taken off before the request goes on; on an `llm` route it always is, down to `/v1/`, which may be left out below a path without it: `/ai/` takes `/ai/v1/models` and `/ai/models`.
     #[serde(default)]
     pub strip_prefix: bool,
     /// Web application firewall; not supported yet, so anything but `off` is refused at start.
@@ -103,6 +106,8 @@ pub struct EdgeLimits {
     pub header_timeout: HumanDuration,
     /// Longest time for a whole request body on an LLM route, and longest pause within one on an upstream route.
     pub body_timeout: HumanDuration,
+    /// Longest time in which a client takes no byte of an answer that waits for it; then its connection, or its HTTP/2 stream, is closed and the reply dropped.
+    pub write_timeout: HumanDuration,
     /// How long a connection without a request is kept; longer than the idle timeout of a load balancer in front.
     pub idle_timeout: HumanDuration,
     /// Requests in flight on one HTTP/2 connection at most.
@@ -118,6 +123,7 @@ impl Default for EdgeLimits {
             max_connections: 10_000,
             header_timeout: HumanDuration::from_secs(10),
             body_timeout: HumanDuration::from_secs(60),
+            write_timeout: HumanDuration::from_secs(60),
             idle_timeout: HumanDuration::from_secs(75),
             max_concurrent_streams: 128,
         }
@@ -147,6 +153,16 @@ impl EdgeConfig {
         };
         if self.listen.is_empty() {
             add("listen".into(), "at least one address is needed");
+        }
+        let addresses: Vec<_> = self.listen.iter().collect();
+        for (i, address) in addresses.iter().enumerate() {
+            if let Some(other) = addresses[..i].iter().find(|other| overlap(other, address)) {
+                let problem = match address == other {
+                    true => format!("the address {address} is already in the list; remove one of the two"),
+                    false => format!("{other} takes {address} too; remove one of the two"),
+                };
+                add(format!("listen[{i}]"), &problem);
+            }
         }
         let mut seen = BTreeSet::new();
         for (i, route) in self.routes.iter().enumerate() {
@@ -185,6 +201,7 @@ impl EdgeConfig {
             ("limits.max-concurrent-streams", limits.max_concurrent_streams == 0),
             ("limits.header-timeout", limits.header_timeout.get().is_zero()),
             ("limits.body-timeout", limits.body_timeout.get().is_zero()),
+            ("limits.write-timeout", limits.write_timeout.get().is_zero()),
             ("limits.idle-timeout", limits.idle_timeout.get().is_zero()),
             ("stream-heartbeat", self.stream_heartbeat.is_some_and(|every| every.get().is_zero())),
         ] {
@@ -193,5 +210,21 @@ impl EdgeConfig {
             }
         }
         found
+    }
+}
+
+/// Binding the second would fail, because the first has the port already.
+fn overlap(first: &ListenAddr, second: &ListenAddr) -> bool {
+    // Port 0 is another free port each time.
+    if first.port() != second.port() || first.port() == 0 {
+        return false;
+    }
+    match (first.socket_addr(), second.socket_addr()) {
+        (Some(first), Some(second)) => {
+            let wildcard = first.ip().is_unspecified() || second.ip().is_unspecified();
+            // Whether `[::]` takes IPv4 too is the system's setting.
+            first.ip() == second.ip() || (wildcard && first.is_ipv4() == second.is_ipv4())
+        }
+        (None, None) | (Some(_), None) | (None, Some(_)) => first.host().eq_ignore_ascii_case(second.host()),
     }
 }

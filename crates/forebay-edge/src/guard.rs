@@ -11,6 +11,8 @@ use http::request::Parts;
 use http::uri::Authority;
 use http::{Method, Version};
 
+use crate::config::EdgeLimits;
+
 /// Why a request is not let in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub(crate) enum Refusal {
@@ -34,6 +36,16 @@ pub(crate) enum Refusal {
     EncodingUnsupported,
     #[error("the lines of the request's head do not all end with CR LF")]
     BareLineFeed,
+    #[error("the request's head is larger than the limit `edge.limits.max-header-bytes`")]
+    HeadersTooLarge,
+    #[error("the request has more header lines than the limit `edge.limits.max-headers`")]
+    HeadersTooMany,
+    #[error("the request does not begin with a line like `GET /path HTTP/1.1`")]
+    RequestLineInvalid,
+    #[error(
+        "a header line is not valid: it is a name, a colon directly after it, and a value without control characters"
+    )]
+    HeaderInvalid,
     #[error("the request follows a body that could not be read")]
     Unframed,
     #[error("the path has `.` or `..` segments, or an invalid percent-encoding")]
@@ -62,6 +74,10 @@ impl Refusal {
             Self::LengthAndEncoding => "length-and-encoding",
             Self::EncodingUnsupported => "encoding-unsupported",
             Self::BareLineFeed => "bare-line-feed",
+            Self::HeadersTooLarge => "max-header-bytes",
+            Self::HeadersTooMany => "max-headers",
+            Self::RequestLineInvalid => "request-line-invalid",
+            Self::HeaderInvalid => "header-invalid",
             Self::Unframed => "unframed",
             Self::PathInvalid => "path-invalid",
             Self::ExpectUnknown => "expect-unknown",
@@ -76,6 +92,7 @@ impl Classify for Refusal {
     fn class(&self) -> Class {
         let code = match self {
             Self::ConnectUnsupported | Self::UpgradeUnsupported => Code::NotSupported,
+            Self::HeadersTooLarge | Self::HeadersTooMany => Code::HeadersTooLarge,
             Self::HostMissing
             | Self::HostRepeated
             | Self::HostInvalid
@@ -86,6 +103,8 @@ impl Classify for Refusal {
             | Self::LengthAndEncoding
             | Self::EncodingUnsupported
             | Self::BareLineFeed
+            | Self::RequestLineInvalid
+            | Self::HeaderInvalid
             | Self::Unframed
             | Self::PathInvalid
             | Self::ExpectUnknown
@@ -118,6 +137,19 @@ pub(crate) fn check_head(parts: &Parts) -> Result<String, Refusal> {
         return Err(Refusal::UpgradeUnsupported);
     }
     Ok(host)
+}
+
+/// The limits on the head of an HTTP/2 request; those of HTTP/1.1 are seen by `head_scan`.
+pub(crate) fn check_size(headers: &HeaderMap, limits: &EdgeLimits) -> Result<(), Refusal> {
+    if headers.len() > limits.max_headers {
+        return Err(Refusal::HeadersTooMany);
+    }
+    // As HTTP/2 counts (RFC 9113, 6.5.2).
+    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+    if bytes > limits.max_header_bytes.as_usize() {
+        return Err(Refusal::HeadersTooLarge);
+    }
+    Ok(())
 }
 
 fn check_framing(headers: &HeaderMap) -> Result<(), Refusal> {

@@ -58,7 +58,9 @@ impl EngineConfig {
     pub fn problems(&self) -> Vec<EngineConfigError> {
         let mut found = Vec::new();
         let mut add = |key, problem: String| found.push(EngineConfigError { key, problem });
-        if !(1..=BLOCK_SIZE_MAX).contains(&self.block_size) || !self.block_size.is_multiple_of(BLOCK_SIZE_STEP) {
+        if !(1..=BLOCK_SIZE_MAX).contains(&self.block_size)
+            || !self.block_size.is_multiple_of(BLOCK_SIZE_STEP)
+        {
             add(
                 "block-size",
                 format!(

@@ -56,3 +56,10 @@ fn qwen2() {
 fn qwen3() {
     check(include_bytes!("fixtures/tiny-qwen3.gguf.bin"), include_str!("fixtures/tiny-qwen3.json"));
 }
+
+/// Layers that see nine tokens with a rotation of their own and one that sees all, norms after attention and MLP, scaled
+/// embeddings, GELU.
+#[test]
+fn gemma3() {
+    check(include_bytes!("fixtures/tiny-gemma3.gguf.bin"), include_str!("fixtures/tiny-gemma3.json"));
+}

@@ -15,13 +15,20 @@ mod driver;
 
 const BLOCKS: u32 = 200;
 
-/// An f32 model and two quantised ones (as SmolLM2's file is mixed: Q4_1 layers, a Q8_0 embedding and head).
+/// An f32 model, two quantised ones (as SmolLM2's file is mixed: Q4_1 layers, a Q8_0 embedding and head), and one with
+/// a sliding window in every second layer.
 fn models() -> Vec<Arc<ModelFile>> {
     let quantised = TinyLlama { head_dim: 32, ffn_dim: 192, seed: 2, ..TinyLlama::default() };
     let tiny = [
         TinyLlama::default(),
         TinyLlama { weights: ElementType::Q4_1, embeddings: ElementType::Q8_0, ..quantised.clone() },
-        TinyLlama { weights: ElementType::Q4_0, embeddings: ElementType::Q4_0, kv_heads: 4, ..quantised },
+        TinyLlama {
+            weights: ElementType::Q4_0,
+            embeddings: ElementType::Q4_0,
+            kv_heads: 4,
+            ..quantised.clone()
+        },
+        TinyLlama { weights: ElementType::Q8_0, layers: 3, kv_heads: 1, window: Some(50), ..quantised },
     ];
     tiny.iter().map(|t| Arc::new(ModelFile::from_bytes(t.to_gguf()).unwrap())).collect()
 }
@@ -133,7 +140,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
     #[test]
     fn random_arrivals_chunks_and_blocks(
-        which in 0usize..3,
+        which in 0usize..4,
         lens in prop::collection::vec(1usize..90, 1..7),
         chunks in prop::collection::vec(1usize..50, 1..6),
         arrivals in prop::collection::vec(0usize..6, 7),

@@ -23,4 +23,4 @@ pub use client::{ClientConfig, Collected, HttpClient, Roots, full};
 pub use error::UpstreamError;
 pub use fault::{FaultKind, UpstreamFault};
 pub use pool::{RequestBody, ResponseBody};
-pub use upstream::{BaseUrlError, CallInfo, Timeouts, Upstream};
+pub use upstream::{BaseUrlError, CallInfo, StreamUsage, Timeouts, Upstream};

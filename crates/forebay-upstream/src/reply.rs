@@ -5,14 +5,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use forebay_flow::{ChunkStream, Reply, ReplyForm};
 use forebay_types::{Blame, Class, Classify, Code, Fault, Retry};
-use forebay_wire::{Chunk, FrameInfo, SseSplitter, parse_error, scan_body, scan_frame};
+use forebay_wire::{Chunk, FrameInfo, FrameUsage, Relabel, SseSplitter, parse_error, scan_body, scan_frame};
 use http::{HeaderMap, StatusCode, header};
 use http_body_util::BodyExt;
 
 use crate::client::collect;
 use crate::fault::{MESSAGE_CHARS_MAX, refused};
 use crate::pool::ResponseBody;
-use crate::upstream::{CallInfo, Timeouts};
+use crate::upstream::{CallInfo, StreamUsage, Timeouts};
 use crate::{UpstreamError, UpstreamFault};
 
 /// Largest JSON answer of a generation. 128 choices of 8,000 tokens with 20 log-probabilities each stay below it.
@@ -39,12 +39,13 @@ pub(crate) async fn into_reply(
     timeouts: Timeouts,
     authority: &str,
 ) -> Result<Reply, UpstreamFault> {
+    let relabel = Relabel::new(call.model.as_str());
     let kind = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
     if !kind.trim_start().to_ascii_lowercase().starts_with("text/event-stream") {
         // Also where a stream was asked for: some servers answer a short or cached one with plain JSON.
         let body = collect_json(body, timeouts.between_chunks, authority).await?;
         let usage = scan_body(&body);
-        let chunk = Chunk::Verbatim { bytes: body, usage, deltas: 0 };
+        let chunk = Chunk::Verbatim { bytes: relabel.body(body), usage, deltas: 0 };
         return Ok(Reply::new(ReplyForm::Json, Box::pin(futures_util::stream::iter([Ok(chunk)]))));
     }
     if !call.stream {
@@ -56,7 +57,9 @@ pub(crate) async fn into_reply(
         over: false,
         splitter: SseSplitter::new(),
         between_chunks: timeouts.between_chunks,
-        include_usage: call.include_usage,
+        relabel,
+        usage: call.usage,
+        unseen_usage: None,
         authority: authority.to_owned(),
     };
     // Comments before the first event (`: ping`) don't commit us to this upstream, and are dropped.
@@ -93,7 +96,10 @@ struct Frames {
     over: bool,
     splitter: SseSplitter,
     between_chunks: Duration,
-    include_usage: bool,
+    relabel: Relabel,
+    usage: StreamUsage,
+    /// The last frame whose usage was hidden from a client that is to see it at the end.
+    unseen_usage: Option<Bytes>,
     authority: String,
 }
 
@@ -145,13 +151,22 @@ impl Frames {
                 None if frames.over => return None,
                 None => frames.next().await,
             };
+            let mut later = None;
             let item = match next {
                 Ok(Some((frame, info))) if info.error => Err(frames.broke(&frame)),
                 Ok(Some((frame, info))) => {
                     if info.done {
                         frames.drain();
                     }
-                    Ok(frames.chunk(frame, info))
+                    match frames.unseen_usage.take_if(|_| info.done) {
+                        // A server that counts as it goes, but has no frame for the sum.
+                        Some(last) => {
+                            later = Some((frame, info));
+                            let bytes = frames.relabel.usage_frame(&last);
+                            Ok(Chunk::Verbatim { bytes, usage: None, deltas: 0 })
+                        }
+                        None => Ok(frames.chunk(frame, info)),
+                    }
                 }
                 Ok(None) => Err(broken(&frames.cut())),
                 Err(error) => Err(broken(&error)),
@@ -160,13 +175,27 @@ impl Frames {
                 frames.over = true;
                 frames.body = None;
             }
-            Some((item, (frames, None)))
+            Some((item, (frames, later)))
         }))
     }
 
-    fn chunk(&self, frame: Bytes, info: FrameInfo) -> Chunk {
-        let swallowed = info.usage_only && !self.include_usage;
-        let bytes = if swallowed { Bytes::new() } else { frame };
+    fn chunk(&mut self, frame: Bytes, info: FrameInfo) -> Chunk {
+        let shown = match self.usage {
+            StreamUsage::Verbatim => Some(FrameUsage::Keep),
+            StreamUsage::Hidden if info.usage_only => None,
+            StreamUsage::Hidden => Some(FrameUsage::Remove),
+            StreamUsage::AtTheEnd if info.usage_only => {
+                self.unseen_usage = None;
+                Some(FrameUsage::Keep)
+            }
+            StreamUsage::AtTheEnd => {
+                if info.usage.is_some() {
+                    self.unseen_usage = Some(frame.clone());
+                }
+                Some(FrameUsage::Null)
+            }
+        };
+        let bytes = shown.map(|usage| self.relabel.frame(frame, usage)).unwrap_or_default();
         Chunk::Verbatim { bytes, usage: info.usage, deltas: info.deltas }
     }
 

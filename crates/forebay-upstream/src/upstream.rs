@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use forebay_flow::{Origin, Reply};
+use forebay_types::ModelName;
+use forebay_wire::Generate;
 use http::header::{self, HeaderName};
 use http::{HeaderValue, Method, Request, StatusCode};
 use tokio::time::Instant;
@@ -34,11 +36,35 @@ pub enum BaseUrlError {
 }
 
 /// What the client wants of a generation, as far as it matters here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CallInfo {
+    /// The name that the client used: the answer says it, whatever the upstream calls its model.
+    pub model: ModelName,
     pub stream: bool,
-    /// The client asked for the usage frame itself. Where it did not, the frame is read for accounting and swallowed.
-    pub include_usage: bool,
+    /// What the client wants to see of a stream's usage. What it does not want is read for accounting and taken out.
+    pub usage: StreamUsage,
+}
+
+/// What a client sees of the usage in a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamUsage {
+    Hidden,
+    /// Once, in a frame of its own before `[DONE]`.
+    AtTheEnd,
+    /// As the upstream sends it.
+    Verbatim,
+}
+
+impl CallInfo {
+    /// `counts_as_it_goes`: the upstream was asked to send usage in every frame ([`forebay_wire::for_replica`]).
+    pub fn new(call: &Generate, counts_as_it_goes: bool) -> Self {
+        let usage = match (call.include_usage, call.continuous_usage) {
+            (false, _) => StreamUsage::Hidden,
+            (true, false) if counts_as_it_goes => StreamUsage::AtTheEnd,
+            (true, _) => StreamUsage::Verbatim,
+        };
+        Self { model: call.model.clone(), stream: call.stream, usage }
+    }
 }
 
 /// Limits on silence.
@@ -102,7 +128,8 @@ impl Upstream {
     ///
     /// `path` is the API's (`/v1/chat/completions`); `body` is the JSON for this upstream, with
     /// `stream_options.include_usage` set where it streams. The reply's chunks are `Verbatim`: one SSE frame each, or
-    /// the whole JSON body. A stream that ends without `[DONE]` ends with an `Err`.
+    /// the whole JSON body, with the client's model name and what it wants of usage, everything else as it came. A
+    /// stream that ends without `[DONE]` ends with an `Err`.
     ///
     /// Cancellation: guarded. Dropping the future or the chunks closes the connection at once.
     pub async fn generate(

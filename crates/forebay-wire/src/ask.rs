@@ -2,6 +2,9 @@
 
 use bytes::Bytes;
 use forebay_types::{ModelName, TokenId};
+use serde_json::Value;
+
+use crate::Need;
 
 /// The API that a generation was asked through, and so the shape that its reply is rendered in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,6 +75,8 @@ pub struct Generate {
     pub cache_salt: Option<String>,
     /// vLLM's `priority`: lower goes first.
     pub priority: i32,
+    /// What is asked for beyond all of this, and so what an answer made in this process would lack.
+    pub needs: Vec<Need>,
     /// The body as it came, for forwarding in the same dialect with only changed fields spliced.
     pub body: Bytes,
 }
@@ -81,10 +86,10 @@ pub enum Prompt {
     Chat {
         messages: Vec<ChatMessage>,
         /// The `tools` array as it came; templates read it as it is.
-        tools: Option<serde_json::Value>,
+        tools: Option<Value>,
         /// vLLM's `add_generation_prompt`, `true` unless asked otherwise.
         add_generation_prompt: bool,
-        chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
+        chat_template_kwargs: Option<serde_json::Map<String, Value>>,
     },
     /// Texts, at least one.
     Text(Vec<String>),
@@ -113,6 +118,34 @@ impl Prompt {
             Self::Tokens(ids) => ids.iter().map(|ids| ids.len() * 4).sum(),
         }
     }
+
+    /// Bytes of text in the longest prompt: of a conversation, everything that a template could write. 0 for token ids,
+    /// which no tokenizer has to work on.
+    pub fn bytes_max(&self) -> usize {
+        match self {
+            Self::Chat { messages, tools, chat_template_kwargs, .. } => {
+                let kwargs = chat_template_kwargs.iter().flat_map(|kwargs| kwargs.values());
+                messages_bytes(messages) + tools.iter().chain(kwargs).map(json_bytes).sum::<usize>()
+            }
+            Self::Text(texts) => texts.iter().map(String::len).max().unwrap_or(0),
+            Self::Tokens(_) => 0,
+        }
+    }
+}
+
+fn messages_bytes(messages: &[ChatMessage]) -> usize {
+    let extra = |message: &ChatMessage| message.extra.values().map(json_bytes).sum::<usize>();
+    messages.iter().map(|message| message.content.text_bytes() + extra(message)).sum()
+}
+
+/// Bytes of the strings and keys in a value, which is not deeper than the parser allows.
+fn json_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(json_bytes).sum(),
+        Value::Object(fields) => fields.iter().map(|(key, value)| key.len() + json_bytes(value)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 1,
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -120,7 +153,7 @@ pub struct ChatMessage {
     pub role: String,
     pub content: Content,
     /// Everything else of the message (`name`, `tool_calls`, `tool_call_id`, …), as templates want it.
-    pub extra: serde_json::Map<String, serde_json::Value>,
+    pub extra: serde_json::Map<String, Value>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -203,7 +236,19 @@ pub struct Tokenize {
 #[derive(Debug, Clone)]
 pub enum TokenizeInput {
     Prompt(String),
-    Messages { messages: Vec<ChatMessage>, tools: Option<serde_json::Value>, add_generation_prompt: bool },
+    Messages { messages: Vec<ChatMessage>, tools: Option<Value>, add_generation_prompt: bool },
+}
+
+impl TokenizeInput {
+    /// As [`Prompt::bytes_max`].
+    pub fn bytes_max(&self) -> usize {
+        match self {
+            Self::Prompt(prompt) => prompt.len(),
+            Self::Messages { messages, tools, .. } => {
+                messages_bytes(messages) + tools.as_ref().map_or(0, json_bytes)
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone)]

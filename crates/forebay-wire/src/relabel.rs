@@ -230,7 +230,7 @@ mod tests {
         );
         check(
             "event: x\ndata: {\"model\":\ndata: \"s\"}\n\n",
-            "event: x\ndata:  {\"model\": \"al\\\"ias\"}\n\n",
+            "event: x\ndata:  {\"model\":  \"al\\\"ias\"}\n\n",
         );
         // A second one can't contradict the first.
         check(

@@ -2,11 +2,13 @@
 //!
 //! Knows nothing of HTTP: the caller sends the bytes. Frames of an upstream are not rendered, they pass as they came.
 
+use std::borrow::Cow;
+
 use bytes::BytesMut;
-use forebay_types::{FinishReason, ModelName, TokenId, Usage};
+use forebay_types::{FinishReason, ModelName, Usage};
 
 use crate::json::{put, put_logprob, put_raw, put_usage};
-use crate::{Api, Delta, Event, Generate, TokenLogprob, TopLogprob};
+use crate::{Api, Delta, Event, Generate, TokenLogprob};
 
 /// What rendering needs to know of the call: small enough to travel with the reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -258,33 +260,49 @@ pub(crate) fn put_completion_logprobs(out: &mut BytesMut, logprobs: &[TokenLogpr
         Some(logprob) => put_logprob(out, logprob),
         None => put_raw(out, "null"),
     });
-    list(out, ",\"tokens\":", &mut |out, entry| put(out, &entry.text));
+    list(out, ",\"tokens\":", &mut |out, entry| put(out, &*completion_key(&entry.text, &entry.bytes)));
     list(out, ",\"top_logprobs\":", &mut |out, entry| match entry.logprob {
-        Some(logprob) => put_top(out, entry.token, &entry.text, logprob, &entry.top),
+        Some(logprob) => put_top(out, entry, logprob),
         None => put_raw(out, "null"),
     });
     put_raw(out, "}");
 }
 
-/// `{text: logprob…}`. Tokens that read the same (broken UTF-8 does) keep the first, as an object has no double keys.
-fn put_top(out: &mut BytesMut, token: TokenId, text: &str, logprob: f32, top: &[TopLogprob]) {
-    let chosen = (!top.iter().any(|t| t.token == token)).then_some((text, logprob));
-    let entries = || chosen.into_iter().chain(top.iter().map(|t| (t.text.as_str(), t.logprob)));
+/// `{text: logprob…}`. Tokens that read the same keep the first, as an object has no double keys.
+fn put_top(out: &mut BytesMut, entry: &TokenLogprob, logprob: f32) {
+    let TokenLogprob { token, text, bytes, top, .. } = entry;
+    let chosen = (!top.iter().any(|t| t.token == *token)).then(|| (completion_key(text, bytes), logprob));
+    let top = top.iter().map(|t| (completion_key(&t.text, &t.bytes), t.logprob));
+    let entries: Vec<_> = chosen.into_iter().chain(top).collect();
     put_raw(out, "{");
-    let mut first = true;
-    for (i, (text, logprob)) in entries().enumerate() {
-        if entries().take(i).any(|(earlier, _)| earlier == text) {
+    for (i, (text, logprob)) in entries.iter().enumerate() {
+        if entries[..i].iter().any(|(earlier, _)| earlier == text) {
             continue;
         }
-        if !first {
+        if i > 0 {
             put_raw(out, ",");
         }
-        first = false;
-        put(out, text);
+        put(out, &**text);
         put_raw(out, ":");
-        put_logprob(out, logprob);
+        put_logprob(out, *logprob);
     }
     put_raw(out, "}");
+}
+
+/// A token as the completions API names it, which has no `bytes` beside it: its text, or `bytes:\xe2\x80` for a part of a
+/// character. The form is OpenAI's; printable ASCII stands for itself in it, so that no two tokens read the same.
+fn completion_key<'t>(text: &'t str, bytes: &[u8]) -> Cow<'t, str> {
+    if std::str::from_utf8(bytes).is_ok() {
+        return Cow::Borrowed(text);
+    }
+    let mut key = String::from("bytes:");
+    for &byte in bytes {
+        match byte {
+            b' '..=b'~' if byte != b'\\' => key.push(char::from(byte)),
+            _ => key.extend(["\\x", &format!("{byte:02x}")]),
+        }
+    }
+    Cow::Owned(key)
 }
 
 #[cfg(test)]

@@ -80,7 +80,7 @@ fn metadata_is_checked_and_what_is_wrong_is_named() {
     check(&[("general.architecture", none())], "the model file has no `general.architecture`");
     check(
         &[("general.architecture", text("mamba"))],
-        "architecture `mamba` is not supported; supported: llama, qwen2, qwen3",
+        "architecture `mamba` is not supported; supported: llama, qwen2, qwen3, gemma3",
     );
     check(&[("llama.block_count", none())], "the model file has no `llama.block_count`");
     check(&[("llama.block_count", text("2"))], "`llama.block_count` is a string; a count expected");
@@ -110,6 +110,77 @@ fn metadata_is_checked_and_what_is_wrong_is_named() {
     check(
         &[("llama.attention.value_length", Value::Uint(8))],
         "a value length (8) other than the key length (16) is not supported",
+    );
+}
+
+/// Each layer of a model of `family` as `window@rope base`, `-` for none.
+fn check_layers(family: &str, layers: u64, entries: &[(&str, Value)], expect: Result<&str, &str>) {
+    let mut file = Writer::new();
+    file.put("general.architecture", &Value::Text(family.to_owned()));
+    let mut put = |key: &str, value: &Value| {
+        file.put(&format!("{family}.{key}"), value);
+    };
+    put("block_count", &Value::Uint(layers));
+    for key in ["context_length", "embedding_length", "feed_forward_length"] {
+        put(key, &Value::Uint(64));
+    }
+    put("attention.head_count", &Value::Uint(4));
+    put("attention.layer_norm_rms_epsilon", &Value::Float(1e-5));
+    put("rope.freq_base", &Value::Float(1e6));
+    entries.iter().for_each(|(key, value)| put(key, value));
+    file.tensor_f32("token_embd.weight", &[64, 8], &[0.0; 512]);
+    let layers = spec(&file).map(|spec| {
+        let layer = |layer: &LayerAttention| {
+            let window = layer.window.map_or("-".to_owned(), |window| window.to_string());
+            format!("{window}@{}", layer.rope.base * layer.rope.linear_factor)
+        };
+        spec.attention.iter().map(layer).collect::<Vec<_>>().join(" ")
+    });
+    let expect = expect.map(str::to_owned).map_err(str::to_owned);
+    assert_eq!(layers.map_err(|error| error.to_string()), expect, "{family} {entries:?}");
+}
+
+#[test]
+fn windows_are_in_the_layers_that_family_and_file_say() {
+    let window = || ("attention.sliding_window", Value::Int(5));
+    let pattern = |list| ("attention.sliding_window_pattern", Value::List(list));
+    let all = Ok("-@1000000 -@1000000");
+    check_layers("llama", 2, &[], all);
+    check_layers("llama", 2, &[("attention.sliding_window", Value::Uint(0))], all);
+    check_layers("llama", 2, &[window()], Ok("5@1000000 5@1000000"));
+    check_layers("qwen2", 2, &[window()], all);
+    check_layers("gemma3", 2, &[], all);
+    let seven = "5@10000 5@10000 5@10000 5@10000 5@10000 -@1000000 5@10000";
+    check_layers("gemma3", 7, &[window()], Ok(seven));
+    check_layers(
+        "gemma3",
+        3,
+        &[
+            window(),
+            ("attention.sliding_window_pattern", Value::Uint(2)),
+            ("rope.freq_base_swa", Value::Float(7.0)),
+        ],
+        Ok("5@7 -@1000000 5@7"),
+    );
+    check_layers("gemma3", 2, &[window(), pattern(List::Bools(vec![false, true]))], Ok("-@1000000 5@10000"));
+    check_layers("gemma3", 2, &[window(), pattern(List::Ints(vec![1, 0]))], Ok("5@10000 -@1000000"));
+    // Scaling is for the layers that see everything.
+    check_layers("gemma3", 6, &[window(), ("rope.scaling.factor", Value::Float(8.0))], {
+        Ok("5@10000 5@10000 5@10000 5@10000 5@10000 -@8000000")
+    });
+    check_layers(
+        "gemma3",
+        2,
+        &[window(), pattern(List::Bools(vec![true]))],
+        Err(
+            "the model's sizes contradict each other: `gemma3.attention.sliding_window_pattern` has 1 entries for 2 layers",
+        ),
+    );
+    check_layers(
+        "gemma3",
+        2,
+        &[("final_logit_softcapping", Value::Float(30.0))],
+        Err("a soft cap on logits (`gemma3.final_logit_softcapping`) is not supported"),
     );
 }
 
@@ -173,6 +244,14 @@ fn a_tensor_that_is_wrong_or_unknown_is_named() {
             file.tensor("rope_freqs.weight", &[8], ElementType::F16, vec![0; 16]);
         },
         "tensor `rope_freqs.weight` is stored as F16, which is not supported there; F32 expected",
+    );
+    let gemma = TinyLlama { layers: 1, window: Some(4), ..TinyLlama::default() }.writer();
+    assert!(load(&gemma).unwrap().layers[0].post_norms.is_some());
+    check(
+        |file| {
+            file.tensor_f32("blk.0.post_ffw_norm.weight", &[64], &[1.0; 64]);
+        },
+        "tensor `blk.0.post_ffw_norm.weight` has no place in this architecture as it is supported here",
     );
     let mut without_layer = TinyLlama { layers: 1, ..TinyLlama::default() }.writer();
     without_layer.put_u32("other.key", 1);

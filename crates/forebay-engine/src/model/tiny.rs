@@ -5,7 +5,7 @@ use half::f16;
 use crate::gguf::ElementType;
 use crate::gguf::write::Writer;
 
-/// Shape of a random llama model.
+/// Shape of a random llama (or Gemma) model.
 #[derive(Debug, Clone)]
 pub struct TinyLlama {
     pub layers: usize,
@@ -20,6 +20,8 @@ pub struct TinyLlama {
     pub weights: ElementType,
     /// Of the embedding matrix, which is the head too.
     pub embeddings: ElementType,
+    /// Makes it a `gemma3`, of which every second layer sees only this many tokens.
+    pub window: Option<usize>,
     pub seed: u64,
 }
 
@@ -35,6 +37,7 @@ impl Default for TinyLlama {
             context_len: 1024,
             weights: ElementType::F32,
             embeddings: ElementType::F32,
+            window: None,
             seed: 1,
         }
     }
@@ -52,18 +55,27 @@ impl TinyLlama {
         let kv_dim = self.kv_heads * self.head_dim;
         let mut random = Random(self.seed);
         let mut file = Writer::new();
-        file.put_text("general.architecture", "llama")
-            .put_text("general.name", "tiny random llama")
-            .put_u32("llama.block_count", self.layers as u32)
-            .put_u32("llama.context_length", self.context_len as u32)
-            .put_u32("llama.embedding_length", dim as u32)
-            .put_u32("llama.feed_forward_length", self.ffn_dim as u32)
-            .put_u32("llama.attention.head_count", self.q_heads as u32)
-            .put_u32("llama.attention.head_count_kv", self.kv_heads as u32)
-            .put_u32("llama.rope.dimension_count", self.head_dim as u32)
-            .put_u32("llama.vocab_size", self.vocab_size as u32)
-            .put_f32("llama.rope.freq_base", 10_000.0)
-            .put_f32("llama.attention.layer_norm_rms_epsilon", 1e-5);
+        let family = if self.window.is_some() { "gemma3" } else { "llama" };
+        file.put_text("general.architecture", family).put_text("general.name", "tiny random llama");
+        for (key, size) in [
+            ("block_count", self.layers),
+            ("context_length", self.context_len),
+            ("embedding_length", dim),
+            ("feed_forward_length", self.ffn_dim),
+            ("attention.head_count", self.q_heads),
+            ("attention.head_count_kv", self.kv_heads),
+            ("rope.dimension_count", self.head_dim),
+            ("vocab_size", self.vocab_size),
+        ] {
+            file.put_u32(&format!("{family}.{key}"), size as u32);
+        }
+        if let Some(window) = self.window {
+            file.put_u32("gemma3.attention.sliding_window", window as u32)
+                .put_u32("gemma3.attention.sliding_window_pattern", 2)
+                .put_f32("gemma3.rope.freq_base_swa", 1000.0);
+        }
+        file.put_f32(&format!("{family}.rope.freq_base"), 10_000.0)
+            .put_f32(&format!("{family}.attention.layer_norm_rms_epsilon"), 1e-5);
         let mut matrix = |name: &str, cols: usize, rows: usize, element: ElementType| {
             let bytes = random.matrix(cols, rows, element);
             (name.to_owned(), [cols, rows], element, bytes)
@@ -85,14 +97,20 @@ impl TinyLlama {
         for (name, shape, element, bytes) in tensors {
             file.tensor(&name, &shape, element, bytes);
         }
-        let mut norm = |name: String| {
-            let values: Vec<f32> = (0..dim).map(|_| 1.0 + 0.2 * random.signed()).collect();
-            file.tensor_f32(&name, &[dim], &values);
+        let mut norm = |name: String, len: usize| {
+            let values: Vec<f32> = (0..len).map(|_| 1.0 + 0.2 * random.signed()).collect();
+            file.tensor_f32(&name, &[len], &values);
         };
-        norm("output_norm.weight".to_owned());
+        norm("output_norm.weight".to_owned(), dim);
         for nth in 0..self.layers {
-            norm(format!("blk.{nth}.attn_norm.weight"));
-            norm(format!("blk.{nth}.ffn_norm.weight"));
+            norm(format!("blk.{nth}.attn_norm.weight"), dim);
+            norm(format!("blk.{nth}.ffn_norm.weight"), dim);
+            if self.window.is_some() {
+                norm(format!("blk.{nth}.post_attention_norm.weight"), dim);
+                norm(format!("blk.{nth}.post_ffw_norm.weight"), dim);
+                norm(format!("blk.{nth}.attn_q_norm.weight"), self.head_dim);
+                norm(format!("blk.{nth}.attn_k_norm.weight"), self.head_dim);
+            }
         }
         file
     }

@@ -47,7 +47,9 @@ pub enum StartError {
     Text { path: PathBuf, source: TextError },
     #[error("the model in {} can't be loaded", path.display())]
     Build { path: PathBuf, source: BuildError },
-    #[error("`engine.kv-cache-memory` ({given}) is less than one block of this model: give it {needed} or more")]
+    #[error(
+        "`engine.kv-cache-memory` ({given}) is less than one block of this model: give it {needed} or more"
+    )]
     KvTooSmall { given: forebay_config::ByteSize, needed: forebay_config::ByteSize },
     #[error(
         "`engine.max-model-len` is {asked}, but the model was trained for {trained} tokens; lower it or leave it out"

@@ -11,10 +11,23 @@ use futures_util::StreamExt;
 use http::StatusCode;
 
 use super::*;
-use crate::{BaseUrlError, CallInfo, FaultKind, HttpClient, Timeouts, Upstream, UpstreamFault};
+use crate::{BaseUrlError, CallInfo, FaultKind, HttpClient, StreamUsage, Timeouts, Upstream, UpstreamFault};
 
-const STREAM: CallInfo = CallInfo { stream: true, include_usage: false };
-const JSON: CallInfo = CallInfo { stream: false, include_usage: false };
+/// What a client asks for.
+#[derive(Clone, Copy)]
+struct Want {
+    stream: bool,
+    usage: StreamUsage,
+}
+
+impl Want {
+    fn info(self) -> CallInfo {
+        CallInfo { model: "alias".into(), stream: self.stream, usage: self.usage }
+    }
+}
+
+const STREAM: Want = Want { stream: true, usage: StreamUsage::Hidden };
+const JSON: Want = Want { stream: false, usage: StreamUsage::Hidden };
 const SSE: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
 
 fn origin() -> Origin {
@@ -27,10 +40,10 @@ fn timeouts() -> Timeouts {
 }
 
 /// One generation, up to its first event.
-async fn generate(below: &Below, call: CallInfo) -> Result<Reply, UpstreamFault> {
+async fn generate(below: &Below, call: Want) -> Result<Reply, UpstreamFault> {
     let upstream = Upstream::new(HttpClient::default(), &below.url(""), Some("k1")).unwrap();
     let body = Bytes::from_static(b"{}");
-    within(upstream.generate(&origin(), "/v1/completions", body, call, timeouts())).await
+    within(upstream.generate(&origin(), "/v1/completions", body, call.info(), timeouts())).await
 }
 
 fn chunked(text: &str) -> String {
@@ -48,7 +61,7 @@ async fn serve(below: &Below, head: &str, pieces: &[&str]) -> TcpStream {
     tcp
 }
 
-async fn stream(below: &Below, call: CallInfo, pieces: &[&str]) -> (Result<Reply, UpstreamFault>, TcpStream) {
+async fn stream(below: &Below, call: Want, pieces: &[&str]) -> (Result<Reply, UpstreamFault>, TcpStream) {
     tokio::join!(generate(below, call), serve(below, SSE, pieces))
 }
 
@@ -59,7 +72,7 @@ fn text(chunk: Option<Result<Chunk, Fault>>) -> String {
     }
 }
 
-const A: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"a\"}],\"usage\":null}\n\n";
+const A: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"a\"}]}\n\n";
 const USAGE: &str =
     "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5}}\n\n";
 const DONE: &str = "data: [DONE]\n\n";
@@ -109,21 +122,70 @@ async fn frames_pass_one_at_a_time() {
     assert!(within(reply.chunks.next()).await.is_none());
 }
 
-#[tokio::test]
-async fn usage_is_counted_and_swallowed_unless_asked_for() {
+/// Every chunk that comes: its bytes for the client, and the completion tokens that it reports.
+async fn seen(usage: StreamUsage, frames: &[&str]) -> Vec<(String, Option<u32>)> {
     let below = Below::start().await;
-    for include_usage in [false, true] {
-        let call = CallInfo { stream: true, include_usage };
-        let (reply, mut tcp) = stream(&below, call, &[A, USAGE, DONE]).await;
-        write(&mut tcp, "0\r\n\r\n").await;
-        let chunks: Vec<_> = within(reply.unwrap().chunks.collect::<Vec<_>>()).await;
-        let chunks: Vec<_> = chunks.into_iter().map(Result::unwrap).collect();
-        let Chunk::Verbatim { bytes, usage, .. } = &chunks[1] else { panic!() };
-        assert_eq!(*usage, Some(Usage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 0 }));
-        assert_eq!(bytes, if include_usage { USAGE } else { "" });
-        assert!(matches!(&chunks[0], Chunk::Verbatim { deltas: 1, usage: None, .. }), "{:?}", chunks[0]);
-        assert_eq!(chunks.len(), 3);
-    }
+    let (reply, mut tcp) = stream(&below, Want { stream: true, usage }, frames).await;
+    write(&mut tcp, "0\r\n\r\n").await;
+    let chunks: Vec<_> = within(reply.unwrap().chunks.collect::<Vec<_>>()).await;
+    let seen = |chunk| match chunk {
+        Ok(Chunk::Verbatim { bytes, usage, .. }) => {
+            (String::from_utf8(bytes.to_vec()).unwrap(), usage.map(|usage: Usage| usage.completion_tokens))
+        }
+        other => panic!("{other:?}"),
+    };
+    chunks.into_iter().map(seen).collect()
+}
+
+/// A frame with a text and this usage.
+fn text_frame(model: &str, usage: &str) -> String {
+    format!("data: {{\"id\":\"1\",\"model\":\"{model}\",\"choices\":[{{\"text\":\"a\"}}]{usage}}}\n\n")
+}
+
+const ONE: &str = ",\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":1}";
+const TWO: &str = ",\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}";
+const NULL: &str = ",\"usage\":null";
+
+#[tokio::test]
+async fn usage_is_counted_and_shown_as_asked_for() {
+    use StreamUsage::{AtTheEnd, Hidden, Verbatim};
+    let all = |model| [text_frame(model, NULL), text_frame(model, ONE), text_frame(model, TWO)];
+    let from = all("served");
+    let frames: Vec<&str> = from.iter().map(String::as_str).chain([USAGE, DONE]).collect();
+    let check = async |usage, text: [String; 3], last: &str| {
+        let got = seen(usage, &frames).await;
+        let (texts, counts): (Vec<String>, Vec<_>) = got.into_iter().unzip();
+        assert_eq!(texts, [&text[..], &[last.to_owned(), DONE.to_owned()]].concat(), "{usage:?}");
+        assert_eq!(counts, [None, Some(1), Some(2), Some(2), None], "{usage:?}");
+    };
+    check(Hidden, [(); 3].map(|()| text_frame("alias", "")), "").await;
+    check(AtTheEnd, [(); 3].map(|()| text_frame("alias", NULL)), USAGE).await;
+    check(Verbatim, all("alias"), USAGE).await;
+}
+
+#[tokio::test]
+async fn a_stream_without_a_usage_frame_gets_one_where_usage_was_hidden() {
+    let (one, two) = (text_frame("served", ONE), text_frame("served", TWO));
+    let got = seen(StreamUsage::AtTheEnd, &[&one, &two, DONE]).await;
+    let made = format!("data: {{\"id\":\"1\",\"model\":\"alias\",\"choices\":[]{TWO}}}\n\n");
+    let plain = text_frame("alias", NULL);
+    assert_eq!(got, [(plain.clone(), Some(1)), (plain, Some(2)), (made, None), (DONE.to_owned(), None)]);
+    // Nothing is made up for a server that says nothing.
+    let got = seen(StreamUsage::AtTheEnd, &[A, DONE]).await;
+    assert_eq!(got, [(A.to_owned(), None), (DONE.to_owned(), None)]);
+}
+
+#[tokio::test]
+async fn a_body_says_the_clients_model() {
+    let below = Below::start().await;
+    let (reply, ()) = tokio::join!(generate(&below, JSON), async {
+        let mut tcp = below.accept().await;
+        read_until(&mut tcp, "\r\n\r\n{}").await;
+        let body = r#"{"id": "1", "model": "served", "usage": null}"#;
+        write(&mut tcp, &format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())).await;
+    });
+    let reply = text(reply.unwrap().chunks.next().await);
+    assert_eq!(reply, r#"{"id": "1", "model": "alias", "usage": null}"#);
 }
 
 #[tokio::test]
@@ -141,7 +203,7 @@ async fn a_finished_stream_gives_its_connection_back() {
     let below = Below::start().await;
     let upstream = Upstream::new(HttpClient::default(), &below.url(""), None).unwrap();
     let origin = origin();
-    let ask = || upstream.generate(&origin, "/v1/completions", Bytes::from_static(b"{}"), STREAM, timeouts());
+    let ask = || upstream.generate(&origin, "/v1/completions", Bytes::from_static(b"{}"), STREAM.info(), timeouts());
     let (reply, mut tcp) = tokio::join!(ask(), serve(&below, SSE, &[A, DONE]));
     let mut reply = reply.unwrap();
     reply.chunks.next().await;
@@ -200,7 +262,7 @@ async fn before_the_first_event_everything_is_an_err_to_retry() {
     let url = below.url("");
     drop(below);
     let upstream = Upstream::new(HttpClient::default(), &url, None).unwrap();
-    let reply = upstream.generate(&origin(), "/v1/completions", Bytes::new(), STREAM, timeouts()).await;
+    let reply = upstream.generate(&origin(), "/v1/completions", Bytes::new(), STREAM.info(), timeouts()).await;
     check(reply.unwrap_err(), FaultKind::Unreachable, Code::UpstreamFailed);
 }
 
@@ -272,7 +334,7 @@ async fn a_kept_connection_that_closes_instead_of_answering_is_replaced() {
     let origin = origin();
     let generate = async || {
         let body = Bytes::from_static(b"{}");
-        let reply = within(upstream.generate(&origin, "/v1/completions", body, JSON, timeouts())).await;
+        let reply = within(upstream.generate(&origin, "/v1/completions", body, JSON.info(), timeouts())).await;
         reply.unwrap().chunks.next().await
     };
     let (first, kept) = tokio::join!(generate(), async {

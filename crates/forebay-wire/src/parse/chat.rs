@@ -6,32 +6,43 @@ use serde_json::{Map, Value};
 use super::ParseError;
 use super::field::{Fields, Kind};
 use super::sampling::{self, LOGPROBS_MAX};
-use crate::{Api, ChatMessage, Content, Generate, Prompt};
+use crate::{Api, ChatMessage, Content, Generate, Need, Prompt};
 
 const MESSAGES_MAX: usize = 4096;
 const PARTS_MAX: usize = 1024;
 /// OpenAI's limit.
 const TOOLS_MAX: usize = 128;
+/// Fields of chats that change the answer, with the values that change nothing.
+const NEEDS: &[(&str, &[&str], &str)] = &[
+    ("functions", &["[]"], "functions can't be called yet"),
+    ("function_call", &["\"none\"", "\"auto\""], "functions can't be called yet"),
+    ("chat_template", &[], "the model's own chat template is used as it is"),
+    ("documents", &["[]"], "put the documents into the messages"),
+    ("continue_final_message", &["false"], "a reply always begins a new message"),
+    ("echo", &["false"], "only completions can repeat their prompt"),
+    ("audio", &[], TEXT_ONLY),
+    ("prediction", &[], "there is no speculation from a predicted output"),
+    ("web_search_options", &[], "nothing here searches the web"),
+];
+
+const TEXT_ONLY: &str = "the models here answer in text";
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
 pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Generate, ParseError> {
-    let messages = messages(fields)?.ok_or(ParseError::Missing { param: "messages".into() })?;
-    const TEMPLATE: &str = "the model's own chat template is used as it is";
-    fields.refuse("functions", &["[]"], "use 'tools'")?;
-    fields.refuse("function_call", &["\"none\"", "\"auto\""], "use 'tools'")?;
-    fields.refuse("chat_template", &[], TEMPLATE)?;
-    fields.refuse("documents", &["[]"], "put the documents into the messages")?;
-    fields.refuse("continue_final_message", &["false"], "a reply always begins a new message")?;
-    fields.refuse("echo", &["false"], "only completions can repeat their prompt")?;
-    fields.refuse("audio", &[], "the models here answer in text")?;
-    modalities(fields)?;
+    let mut needs = Vec::new();
+    let messages = messages(fields, &mut needs)?.ok_or(ParseError::Missing { param: "messages".into() })?;
+    let tools = tools(fields, &mut needs)?;
+    for (name, harmless, what) in NEEDS {
+        needs.extend(fields.need(name, harmless, what));
+    }
+    needs.extend(modalities(fields)?);
     let prompt = Prompt::Chat {
         messages,
-        tools: tools(fields)?,
+        tools,
         add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
         chat_template_kwargs: template_kwargs(fields)?,
     };
-    sampling::parse(fields, Api::ChatCompletions, prompt, logprobs(fields)?, body)
+    sampling::parse(fields, Api::ChatCompletions, prompt, logprobs(fields)?, needs, body)
 }
 
 fn logprobs(fields: &Fields<'_>) -> Result<Option<u32>, ParseError> {
@@ -44,12 +55,10 @@ fn logprobs(fields: &Fields<'_>) -> Result<Option<u32>, ParseError> {
     }
 }
 
-fn modalities(fields: &Fields<'_>) -> Result<(), ParseError> {
+fn modalities(fields: &Fields<'_>) -> Result<Option<Need>, ParseError> {
     let items = fields.array("modalities", 8)?.unwrap_or_default();
-    if items.iter().all(|item| item.get() == "\"text\"") {
-        return Ok(());
-    }
-    Err(ParseError::NotSupported { param: "modalities".into(), what: "the models here answer in text" })
+    let other = items.iter().any(|item| item.get() != "\"text\"");
+    Ok(other.then(|| Need { param: "modalities".into(), what: TEXT_ONLY }))
 }
 
 fn template_kwargs(fields: &Fields<'_>) -> Result<Option<Map<String, Value>>, ParseError> {
@@ -63,8 +72,8 @@ fn template_kwargs(fields: &Fields<'_>) -> Result<Option<Map<String, Value>>, Pa
 }
 
 /// The tools that the template is to show. None under `tool_choice: "none"`: what the model is not told of, it does
-/// not call.
-pub(super) fn tools(fields: &Fields<'_>) -> Result<Option<Value>, ParseError> {
+/// not call. Any that are shown are a need: whoever answers must be able to tell a call from text.
+pub(super) fn tools(fields: &Fields<'_>, needs: &mut Vec<Need>) -> Result<Option<Value>, ParseError> {
     let tools = match (fields.raw("tools"), fields.kind("tools")) {
         (Some(raw), Some(Kind::Array)) => Some(fields.read::<Vec<Value>>("tools", raw)?),
         (Some(_), Some(got)) => {
@@ -81,13 +90,13 @@ pub(super) fn tools(fields: &Fields<'_>) -> Result<Option<Value>, ParseError> {
     }
     fields.check_length("tools", tools.as_ref().map_or(0, Vec::len), TOOLS_MAX)?;
 
-    const FORCED: &str = "a call can't be forced; use 'auto' or 'none'";
     let shown = match (fields.raw("tool_choice"), fields.kind("tool_choice")) {
         (None, _) | (_, None) => true,
         (Some("\"auto\""), _) => true,
         (Some("\"none\""), _) => false,
         (Some("\"required\""), _) | (_, Some(Kind::Object)) => {
-            return Err(ParseError::NotSupported { param: "tool_choice".into(), what: FORCED });
+            needs.push(Need { param: "tool_choice".into(), what: "a call can't be forced" });
+            true
         }
         (_, Some(Kind::String)) => {
             let what = "Supported values are: 'none', 'auto' and 'required'";
@@ -98,11 +107,19 @@ pub(super) fn tools(fields: &Fields<'_>) -> Result<Option<Value>, ParseError> {
             return Err(ParseError::Type { param: "tool_choice".into(), expected, got });
         }
     };
-    Ok(tools.filter(|_| shown).map(Value::Array))
+    let tools = tools.filter(|_| shown).map(Value::Array);
+    if tools.is_some() {
+        let what = "tools can't be called yet; leave them out, or set 'tool_choice' to 'none'";
+        needs.push(Need { param: "tools".into(), what });
+    }
+    Ok(tools)
 }
 
-/// `None` where there is no `messages`.
-pub(super) fn messages(fields: &Fields<'_>) -> Result<Option<Vec<ChatMessage>>, ParseError> {
+/// `None` where there is no `messages`. Parts that are no text are needs, and left out of what is read here.
+pub(super) fn messages(
+    fields: &Fields<'_>,
+    needs: &mut Vec<Need>,
+) -> Result<Option<Vec<ChatMessage>>, ParseError> {
     let Some(items) = fields.array("messages", MESSAGES_MAX)? else { return Ok(None) };
     if items.is_empty() {
         let what = "empty array. Expected an array with minimum length 1, but got an empty array instead";
@@ -110,12 +127,12 @@ pub(super) fn messages(fields: &Fields<'_>) -> Result<Option<Vec<ChatMessage>>, 
     }
     let read = |(i, raw): (usize, &serde_json::value::RawValue)| {
         let param = format!("messages[{i}]");
-        message(&param, super::field::read(&param, raw.get())?)
+        message(&param, super::field::read(&param, raw.get())?, needs)
     };
     items.into_iter().enumerate().map(read).collect::<Result<_, _>>().map(Some)
 }
 
-fn message(param: &str, value: Value) -> Result<ChatMessage, ParseError> {
+fn message(param: &str, value: Value, needs: &mut Vec<Need>) -> Result<ChatMessage, ParseError> {
     let Value::Object(mut fields) = value else {
         let got = Kind::of_value(&value);
         return Err(ParseError::Type { param: param.into(), expected: "an object", got });
@@ -136,7 +153,7 @@ fn message(param: &str, value: Value) -> Result<ChatMessage, ParseError> {
     let at = || format!("{param}.content");
     let content = match fields.shift_remove("content") {
         Some(Value::String(text)) => Content::Text(text),
-        Some(Value::Array(parts)) => Content::Parts(text_parts(&at(), parts)?),
+        Some(Value::Array(parts)) => Content::Parts(text_parts(&at(), parts, needs)?),
         None | Some(Value::Null) if role == "assistant" => Content::None,
         None => return Err(ParseError::Missing { param: at() }),
         Some(other) => {
@@ -151,11 +168,18 @@ fn message(param: &str, value: Value) -> Result<ChatMessage, ParseError> {
     Ok(ChatMessage { role, content, extra: fields })
 }
 
-fn text_parts(param: &str, parts: Vec<Value>) -> Result<Vec<String>, ParseError> {
+fn text_parts(param: &str, parts: Vec<Value>, needs: &mut Vec<Need>) -> Result<Vec<String>, ParseError> {
     if parts.len() > PARTS_MAX {
         let what = format!("expected at most {PARTS_MAX} parts, but got {}", parts.len());
         return Err(ParseError::value(param, what));
     }
+    let mut lack = |param: String, what| {
+        // One is enough to refuse for; thousands would only cost memory.
+        if !needs.iter().any(|need| need.what == what) {
+            needs.push(Need { param, what });
+        }
+        Ok(None)
+    };
     let read = |(j, part): (usize, Value)| {
         let param = format!("{param}[{j}]");
         let Value::Object(mut part) = part else {
@@ -164,7 +188,7 @@ fn text_parts(param: &str, parts: Vec<Value>) -> Result<Vec<String>, ParseError>
         };
         match part.get("type").and_then(Value::as_str) {
             Some("text") => match part.shift_remove("text") {
-                Some(Value::String(text)) => Ok(text),
+                Some(Value::String(text)) => Ok(Some(text)),
                 None => Err(ParseError::Missing { param: format!("{param}.text") }),
                 Some(other) => {
                     let (param, got) = (format!("{param}.text"), Kind::of_value(&other));
@@ -172,15 +196,15 @@ fn text_parts(param: &str, parts: Vec<Value>) -> Result<Vec<String>, ParseError>
                 }
             },
             Some("image_url" | "image" | "input_image") => {
-                Err(ParseError::NotSupported { param, what: "the models here read text, not images" })
+                lack(param, "the models here read text, not images")
             }
-            Some("input_audio" | "audio_url" | "video_url" | "file") => Err(ParseError::NotSupported {
-                param,
-                what: "the models here read text, not audio, video or files",
-            }),
+            Some("input_audio" | "audio_url" | "video_url" | "file") => {
+                lack(param, "the models here read text, not audio, video or files")
+            }
+            Some("refusal") => lack(param, "earlier refusals are not read apart; send them as text"),
             Some(_) => Err(ParseError::value(format!("{param}.type"), "the supported value is 'text'")),
             None => Err(ParseError::Missing { param: format!("{param}.type") }),
         }
     };
-    parts.into_iter().enumerate().map(read).collect()
+    parts.into_iter().enumerate().map(read).filter_map(Result::transpose).collect()
 }

@@ -6,21 +6,22 @@ use serde_json::value::RawValue;
 use super::ParseError;
 use super::field::{Fields, Kind, ids, kind_of, read};
 use super::sampling::{self, LOGPROBS_MAX};
-use crate::{Api, Generate, Prompt};
+use crate::{Api, Generate, Need, Prompt};
 
 const PROMPTS_MAX: usize = 256;
 
 pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Generate, ParseError> {
     fields.refuse("prompt_embeds", &[], "send the prompt as text or token ids")?;
-    fields.refuse("suffix", &["\"\""], "the models here don't fill in the middle")?;
+    let suffix = fields.need("suffix", &["\"\""], "the models here don't fill in the middle");
     let prompt = prompt(fields)?;
     let logprobs = fields.integer("logprobs", 0..=LOGPROBS_MAX)?.map(|n| n as u32);
-    let call = sampling::parse(fields, Api::Completions, prompt, logprobs, body)?;
+    let needs = suffix.into_iter().collect();
+    let mut call = sampling::parse(fields, Api::Completions, prompt, logprobs, needs, body)?;
     // Choosing the best of more is not done; asking for exactly what is returned changes nothing.
     if fields.integer("best_of", 1..=i64::from(i32::MAX))?.is_some_and(|best_of| best_of != i64::from(call.n))
     {
         let what = "every choice that is generated is returned; set it to 'n' or leave it out";
-        return Err(ParseError::NotSupported { param: "best_of".into(), what });
+        call.needs.push(Need { param: "best_of".into(), what });
     }
     Ok(call)
 }

@@ -4,6 +4,7 @@ use forebay_types::{Blame, Class, Classify, Code, Fault};
 use http::Method;
 
 use super::field::Kind;
+use crate::Need;
 
 /// Why a request is not understood. The client's own doing, so that a retry never helps.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -30,8 +31,13 @@ pub enum ParseError {
     Type { param: String, expected: &'static str, got: Kind },
     #[error("Invalid '{param}': {what}.")]
     Value { param: String, what: String },
-    #[error("'{param}' is not supported here: {what}.")]
-    NotSupported { param: String, what: &'static str },
+    #[error(
+        "Unsupported content-encoding '{given}': send the body as it is, uncompressed and without this header."
+    )]
+    Encoded { given: String },
+    /// Without it nobody could answer: it is in the place of something that must be there.
+    #[error(transparent)]
+    NotSupported(Need),
 }
 
 impl ParseError {
@@ -39,15 +45,17 @@ impl ParseError {
         Self::Value { param: param.into(), what: what.into() }
     }
 
-    /// With the `allow` header that a 405 must have (RFC 9110, 15.5.6). `Fault::from` has no place for it.
+    /// With the headers that say what would be right: `allow` of a 405, which must have it (RFC 9110, 15.5.6), and
+    /// `accept-encoding` of a 415 about the encoding (15.5.16). `Fault::from` has no place for them.
     pub fn into_fault(self) -> Fault {
-        let allow = match &self {
-            Self::MethodNotAllowed { allow, .. } => Some(allow.to_string()),
+        let header = match &self {
+            Self::MethodNotAllowed { allow, .. } => Some(("allow", allow.to_string())),
+            Self::Encoded { .. } => Some(("accept-encoding", "identity".to_owned())),
             _ => None,
         };
         let fault = Fault::from(self);
-        match allow {
-            Some(allow) => fault.header("allow", allow),
+        match header {
+            Some((name, value)) => fault.header(name, value),
             None => fault,
         }
     }
@@ -58,8 +66,8 @@ impl Classify for ParseError {
         let code = match self {
             Self::RouteNotFound { .. } => Code::RouteNotFound,
             Self::MethodNotAllowed { .. } => Code::MethodNotAllowed,
-            Self::NotJsonType { .. } => Code::UnsupportedMediaType,
-            Self::NotSupported { .. } => Code::NotSupported,
+            Self::NotJsonType { .. } | Self::Encoded { .. } => Code::UnsupportedMediaType,
+            Self::NotSupported(need) => return need.class(),
             Self::Empty
             | Self::BadJson { .. }
             | Self::NotAnObject { .. }
@@ -74,13 +82,12 @@ impl Classify for ParseError {
 
     fn param(&self) -> Option<&str> {
         match self {
-            Self::Missing { param }
-            | Self::Type { param, .. }
-            | Self::Value { param, .. }
-            | Self::NotSupported { param, .. } => Some(param),
+            Self::Missing { param } | Self::Type { param, .. } | Self::Value { param, .. } => Some(param),
+            Self::NotSupported(need) => need.param(),
             Self::RouteNotFound { .. }
             | Self::MethodNotAllowed { .. }
             | Self::NotJsonType { .. }
+            | Self::Encoded { .. }
             | Self::Empty
             | Self::BadJson { .. }
             | Self::NotAnObject { .. }

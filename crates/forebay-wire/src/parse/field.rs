@@ -12,6 +12,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::{ParseError, shown};
+use crate::Need;
 
 /// Keys that a body may have. The APIs know about a hundred.
 const KEYS_MAX: usize = 1024;
@@ -255,14 +256,14 @@ impl<'a> Fields<'a> {
         read(&self.name(name), raw)
     }
 
-    /// Refuses a field that is there with a value other than those that change nothing.
+    /// A field that is there with a value other than those that change nothing. `what` is said where nobody has it.
+    pub(super) fn need(&self, name: &str, harmless: &[&str], what: &'static str) -> Option<Need> {
+        self.raw(name).filter(|raw| !harmless.contains(raw)).map(|_| Need { param: self.name(name), what })
+    }
+
+    /// Refuses what [`Fields::need`] notes.
     pub(super) fn refuse(&self, name: &str, harmless: &[&str], what: &'static str) -> Result<(), ParseError> {
-        match self.raw(name) {
-            Some(raw) if !harmless.contains(&raw) => {
-                Err(ParseError::NotSupported { param: self.name(name), what })
-            }
-            _ => Ok(()),
-        }
+        self.need(name, harmless, what).map_or(Ok(()), |need| Err(ParseError::NotSupported(need)))
     }
 }
 

@@ -1,8 +1,11 @@
 //! A request's method, path and body to an [`Ask`], or an error that names the field.
 //!
 //! Messages follow OpenAI's wording, as people search for it. A field that nobody here knows is accepted, as it may be
-//! meant for an upstream. A field that is known, would change the answer and is not implemented is refused, and not
-//! ignored. Limits on the body's size are the edge's.
+//! meant for an upstream. A field that is known, changes the answer and is not one of [`Generate`](crate::Generate)'s is
+//! noted as a [`Need`](crate::Need): an upstream gets it with the body, the engine refuses it, nobody ignores it.
+//! Limits on the body's size are the edge's.
+//!
+//! Where OpenAI and vLLM differ, the wider one counts: up to 16 `stop` strings (OpenAI takes 4), `top_k` and the like.
 
 mod chat;
 mod completion;
@@ -96,6 +99,15 @@ pub fn parse(
         Route::Tokenize => tokenize::parse(&fields, body).map(Ask::Tokenize),
         Route::Detokenize => tokenize::parse_detokenize(&fields, body).map(Ask::Detokenize),
         Route::Models | Route::Model(_) => unreachable!("answered above"),
+    }
+}
+
+/// Refuses a body that is compressed: its limit is one of bytes as they came, and what they unpack to has none.
+pub fn check_encoding(content_encoding: Option<&str>) -> Result<(), ParseError> {
+    match content_encoding.map(str::trim) {
+        None | Some("") => Ok(()),
+        Some(given) if given.eq_ignore_ascii_case("identity") => Ok(()),
+        Some(given) => Err(ParseError::Encoded { given: shown(given) }),
     }
 }
 

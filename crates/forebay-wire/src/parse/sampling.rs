@@ -7,13 +7,13 @@ use forebay_types::TokenId;
 
 use super::field::{Fields, Kind, kind_of, read};
 use super::{ParseError, required_model};
-use crate::{Api, Generate, Prompt, Sampling};
+use crate::{Api, Generate, Need, Prompt, Sampling};
 
 /// OpenAI's limit on `n`.
 const N_MAX: i64 = 128;
 /// Choices over all prompts: each is a sequence of its own in the engine.
 const CHOICES_MAX: usize = 512;
-/// OpenAI takes 4, vLLM any number.
+/// OpenAI takes 4, vLLM any number. An upstream with a lower limit says so itself.
 const STOPS_MAX: usize = 16;
 /// Output as long as this is held back to find a stop string in it.
 const STOP_BYTES_MAX: usize = 1024;
@@ -23,8 +23,8 @@ const LOGIT_BIAS_MAX: usize = 1024;
 const SALT_CHARS_MAX: usize = 1024;
 pub(super) const LOGPROBS_MAX: i64 = 20;
 
-/// Fields of vLLM and OpenAI that change the answer and that nothing here does, with the values that change nothing.
-const UNSUPPORTED: &[(&str, &[&str], &str)] = &[
+/// Fields of vLLM and OpenAI that change the answer, with the values that change nothing.
+const NEEDS: &[(&str, &[&str], &str)] = &[
     ("guided_json", &[], CONSTRAINED),
     ("guided_regex", &[], CONSTRAINED),
     ("guided_choice", &[], CONSTRAINED),
@@ -48,13 +48,14 @@ pub(super) fn parse(
     api: Api,
     prompt: Prompt,
     logprobs: Option<u32>,
+    mut needs: Vec<Need>,
     body: &Bytes,
 ) -> Result<Generate, ParseError> {
     let model = required_model(fields)?;
-    for (name, harmless, what) in UNSUPPORTED {
-        fields.refuse(name, harmless, what)?;
+    for (name, harmless, what) in NEEDS {
+        needs.extend(fields.need(name, harmless, what));
     }
-    response_format(fields)?;
+    needs.extend(response_format(fields)?);
 
     let n = fields.integer("n", 1..=N_MAX)?.unwrap_or(1) as u32;
     if prompt.count() * n as usize > CHOICES_MAX {
@@ -91,6 +92,7 @@ pub(super) fn parse(
         user: fields.string("user")?,
         cache_salt: cache_salt(fields)?,
         priority: fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0) as i32,
+        needs,
         body: body.clone(),
     })
 }
@@ -117,15 +119,17 @@ fn stream_options(fields: &Fields<'_>, stream: bool) -> Result<(bool, bool), Par
     Ok((on("include_usage")?, on("continuous_usage_stats")?))
 }
 
-fn response_format(fields: &Fields<'_>) -> Result<(), ParseError> {
-    let Some(format) = fields.inner("response_format", "response_format.")? else { return Ok(()) };
+fn response_format(fields: &Fields<'_>) -> Result<Option<Need>, ParseError> {
+    let Some(format) = fields.inner("response_format", "response_format.")? else { return Ok(None) };
     match format.string("type")?.as_deref() {
         None => Err(ParseError::Missing { param: "response_format.type".into() }),
-        Some("text") => Ok(()),
-        Some("json_object" | "json_schema") => Err(ParseError::NotSupported {
+        Some("text") => Ok(None),
+        Some("json_object" | "json_schema") => Ok(Some(Need {
             param: "response_format".into(),
             what: "output can't be constrained to JSON yet; ask for JSON in the prompt and use type 'text'",
-        }),
+        })),
+        // vLLM's.
+        Some("structural_tag") => Ok(Some(Need { param: "response_format".into(), what: CONSTRAINED })),
         Some(_) => Err(ParseError::value(
             "response_format.type",
             "Supported values are: 'text', 'json_object' and 'json_schema'",

@@ -13,7 +13,13 @@ const TOKENS_MAX: usize = 4 << 20;
 pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Tokenize, ParseError> {
     const TEMPLATE: &str = "the model's own chat template is used as it is";
     let prompt = fields.string("prompt")?;
-    let input = match (prompt, messages(fields)?) {
+    let mut needs = Vec::new();
+    let messages = messages(fields, &mut needs)?;
+    // The count would be wrong, and its reply has no place to say so.
+    if let Some(need) = needs.pop() {
+        return Err(ParseError::NotSupported(need));
+    }
+    let input = match (prompt, messages) {
         (Some(_), Some(_)) => {
             return Err(ParseError::value("messages", "'prompt' is there too. Set one of them"));
         }
@@ -23,7 +29,9 @@ pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Tokenize, Parse
             fields.refuse("chat_template_kwargs", &["{}"], TEMPLATE)?;
             fields.refuse("continue_final_message", &["false"], "a reply always begins a new message")?;
             let add_generation_prompt = fields.boolean("add_generation_prompt")?.unwrap_or(true);
-            TokenizeInput::Messages { messages, tools: tools(fields)?, add_generation_prompt }
+            // They only have to be shown here, whoever can call them.
+            let tools = tools(fields, &mut Vec::new())?;
+            TokenizeInput::Messages { messages, tools, add_generation_prompt }
         }
         (None, None) => return Err(ParseError::Missing { param: "prompt".into() }),
     };
