@@ -12,9 +12,10 @@ const PYTHON_PACKAGES: &[&str] = &["openai>=3,<4", "httpx>=0.27", "pytest>=8", "
 
 /// A Python environment with the real OpenAI SDK; made once, kept in the cache.
 pub fn python() -> anyhow::Result<PathBuf> {
-    let venv = shell::cache_dir()?.join("test-venv");
+    // One directory per list of packages: a run with another list never pulls it from under this one's feet.
+    let venv = shell::cache_dir()?.join(format!("test-venv-{:016x}", fingerprint(PYTHON_PACKAGES)));
     let python = venv.join("bin/python");
-    let ready = venv.join(format!(".ready-{:016x}", fingerprint(PYTHON_PACKAGES)));
+    let ready = venv.join(".ready");
     if ready.exists()
         && shell::works(&python.to_string_lossy(), &["-c", "import openai, httpx, pytest, yaml"])
     {

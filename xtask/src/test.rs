@@ -80,6 +80,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
     println!("\n{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
+    if total.passed == 0 {
+        bail!("no test ran");
+    }
     if !broken.is_empty() {
         bail!("failed: {}", broken.join(", "));
     }

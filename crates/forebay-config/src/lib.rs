@@ -38,6 +38,7 @@ pub use loader::{Loaded, load};
 pub use reference::reference_markdown;
 pub use schema::schema;
 pub use source::{FILE_BYTES_MAX, Position, Source, SourceError, Span};
+pub use suggest::closest;
 pub use values::{
     ByteSize, HumanDuration, ListenAddr, OneOrMany, ParseByteSizeError, ParseHumanDurationError,
     ParseListenAddrError, ParseSecretError, Secret, SecretError, SecretValue,

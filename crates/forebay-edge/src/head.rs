@@ -53,7 +53,7 @@ pub(crate) fn check(head: &[u8], limits: HeadLimits) -> Result<Framing, Refusal>
         }
     }
     // The request line and the empty line are no headers.
-    if lines - 2 > limits.headers_max {
+    if usize::saturating_sub(lines, 2) > limits.headers_max {
         return Err(Refusal::HeadersTooMany);
     }
     let version = parse(head, lines)?;

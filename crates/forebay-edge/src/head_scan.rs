@@ -1,26 +1,43 @@
-//! Watches the raw bytes of an HTTP/1.1 connection for what hyper's parser forgives and then hides. Pure.
+//! Watches the raw bytes of an HTTP/1.1 connection, and passes on what hyper may see. Pure.
 //!
 //! hyper drops a repeated equal `content-length`, and the `content-length` beside a `transfer-encoding`, before a
 //! service sees the head. A proxy behind or before us may read such a request differently, so they are refused; and
-//! so are heads with bare line feeds. The scan follows the framing of bodies only as far as it needs to find the next
-//! head. Where it loses track, every later request is refused ([`Refusal::Unframed`]).
+//! so are heads with bare line feeds. Others hyper refuses itself, without a word. So a head is held back until it is
+//! whole and was judged ([`head::check`]); a refused one is replaced ([`head::stand_in`]), and nothing behind it is
+//! passed on. The scan follows the framing of bodies only as far as it needs to find the next head. Where it loses
+//! track, every later request is refused ([`Refusal::Unframed`]).
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use crate::guard::Refusal;
+use crate::head::{self, Framing, HeadLimits};
 
-/// Longest head that is followed. hyper refuses longer ones itself (its limit is at most the configured one).
-const HEAD_BYTES_MAX: usize = 1 << 20;
+/// Line breaks before a request that are skipped (RFC 9112, 2.2 wants one).
+const BLANKS_MAX: u8 = 64;
 
 /// One verdict per head, in order.
 #[derive(Debug)]
 pub(crate) struct HeadScan {
+    limits: HeadLimits,
     at: At,
-    /// Beginning of a head that came in pieces.
+    /// Beginning of a head that came in pieces, held back.
     partial: Vec<u8>,
     /// How far `partial` was searched for its end.
     line_start: usize,
+    blanks: u8,
     verdicts: VecDeque<Option<Refusal>>,
+}
+
+/// What hyper gets for one piece of input, in this order.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Passed {
+    /// A head that was held back, now whole.
+    pub(crate) lead: Vec<u8>,
+    /// Of the piece itself. Bytes behind it are held back, or dropped.
+    pub(crate) through: Range<usize>,
+    /// In place of a refused head.
+    pub(crate) tail: Vec<u8>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +46,18 @@ enum At {
     Body { left: u64 },
     Chunked(Chunk),
     Lost,
+    /// After a refused head: nothing is passed on any more.
+    Refused,
+}
+
+/// What became of a head.
+enum Head {
+    /// Its end has not come yet; it is in `partial`.
+    Held,
+    /// It ends after so many bytes of the piece. The bytes before them, that were held back, are handed out.
+    Ends { used: usize, held: Vec<u8> },
+    /// It was refused; this stands in for it.
+    Refused(Vec<u8>),
 }
 
 /// Where in a chunked body (RFC 9112, 7.1).
@@ -59,8 +88,15 @@ enum Chunk {
 }
 
 impl HeadScan {
-    pub(crate) fn new() -> Self {
-        Self { at: At::Head, partial: Vec::new(), line_start: 0, verdicts: VecDeque::new() }
+    pub(crate) fn new(limits: HeadLimits) -> Self {
+        Self {
+            limits,
+            at: At::Head,
+            partial: Vec::new(),
+            line_start: 0,
+            blanks: 0,
+            verdicts: VecDeque::new(),
+        }
     }
 
     /// The verdict on the next request; a request without one is not let in.
@@ -77,78 +113,108 @@ impl HeadScan {
         !self.partial.is_empty()
     }
 
-    /// Takes bytes as they came from the socket, in the order in which hyper gets them.
-    pub(crate) fn push(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
+    /// A head was refused: what comes after it is not wanted.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.at == At::Refused
+    }
+
+    /// Takes bytes as they came from the socket, and says what of them goes on to hyper.
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> Passed {
+        let mut passed = Passed::default();
+        let mut done = 0;
+        while done < bytes.len() {
+            let rest = &bytes[done..];
             match self.at {
-                At::Head => match self.push_head(bytes) {
-                    Some(used) => bytes = &bytes[used..],
-                    None => return,
+                At::Head => match self.push_head(rest) {
+                    Head::Held => break,
+                    Head::Ends { used, held } => {
+                        done += used;
+                        if !held.is_empty() {
+                            // Only the first head of a piece has a part from before it.
+                            passed.lead = held;
+                            passed.lead.extend_from_slice(&bytes[..done]);
+                            passed.through.start = done;
+                        }
+                    }
+                    Head::Refused(stand_in) => {
+                        passed.tail = stand_in;
+                        break;
+                    }
                 },
                 At::Body { left } => {
-                    let used = left.min(bytes.len() as u64);
-                    bytes = &bytes[used as usize..];
+                    let used = left.min(rest.len() as u64);
+                    done += used as usize;
                     self.at = if left == used { At::Head } else { At::Body { left: left - used } };
                 }
                 At::Chunked(Chunk::Data { left }) => {
-                    let used = left.min(bytes.len() as u64);
-                    bytes = &bytes[used as usize..];
+                    let used = left.min(rest.len() as u64);
+                    done += used as usize;
                     let chunk = if left == used { Chunk::DataCr } else { Chunk::Data { left: left - used } };
                     self.at = At::Chunked(chunk);
                 }
                 At::Chunked(chunk) => {
-                    self.at = chunk.step(bytes[0]);
-                    bytes = &bytes[1..];
+                    self.at = chunk.step(rest[0]);
+                    done += 1;
                 }
-                At::Lost => return,
+                // hyper finds the same mistake in the body, and ends it there.
+                At::Lost => done = bytes.len(),
+                At::Refused => break,
             }
         }
+        passed.through.end = done;
+        passed
     }
 
-    /// Bytes used if the head ends within `bytes`.
-    fn push_head(&mut self, bytes: &[u8]) -> Option<usize> {
+    fn push_head(&mut self, bytes: &[u8]) -> Head {
         if self.partial.is_empty() {
-            // Blank lines before a request are skipped (RFC 9112, 2.2).
             let blank = bytes.iter().take_while(|b| matches!(b, b'\r' | b'\n')).count();
             if blank > 0 {
-                return Some(blank);
+                self.blanks = self.blanks.saturating_add(blank.try_into().unwrap_or(u8::MAX));
+                if self.blanks > BLANKS_MAX {
+                    return self.refuse(Refusal::RequestLineInvalid, bytes);
+                }
+                return Head::Ends { used: blank, held: Vec::new() };
+            }
+            self.blanks = 0;
+            // Something else than HTTP, TLS for one, may never send the end of a line.
+            if !bytes[0].is_ascii_graphic() {
+                return self.refuse(Refusal::RequestLineInvalid, bytes);
             }
             // The usual head comes whole and is not copied.
             if let Some(end) = end_of_head(bytes, &mut 0) {
-                self.finish_head(&bytes[..end]);
-                return Some(end);
+                return self.finish_head(&bytes[..end], end, Vec::new());
             }
         }
         let before = self.partial.len();
         self.partial.extend_from_slice(bytes);
-        let mut partial = std::mem::take(&mut self.partial);
-        let end = end_of_head(&partial, &mut self.line_start);
-        if end.is_none() && partial.len() <= HEAD_BYTES_MAX {
-            self.partial = partial;
-            return None;
+        let mut head = std::mem::take(&mut self.partial);
+        let end = end_of_head(&head, &mut self.line_start);
+        if end.is_none() && head.len() <= self.limits.bytes_max {
+            self.partial = head;
+            return Head::Held;
         }
         self.line_start = 0;
-        let Some(end) = end else {
-            self.at = At::Lost;
-            return None;
-        };
-        partial.truncate(end);
-        self.finish_head(&partial);
-        Some(end - before)
+        let Some(end) = end else { return self.refuse(Refusal::HeadersTooLarge, &head) };
+        head.truncate(end);
+        let held = head[..before].to_vec();
+        self.finish_head(&head, end - before, held)
     }
 
-    fn finish_head(&mut self, head: &[u8]) {
-        match read_framing(head) {
-            Ok(at) => {
-                self.verdicts.push_back(None);
-                self.at = at;
-            }
-            // The connection is closed after a refusal: what follows is of no interest.
-            Err(refusal) => {
-                self.verdicts.push_back(Some(refusal));
-                self.at = At::Lost;
-            }
-        }
+    fn finish_head(&mut self, head: &[u8], used: usize, held: Vec<u8>) -> Head {
+        self.at = match head::check(head, self.limits) {
+            Ok(Framing::Empty) => At::Head,
+            Ok(Framing::Length(left)) => At::Body { left },
+            Ok(Framing::Chunked) => At::Chunked(Chunk::Size { value: 0, digits: 0 }),
+            Err(refusal) => return self.refuse(refusal, head),
+        };
+        self.verdicts.push_back(None);
+        Head::Ends { used, held }
+    }
+
+    fn refuse(&mut self, refusal: Refusal, head: &[u8]) -> Head {
+        self.verdicts.push_back(Some(refusal));
+        self.at = At::Refused;
+        Head::Refused(head::stand_in(head))
     }
 }
 
@@ -162,35 +228,6 @@ fn end_of_head(bytes: &[u8], line_start: &mut usize) -> Option<usize> {
         }
     }
     None
-}
-
-/// How the body of a whole head is framed.
-fn read_framing(head: &[u8]) -> Result<At, Refusal> {
-    let (mut length, mut encoding) = (None, false);
-    for line in head.split_inclusive(|b| *b == b'\n') {
-        let Some(line) = line.strip_suffix(b"\r\n") else { return Err(Refusal::BareLineFeed) };
-        let Some(colon) = memchr::memchr(b':', line) else { continue };
-        let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
-        if name.eq_ignore_ascii_case(b"content-length") {
-            if length.is_some() {
-                return Err(Refusal::LengthRepeated);
-            }
-            let digits = !value.is_empty() && value.iter().all(u8::is_ascii_digit);
-            let number = std::str::from_utf8(value).ok().filter(|_| digits).and_then(|v| v.parse().ok());
-            length = Some(number.ok_or(Refusal::LengthInvalid)?);
-        } else if name.eq_ignore_ascii_case(b"transfer-encoding") {
-            if encoding || !value.eq_ignore_ascii_case(b"chunked") {
-                return Err(Refusal::EncodingUnsupported);
-            }
-            encoding = true;
-        }
-    }
-    match (length, encoding) {
-        (Some(_), true) => Err(Refusal::LengthAndEncoding),
-        (None, true) => Ok(At::Chunked(Chunk::Size { value: 0, digits: 0 })),
-        (None | Some(0), false) => Ok(At::Head),
-        (Some(left), false) => Ok(At::Body { left }),
-    }
 }
 
 impl Chunk {
@@ -226,11 +263,23 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Verdicts, `Unframed` left out.
+    const LIMITS: HeadLimits = HeadLimits { bytes_max: 1000, headers_max: 10 };
+
+    /// Verdicts, `Unframed` left out, and the bytes that hyper gets.
+    fn scan_to(pieces: &[&[u8]]) -> (Vec<Option<Refusal>>, Vec<u8>) {
+        let mut scan = HeadScan::new(LIMITS);
+        let mut out = Vec::new();
+        for piece in pieces {
+            let passed = scan.push(piece);
+            out.extend(passed.lead);
+            out.extend_from_slice(&piece[passed.through]);
+            out.extend(passed.tail);
+        }
+        (scan.verdicts.into_iter().collect(), out)
+    }
+
     fn scan(pieces: &[&[u8]]) -> Vec<Option<Refusal>> {
-        let mut scan = HeadScan::new();
-        pieces.iter().for_each(|piece| scan.push(piece));
-        scan.verdicts.into_iter().collect()
+        scan_to(pieces).0
     }
 
     #[test]
@@ -267,8 +316,33 @@ mod tests {
     }
 
     #[test]
+    fn a_refused_head_never_reaches_hyper() {
+        let check = |stream: &str, verdicts: &[Option<Refusal>], expect: &str| {
+            let pieces: Vec<_> = stream.as_bytes().chunks(1).collect();
+            for pieces in [&[stream.as_bytes()], pieces.as_slice()] {
+                let (found, out) = scan_to(pieces);
+                assert_eq!((found.as_slice(), String::from_utf8(out).unwrap().as_str()), (verdicts, expect));
+            }
+        };
+        let ok = "GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+        let bad = "PUT /b HTTP/1.1\r\nhost : a\r\n\r\n";
+        let instead = "PUT /b HTTP/1.1\r\nhost: -\r\n\r\n";
+        check(&format!("{ok}{bad}{ok}"), &[None, Some(Refusal::HeaderInvalid)], &format!("{ok}{instead}"));
+        let unknown = "GET / HTTP/1.1\r\nhost: -\r\n\r\n";
+        check("\x16\x03\x01\0", &[Some(Refusal::RequestLineInvalid)], unknown);
+        let long = format!("GET / HTTP/1.1\r\nhost: a\r\nx: {}", "y".repeat(1000));
+        check(&long, &[Some(Refusal::HeadersTooLarge)], unknown);
+        check(&format!("{long}\r\n\r\n"), &[Some(Refusal::HeadersTooLarge)], unknown);
+        // Half a head is held back.
+        check(&format!("{ok}GET / HT"), &[None], ok);
+        let mut scan = HeadScan::new(LIMITS);
+        let endless: usize = (0..100).map(|_| scan.push(b"\r\n").through.len()).sum();
+        assert!(endless <= usize::from(BLANKS_MAX) && scan.is_refused(), "{endless}");
+    }
+
+    #[test]
     fn a_request_without_verdict_is_refused() {
-        let mut scan = HeadScan::new();
+        let mut scan = HeadScan::new(LIMITS);
         assert_eq!(scan.next_verdict(), Err(Refusal::Unframed));
         scan.push(b"GET / HT");
         assert!(scan.is_mid_head());
@@ -298,9 +372,12 @@ mod tests {
                 pieces.push(&stream[from..cut]);
                 from = cut;
             }
-            let whole = scan(&[&stream]);
-            prop_assert_eq!(scan(&pieces), whole.clone());
-            prop_assert_eq!(scan(&stream.chunks(1).collect::<Vec<_>>()), whole);
+            let whole = scan_to(&[&stream]);
+            prop_assert_eq!(scan_to(&pieces), whole.clone());
+            prop_assert_eq!(scan_to(&stream.chunks(1).collect::<Vec<_>>()), whole.clone());
+            if whole.0.iter().all(Option::is_none) {
+                prop_assert_eq!(whole.1, stream, "good requests pass as they are");
+            }
         }
 
         #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use forebay_config::{Environment, SecretError, SecretValue};
+use forebay_config::{Environment, SecretError, SecretValue, closest};
 use forebay_observe::{MetricError, Registry};
 use forebay_types::ModelName;
 use forebay_upstream::{BaseUrlError, HttpClient, Timeouts, Upstream};
@@ -15,6 +15,8 @@ use crate::config::{DeploymentConfig, ModelConfig, Provider, ProxyConfig};
 use crate::cooldown::Cooldown;
 
 const OPENAI_BASE_URL: &str = "https://api.openai.com/v1";
+/// Anthropic's endpoint in OpenAI's dialect, which takes the key as a bearer token.
+const ANTHROPIC_BASE_URL: &str = "https://api.anthropic.com/v1";
 
 /// A fleet of the router, as the model list shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,14 +49,8 @@ pub enum ProxyBuildError {
     NeitherOrBoth { at: String },
     #[error("`{key}` belongs to a provider, and this deployment is a fleet")]
     NotForFleets { at: String, key: &'static str },
-    #[error("no fleet `{fleet}` (there {})", list(fleets))]
+    #[error("no fleet `{fleet}` (there {}{})", list(fleets), did_you_mean(fleet, fleets))]
     NoFleet { at: String, fleet: ModelName, fleets: Vec<ModelName> },
-    #[error(
-        "provider `{}` is not supported yet; `openai` and `openai-compatible` are, and most providers have an \
-         OpenAI-compatible endpoint (Anthropic's is base-url https://api.anthropic.com/v1)",
-        provider.as_str()
-    )]
-    ProviderNotSupported { at: String, provider: Provider },
     #[error("the provider needs `{key}`")]
     Needs { at: String, key: &'static str },
     #[error("the provider's `base-url` can't be used")]
@@ -77,6 +73,11 @@ fn list(fleets: &[ModelName]) -> String {
     }
 }
 
+fn did_you_mean(fleet: &ModelName, fleets: &[ModelName]) -> String {
+    let names: Vec<&str> = fleets.iter().map(ModelName::as_str).collect();
+    closest(fleet.as_str(), &names).map(|name| format!("; did you mean `{name}`?")).unwrap_or_default()
+}
+
 impl ProxyBuildError {
     /// Path in the configuration (`proxy.models[0].deployments[1].fleet`), where the mistake is in one place.
     pub fn at(&self) -> Option<&str> {
@@ -87,7 +88,6 @@ impl ProxyBuildError {
             | Self::NeitherOrBoth { at }
             | Self::NotForFleets { at, .. }
             | Self::NoFleet { at, .. }
-            | Self::ProviderNotSupported { at, .. }
             | Self::Needs { at, .. }
             | Self::Url { at, .. }
             | Self::Secret { at, .. }
@@ -125,6 +125,7 @@ impl Deployment {
 pub(crate) enum Target {
     Fleet(ModelName),
     Provider {
+        provider: Provider,
         upstream: Upstream,
         /// The model's name there.
         model: String,
@@ -207,7 +208,7 @@ fn deployment(
         (Some(fleet), None) => (format!("fleet/{fleet}"), fleet_target(link, fleet, &at, deps)?),
         (None, Some(provider)) => {
             let (upstream, model) = provider_target(link, provider, &at, env, deps)?;
-            (format!("{}/{model}", provider.as_str()), Target::Provider { upstream, model })
+            (format!("{}/{model}", provider.as_str()), Target::Provider { provider, upstream, model })
         }
         (None, None) | (Some(_), Some(_)) => return Err(ProxyBuildError::NeitherOrBoth { at }),
     };
@@ -249,16 +250,14 @@ fn provider_target(
 ) -> Result<(Upstream, String), ProxyBuildError> {
     let needs = |key| ProxyBuildError::Needs { at: at.to_owned(), key };
     let base_url = match (provider, &link.base_url) {
-        (Provider::Anthropic, _) => {
-            return Err(ProxyBuildError::ProviderNotSupported { at: format!("{at}.provider"), provider });
-        }
         (_, Some(url)) => url.as_str(),
         (Provider::Openai, None) => OPENAI_BASE_URL,
+        (Provider::Anthropic, None) => ANTHROPIC_BASE_URL,
         (Provider::OpenaiCompatible, None) => return Err(needs("base-url")),
     };
     let model = link.model.clone().ok_or_else(|| needs("model"))?;
-    // A server of one's own may have no key; OpenAI always asks for one.
-    if provider == Provider::Openai && link.api_key.is_none() {
+    // A server of one's own may have no key; these always ask for one.
+    if provider != Provider::OpenaiCompatible && link.api_key.is_none() {
         return Err(needs("api-key"));
     }
     let key: Option<SecretValue> = link

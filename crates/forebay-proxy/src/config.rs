@@ -1,6 +1,7 @@
 //! The `proxy` section.
 
 use forebay_config::{HumanDuration, Secret};
+use forebay_wire::Api;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -97,7 +98,7 @@ pub enum Provider {
     Openai,
     /// Any server with OpenAI's API; `base-url` is needed.
     OpenaiCompatible,
-    /// Not supported yet.
+    /// Anthropic's endpoint in OpenAI's dialect, for chat; `base-url` is `https://api.anthropic.com/v1` unless it is set. Its native Messages API is not spoken yet.
     Anthropic,
 }
 
@@ -107,6 +108,14 @@ impl Provider {
             Self::Openai => "openai",
             Self::OpenaiCompatible => "openai-compatible",
             Self::Anthropic => "anthropic",
+        }
+    }
+
+    /// Whether there is such an endpoint.
+    pub fn has(self, api: Api) -> bool {
+        match self {
+            Self::Openai | Self::OpenaiCompatible => true,
+            Self::Anthropic => api == Api::ChatCompletions,
         }
     }
 }

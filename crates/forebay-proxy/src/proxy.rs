@@ -25,7 +25,7 @@ const X_FOREBAY_ATTEMPTS: HeaderName = HeaderName::from_static("x-forebay-attemp
 /// L3: turns a model's name into somebody who answers.
 pub struct Proxy<Next> {
     next: Next,
-    models: Models,
+    pub(crate) models: Models,
     config: ProxyConfig,
     metrics: Metrics,
     begun: Instant,
@@ -135,12 +135,12 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
     /// The chain for one request: links that can answer it, without those that are cooling. If all are cooling, all
     /// are tried: a guess about the future must not turn a request away.
     fn chain<'a>(&self, model: &'a Model, ask: &Ask) -> Result<Vec<&'a Deployment>, ResolveError> {
-        let computes = matches!(ask, Ask::Generate(_));
-        let able: Vec<&Deployment> = model
-            .deployments
-            .iter()
-            .filter(|link| computes || matches!(link.target, Target::Fleet(_)))
-            .collect();
+        let is_able = |link: &&Deployment| match (&link.target, ask) {
+            (Target::Fleet(_), _) => true,
+            (Target::Provider { provider, .. }, Ask::Generate(call)) => provider.has(call.api),
+            (Target::Provider { .. }, _) => false,
+        };
+        let able: Vec<&Deployment> = model.deployments.iter().filter(is_able).collect();
         if able.is_empty() {
             return Err(ResolveError::NotAtProviders { model: model.name.clone() });
         }
@@ -238,7 +238,7 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
                 };
                 result.map_err(|fault| (fault, Tried::Fleet))
             }
-            Target::Provider { upstream, model: name } => provider(upstream, name, model, &flow)
+            Target::Provider { upstream, model: name, .. } => provider(upstream, name, model, &flow)
                 .await
                 .map_err(|UpstreamFault { kind, fault }| (fault, Tried::Provider(kind))),
         }
@@ -287,8 +287,7 @@ async fn provider(
         Api::ChatCompletions => "/v1/chat/completions",
         Api::Completions => "/v1/completions",
     };
-    let info = CallInfo { stream: call.stream, include_usage: call.include_usage };
-    upstream.generate(&flow.origin, path, body, info, model.timeouts).await
+    upstream.generate(&flow.origin, path, body, CallInfo::new(call, false), model.timeouts).await
 }
 
 impl<Next: Stage<Resolved>> Stage<Admitted> for Proxy<Next> {

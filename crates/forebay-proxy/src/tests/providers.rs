@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::script::{completion, request, text};
 use super::server::{Answer, Server, json as answer, refusing, sse};
 use super::{Bench, config};
+use crate::build::Target;
 
 const DONE: &str =
     r#"{"model":"provider-model","choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}"#;
@@ -45,7 +46,11 @@ async fn a_call_goes_out_with_our_key_and_the_providers_model() {
     assert_eq!(reply.form, ReplyForm::Json);
     assert_eq!(reply.headers["x-forebay-deployment"], "openai-compatible/provider-model");
     assert_eq!(reply.headers["x-forebay-attempts"], "1");
-    assert_eq!(text(reply).await, DONE, "passed as it came, with the provider's model name");
+    assert_eq!(
+        text(reply).await,
+        DONE.replace("provider-model", "m"),
+        "only the model's name is the client's"
+    );
 
     let seen = server.seen();
     assert_eq!(seen.len(), 1);
@@ -77,10 +82,43 @@ async fn usage_is_always_asked_for_and_swallowed_where_the_client_did_not() {
         assert_eq!(*usage, Some(Usage { prompt_tokens: 5, completion_tokens: 2, cached_tokens: 0 }));
         assert_eq!(!bytes.is_empty(), sees_usage);
         let sent = server.seen().last().expect("asked").json();
-        assert_eq!(sent["stream_options"]["include_usage"], true);
+        assert_eq!(
+            sent["stream_options"],
+            json!({"include_usage": true}),
+            "vLLM's own option is not for providers"
+        );
     };
     check("", false).await;
     check(r#","stream_options":{"include_usage":true}"#, true).await;
+}
+
+#[tokio::test]
+async fn anthropic_is_asked_in_openais_dialect() {
+    let server = server(&[]).await;
+    let url = format!("{}/v1", server.url);
+    let anthropic =
+        json!({"provider": "anthropic", "model": "provider-model", "api-key": "env:KEY", "base-url": url});
+    let bench = Bench::new(Some(&chain(&[anthropic], 0)));
+    let body = r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#;
+    let reply = bench.proxy.call(request("/v1/chat/completions", body)).await.expect("answered");
+    assert_eq!(reply.headers["x-forebay-deployment"], "anthropic/provider-model");
+    assert_eq!(text(reply).await, DONE.replace("provider-model", "m"));
+    let seen = server.seen();
+    assert_eq!(
+        (seen[0].path.as_str(), &seen[0].headers["authorization"]),
+        ("/v1/chat/completions", &"Bearer sk-provider".parse().expect("a value"))
+    );
+    // There are no completions there: that is known before asking, and doesn't count against it.
+    let fault = bench.proxy.call(completion("m")).await.expect_err("no such endpoint");
+    assert_eq!((fault.class.code, server.seen().len()), (Code::NotSupported, 1));
+
+    // Its own address, where none is given.
+    let anthropic = json!({"provider": "anthropic", "model": "claude-sonnet-4-5", "api-key": "env:KEY"});
+    let bench = Bench::new(Some(&chain(&[anthropic], 0)));
+    let Target::Provider { upstream, .. } = &bench.proxy.models.all[0].deployments[0].target else {
+        panic!()
+    };
+    assert_eq!(upstream.base_url(), "https://api.anthropic.com/v1");
 }
 
 #[tokio::test]
@@ -117,7 +155,7 @@ async fn a_chain_of_providers_and_fleets() {
     let bench = Bench::new(Some(&chain(&links, 1)));
     let reply = bench.proxy.call(completion("m")).await.expect("the third answers");
     assert_eq!(reply.headers["x-forebay-attempts"], "5", "two, two, one");
-    assert_eq!(text(reply).await, DONE);
+    assert_eq!(text(reply).await, DONE.replace("provider-model", "m"));
     assert_eq!((failing.seen().len(), good.seen().len()), (2, 1));
     assert_eq!(bench.router.asked(), "");
 

@@ -203,7 +203,9 @@ async fn a_finished_stream_gives_its_connection_back() {
     let below = Below::start().await;
     let upstream = Upstream::new(HttpClient::default(), &below.url(""), None).unwrap();
     let origin = origin();
-    let ask = || upstream.generate(&origin, "/v1/completions", Bytes::from_static(b"{}"), STREAM.info(), timeouts());
+    let ask = || {
+        upstream.generate(&origin, "/v1/completions", Bytes::from_static(b"{}"), STREAM.info(), timeouts())
+    };
     let (reply, mut tcp) = tokio::join!(ask(), serve(&below, SSE, &[A, DONE]));
     let mut reply = reply.unwrap();
     reply.chunks.next().await;
@@ -262,7 +264,8 @@ async fn before_the_first_event_everything_is_an_err_to_retry() {
     let url = below.url("");
     drop(below);
     let upstream = Upstream::new(HttpClient::default(), &url, None).unwrap();
-    let reply = upstream.generate(&origin(), "/v1/completions", Bytes::new(), STREAM.info(), timeouts()).await;
+    let reply =
+        upstream.generate(&origin(), "/v1/completions", Bytes::new(), STREAM.info(), timeouts()).await;
     check(reply.unwrap_err(), FaultKind::Unreachable, Code::UpstreamFailed);
 }
 
@@ -334,7 +337,8 @@ async fn a_kept_connection_that_closes_instead_of_answering_is_replaced() {
     let origin = origin();
     let generate = async || {
         let body = Bytes::from_static(b"{}");
-        let reply = within(upstream.generate(&origin, "/v1/completions", body, JSON.info(), timeouts())).await;
+        let reply =
+            within(upstream.generate(&origin, "/v1/completions", body, JSON.info(), timeouts())).await;
         reply.unwrap().chunks.next().await
     };
     let (first, kept) = tokio::join!(generate(), async {

@@ -426,36 +426,105 @@ fn usage_of_streams() {
 }
 
 #[test]
-fn what_is_not_done_is_refused_not_ignored() {
+fn what_is_beyond_text_is_noted_not_ignored() {
+    let check = |path: &str, body: &str, params: &[&str]| {
+        let call = generate(path, body);
+        let noted: Vec<&str> = call.needs.iter().map(|need| need.param.as_str()).collect();
+        assert_eq!(noted, params, "{body}");
+        assert_eq!(call.body, body, "an upstream gets it as it came");
+        for need in &call.needs {
+            assert_eq!((need.class().code, need.param()), (Code::NotSupported, Some(need.param.as_str())));
+            let says = format!("'{}' is not supported here: ", need.param);
+            assert!(need.to_string().starts_with(&says), "{need}");
+        }
+    };
+    let part = |part: &str| {
+        format!(
+            r#"{{"model":"m","messages":[{{"role":"user","content":[{{"type":"text","text":"a"}},{part},{part}]}}]}}"#
+        )
+    };
+    check(CHAT, &part(r#"{"type":"image_url","image_url":{"url":"x"}}"#), &["messages[0].content[1]"]);
+    check(CHAT, &part(r#"{"type":"input_audio"}"#), &["messages[0].content[1]"]);
+    check(CHAT, &part(r#"{"type":"refusal","refusal":"no"}"#), &["messages[0].content[1]"]);
+    let Prompt::Chat { messages, .. } = generate(CHAT, &part(r#"{"type":"image_url"}"#)).prompt else {
+        panic!()
+    };
+    assert_eq!(messages[0].content, Content::Parts(vec!["a".into()]));
+    for (rest, params) in [
+        ("", &[][..]),
+        (r#","response_format":{"type":"json_object"}"#, &["response_format"]),
+        (r#","response_format":{"type":"json_schema","json_schema":{}}"#, &["response_format"]),
+        (r#","response_format":{"type":"structural_tag"}"#, &["response_format"]),
+        (r#","tools":[{}]"#, &["tools"]),
+        (r#","tools":[{}],"tool_choice":"auto""#, &["tools"]),
+        (r#","tools":[{}],"tool_choice":"none""#, &[]),
+        (r#","tools":[],"tool_choice":"auto""#, &[]),
+        (r#","tool_choice":"required","tools":[{}]"#, &["tool_choice", "tools"]),
+        (r#","tool_choice":{"type":"function"}"#, &["tool_choice"]),
+        (r#","prediction":{"type":"content","content":"x"}"#, &["prediction"]),
+        (r#","web_search_options":{}"#, &["web_search_options"]),
+        (r#","audio":{"voice":"x"}"#, &["audio"]),
+        (r#","modalities":["text","audio"]"#, &["modalities"]),
+        (r#","modalities":["text"]"#, &[]),
+        (r#","guided_json":{}"#, &["guided_json"]),
+        (r#","structured_outputs":{"json":{}}"#, &["structured_outputs"]),
+        (r#","bad_words":["x"]"#, &["bad_words"]),
+        (r#","use_beam_search":true"#, &["use_beam_search"]),
+        (r#","use_beam_search":false"#, &[]),
+        (r#","continue_final_message":true"#, &["continue_final_message"]),
+        (r#","functions":[{}],"function_call":"auto""#, &["functions"]),
+    ] {
+        check(CHAT, &chat(rest), params);
+    }
+    check(COMPLETIONS, &completion(r#","suffix":"x""#), &["suffix"]);
+    check(COMPLETIONS, &completion(r#","best_of":3"#), &["best_of"]);
+    check(COMPLETIONS, &completion(r#","best_of":1,"suffix":"""#), &[]);
+}
+
+#[test]
+fn what_nobody_could_count_is_refused() {
     let check = |path: &str, body: &str, param: &str| {
         let error = post(path, body).map(|ask| format!("{ask:?}")).expect_err(body);
         assert_eq!((error.class().code, error.param()), (Code::NotSupported, Some(param)), "{error}");
         assert!(error.to_string().starts_with(&format!("'{param}' is not supported here: ")), "{error}");
     };
-    let part = |part: &str| {
-        format!(
-            r#"{{"model":"m","messages":[{{"role":"user","content":[{{"type":"text","text":"a"}},{{"type":"{part}"}}]}}]}}"#
-        )
+    check(COMPLETIONS, r#"{"model":"m","prompt_embeds":"x"}"#, "prompt_embeds");
+    let image = r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#;
+    check("/tokenize", image, "messages[0].content[0]");
+}
+
+#[test]
+fn compressed_bodies_are_refused() {
+    let check = |given: Option<&str>, ok: bool| assert_eq!(check_encoding(given).is_ok(), ok, "{given:?}");
+    check(None, true);
+    check(Some(""), true);
+    check(Some("identity"), true);
+    check(Some(" Identity "), true);
+    check(Some("gzip"), false);
+    check(Some("identity, br"), false);
+    let fault = check_encoding(Some("gzip")).unwrap_err().into_fault();
+    assert_eq!(fault.class.code, Code::UnsupportedMediaType);
+    assert_eq!(
+        fault.message,
+        "Unsupported content-encoding 'gzip': send the body as it is, uncompressed and without this header."
+    );
+    assert_eq!(fault.headers, [("accept-encoding", "identity".to_owned())]);
+}
+
+#[test]
+fn the_longest_prompt_counts() {
+    let check = |path: &str, body: &str, expect: usize| {
+        assert_eq!(generate(path, body).prompt.bytes_max(), expect, "{body}");
     };
-    check(CHAT, &part("image_url"), "messages[0].content[1]");
-    check(CHAT, &part("input_audio"), "messages[0].content[1]");
-    for (rest, param) in [
-        (r#","response_format":{"type":"json_object"}"#, "response_format"),
-        (r#","response_format":{"type":"json_schema","json_schema":{}}"#, "response_format"),
-        (r#","tool_choice":"required","tools":[{}]"#, "tool_choice"),
-        (r#","tool_choice":{"type":"function"}"#, "tool_choice"),
-        (r#","guided_json":{}"#, "guided_json"),
-        (r#","structured_outputs":{"json":{}}"#, "structured_outputs"),
-        (r#","bad_words":["x"]"#, "bad_words"),
-        (r#","use_beam_search":true"#, "use_beam_search"),
-        (r#","continue_final_message":true"#, "continue_final_message"),
-        (r#","functions":[{}]"#, "functions"),
-        (r#","modalities":["text","audio"]"#, "modalities"),
-    ] {
-        check(CHAT, &chat(rest), param);
-    }
-    check(COMPLETIONS, &completion(r#","suffix":"x""#), "suffix");
-    check(COMPLETIONS, &completion(r#","best_of":3"#), "best_of");
+    check(COMPLETIONS, r#"{"model":"m","prompt":"abc"}"#, 3);
+    check(COMPLETIONS, r#"{"model":"m","prompt":["abc","é","12345"]}"#, 5);
+    check(COMPLETIONS, r#"{"model":"m","prompt":[1,2,3]}"#, 0);
+    check(CHAT, &chat(""), 2);
+    // Whatever a template could write: 2 of content, and the strings and keys of the rest.
+    check(CHAT, &chat(r#","tools":[{"name":"abcd"}],"chat_template_kwargs":{"x":"abc"}"#), 2 + 4 + 4 + 3);
+    let calls =
+        r#"{"model":"m","messages":[{"role":"assistant","content":null,"tool_calls":[{"id":"abc"}]}]}"#;
+    check(CHAT, calls, 5);
 }
 
 #[test]

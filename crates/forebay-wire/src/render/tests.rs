@@ -4,7 +4,7 @@ use forebay_types::{FinishReason, Usage};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{CollectError, Collector};
+use crate::{CollectError, Collector, TopLogprob};
 
 fn spec(api: Api, choices: u32, include_usage: bool) -> RenderSpec {
     RenderSpec { api, model: "m".into(), choices, stream: true, include_usage, continuous_usage: false }
@@ -183,6 +183,32 @@ fn completion_logprobs() {
     let offsets: Vec<_> =
         frames[..3].iter().map(|f| f["choices"][0]["logprobs"]["text_offset"][0].clone()).collect();
     assert_eq!(offsets, [json!(0), json!(2), json!(3)]);
+}
+
+#[test]
+fn tokens_that_are_no_text_keep_their_bytes_apart() {
+    let part = |bytes: &[u8], logprob| TopLogprob {
+        token: u32::from(bytes[bytes.len() - 1]),
+        text: String::from_utf8_lossy(bytes).into_owned(),
+        bytes: bytes.to_vec(),
+        logprob,
+    };
+    let top =
+        vec![part(b"\xe2\x80", -0.25), part(b"\xe2", -0.5), part(b" \xf0\x9f", -1.0), part(b"\\\xff", -2.0)];
+    let TopLogprob { token, text, bytes, logprob } = top[1].clone();
+    let entry = TokenLogprob { token, text, bytes, logprob: Some(logprob), top };
+    let event = Event::Delta(Delta { choice: 0, text: String::new(), tokens: 1, logprobs: vec![entry] });
+    let events = [STARTED, event, finished(0, FinishReason::Stop), DONE];
+    let body = collect(&spec(Api::Completions, 1, false), &events).unwrap();
+    let body: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(
+        body["choices"][0]["logprobs"],
+        json!({
+        "text_offset": [0], "token_logprobs": [-0.5], "tokens": ["bytes:\\xe2"],
+        "top_logprobs": [{
+            "bytes:\\xe2\\x80": -0.25, "bytes:\\xe2": -0.5, "bytes: \\xf0\\x9f": -1.0, "bytes:\\x5c\\xff": -2.0,
+        }]})
+    );
 }
 
 #[test]
