@@ -192,6 +192,10 @@ impl Stage<Placed> for NotLoaded {
 }
 
 impl PromptEncoder for NotLoaded {
+    fn fits(&self, _: &ModelName, _: &Prompt) -> Result<(), Fault> {
+        Ok(())
+    }
+
     fn encode(&self, _: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault> {
         Ok(PromptIds::estimate(prompt))
     }

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use forebay_engine::exec::{CpuExecutor, CpuOptions, Executor};
+use forebay_engine::gguf::Value;
 use forebay_engine::model::ModelFile;
 use forebay_kernels::Isa;
 use forebay_schedule::{SeqId, StepPlan};
@@ -118,7 +119,7 @@ impl Tested {
                 let blocks = tokens.len().div_ceil(BLOCK_SIZE) as u32;
                 let plan = StepPlan {
                     seqs: vec![SeqId(nth as u64)],
-                    token_ids: tokens.to_vec(),
+                    token_ids,
                     positions: (0..tokens.len() as u32).collect(),
                     row_starts: vec![0, tokens.len() as u32],
                     block_tables: (0..blocks).collect(),

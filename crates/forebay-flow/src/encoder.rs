@@ -44,6 +44,10 @@ impl fmt::Debug for PromptIds {
 
 /// Turns prompts into token ids. Pure CPU work: callers move it off the I/O threads where the prompt is long.
 pub trait PromptEncoder: Send + Sync + 'static {
+    /// Refuses a prompt that is too long for everybody who could answer, whatever its tokens are: a cheap look at its size
+    /// before the work of [`encode`](Self::encode). One that passes may still turn out to be too long.
+    fn fits(&self, model: &ModelName, prompt: &Prompt) -> Result<(), Fault>;
+
     /// `model` is the name that the client used. An unknown model is estimated, not refused: whether it exists is
     /// the proxy's to say.
     fn encode(&self, model: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault>;

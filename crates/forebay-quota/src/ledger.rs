@@ -131,14 +131,10 @@ impl Ledger {
     pub fn try_hold(&self, now: Duration, tokens: u64) -> Result<Hold, Refused> {
         let mut buckets = self.0.lock();
         buckets.advance(now);
-        let check = |bucket: &Option<Bucket>, limited, requested| {
-            let bucket = bucket.as_ref()?;
-            let retry_after = bucket.check(requested).err()?;
-            let Window { limit, remaining, .. } = bucket.window();
-            Some(Refused { limited, limit, remaining, requested, retry_after })
-        };
-        let refusals =
-            [check(&buckets.requests, Limited::Requests, 1), check(&buckets.tokens, Limited::Tokens, tokens)];
+        let refusals = [
+            buckets.requests.as_ref().and_then(|bucket| refusal(bucket, Limited::Requests, 1)),
+            buckets.tokens.as_ref().and_then(|bucket| refusal(bucket, Limited::Tokens, tokens)),
+        ];
         let wait = |refused: &Refused| refused.retry_after.unwrap_or(Duration::MAX);
         if let Some(refused) = refusals.into_iter().flatten().max_by_key(wait) {
             return Err(refused);
@@ -169,6 +165,13 @@ impl Ledger {
     }
 }
 
+/// Why `units` can't be taken from a bucket, if so.
+fn refusal(bucket: &Bucket, limited: Limited, requested: u64) -> Option<Refused> {
+    let retry_after = bucket.check(requested).err()?;
+    let Window { limit, remaining, .. } = bucket.window();
+    Some(Refused { limited, limit, remaining, requested, retry_after })
+}
+
 /// Quota that was taken for one request and is not settled yet.
 ///
 /// Dropped without a settlement, it charges what was noted as [`spent`](Hold::spent) and gives the rest back: nothing
@@ -195,6 +198,27 @@ impl Hold {
     /// Tokens taken.
     pub fn held(&self) -> u64 {
         self.held
+    }
+
+    /// Holds `tokens` from now on, instead of what was held so far; the request stays the one that was taken. For a call
+    /// whose size is known only after work that a caller over quota must not get.
+    ///
+    /// # Errors
+    /// [`Refused`] where there is no room for all of it. The hold is as it was then.
+    pub fn try_resize(&mut self, now: Duration, tokens: u64) -> Result<(), Refused> {
+        let mut buckets = self.ledger.0.lock();
+        buckets.advance(now);
+        self.now = self.now.max(now);
+        if let (Some(bucket), Some(claim)) = (&mut buckets.tokens, self.claim) {
+            bucket.settle(claim, self.held, 0);
+            let refused = refusal(bucket, Limited::Tokens, tokens);
+            self.claim = Some(bucket.take(if refused.is_some() { self.held } else { tokens }));
+            if let Some(refused) = refused {
+                return Err(refused);
+            }
+        }
+        self.held = tokens;
+        Ok(())
     }
 
     /// Notes that at least `tokens` of this call are certain to be charged. Never lowers an earlier note.

@@ -23,6 +23,8 @@ struct Metric {
 
 const THROUGHPUT: Metric = Metric { name: "output tokens/s", key: "output_throughput", more_is_better: true };
 const TTFT: Metric = Metric { name: "TTFT p50, ms", key: "median_ttft_ms", more_is_better: false };
+const TTFT_P99: Metric = Metric { name: "TTFT p99, ms", key: "p99_ttft_ms", more_is_better: false };
+const ITL_P99: Metric = Metric { name: "ITL p99, ms", key: "p99_itl_ms", more_is_better: false };
 const ITL: Metric = Metric { name: "ITL p50, ms", key: "median_itl_ms", more_is_better: false };
 const TPOT: Metric = Metric { name: "TPOT mean, ms", key: "mean_tpot_ms", more_is_better: false };
 
@@ -99,7 +101,7 @@ fn works(bench: &Bench<'_>) -> Vec<Work> {
         output_tokens,
     };
     vec![
-        load("1 in flight", 1, 10, 128, 64),
+        load("1 in flight", 1, 20, 128, 64),
         load("8 in flight", 8, 40, 128, 64),
         load("32 in flight", 32, 96, 128, 64),
         load("prefill of 512 tokens", 1, 12, 512, 1),
@@ -110,7 +112,7 @@ fn compared(turns: &Turns, works: &[Work]) -> String {
     let mut rows = Vec::new();
     for (index, work) in works.iter().enumerate() {
         let metrics: &[Metric] =
-            if work.output_tokens == 1 { &[TTFT] } else { &[THROUGHPUT, TTFT, ITL, TPOT] };
+            if work.output_tokens == 1 { &[TTFT] } else { &[THROUGHPUT, TTFT, TTFT_P99, ITL, ITL_P99, TPOT] };
         for metric in metrics {
             let [ours, theirs] = [0, 1].map(|side| turns.median(side, index, metric.key));
             rows.push(vec![

@@ -82,6 +82,31 @@ fn settlement_gives_back_or_charges() {
 }
 
 #[test]
+fn a_hold_grows_by_tokens_and_not_by_requests() {
+    let ledger = ledger(Some(5), Some(100));
+    let mut hold = ledger.try_hold(Duration::ZERO, 1).unwrap();
+    hold.try_resize(Duration::ZERO, 80).unwrap();
+    assert_eq!((hold.held(), left(&ledger, Duration::ZERO)), (80, (Some(4), Some(20))));
+    // What it has already counts for it.
+    hold.try_resize(Duration::ZERO, 100).unwrap();
+    let refused = hold.try_resize(Duration::ZERO, 101).unwrap_err();
+    assert_eq!((refused.limited, refused.requested, refused.retry_after), (Limited::Tokens, 101, None));
+    assert_eq!((hold.held(), left(&ledger, Duration::ZERO)), (100, (Some(4), Some(0))), "as it was");
+    hold.try_resize(Duration::ZERO, 0).unwrap();
+    assert_eq!(left(&ledger, Duration::ZERO), (Some(4), Some(100)));
+    hold.try_resize(Duration::ZERO, 30).unwrap();
+    hold.settle(Duration::ZERO, 10);
+    assert_eq!(left(&ledger, Duration::ZERO), (Some(4), Some(90)));
+
+    let other = ledger.try_hold(Duration::ZERO, 60).unwrap();
+    let mut hold = ledger.try_hold(Duration::ZERO, 1).unwrap();
+    let refused = hold.try_resize(Duration::ZERO, 31).unwrap_err();
+    assert_eq!((refused.remaining, refused.retry_after), (30, Some(Duration::from_millis(600))));
+    drop((hold, other));
+    assert_eq!(left(&ledger, Duration::ZERO), (Some(2), Some(90)));
+}
+
+#[test]
 fn a_dropped_hold_charges_what_was_spent() {
     let check = |spent: &[u64], expect| {
         let ledger = ledger(Some(5), Some(100));
