@@ -11,7 +11,7 @@ from harness import free_port
 
 
 class Service:
-    """`/json`, `/headers`, `/upload` and `/stream`, whose lines the test lets out one by one."""
+    """`/json`, `/headers`, `/upload`, `/late`, and `/stream`, whose lines the test lets out one by one."""
 
     def __init__(self) -> None:
         service = self
@@ -19,6 +19,8 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         # Permits for the lines of /stream.
         self.lines = threading.Semaphore(0)
+        # When /late answers.
+        self.late = threading.Event()
         # Set when /stream finds that nobody reads any more.
         self.reader_left = threading.Event()
 
@@ -45,6 +47,9 @@ class Service:
                     self.answer({name.lower(): value for name, value in self.headers.items()})
                 elif path.endswith("/teapot"):
                     self.answer({"short": "stout"}, 418)
+                elif path.endswith("/late"):
+                    service.late.wait()
+                    self.answer({"late": True})
                 elif path.endswith("/stream"):
                     self.stream()
                 else:
@@ -94,6 +99,7 @@ class Service:
 
     def close(self) -> None:
         self.lines.release(100_000)
+        self.late.set()
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()

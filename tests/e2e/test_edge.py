@@ -226,6 +226,7 @@ def front_door(service, start_for_module) -> Forebay:
     routes = [
         {"path": "/api/v1/users/", "to": service.url},
         {"path": "/stripped/", "to": service.url, "strip-prefix": True},
+        {"path": "/hasty/", "to": service.url, "timeout": "300ms"},
         {"path": "/down/", "to": f"http://127.0.0.1:{free_port()}"},
         {"path": "/", "host": "other.example", "to": service.url},
     ]
@@ -316,11 +317,27 @@ def test_a_service_that_is_down_is_a_clean_error(front_door):
     assert "127.0.0.1" not in answer.text
 
 
+def test_a_service_that_is_late_is_a_504(front_door):
+    with front_door.http() as http:
+        answer = http.get("/hasty/late", headers={"x-request-id": "late-1"})
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "timeout"
+    assert "127.0.0.1" not in answer.text
+    # The log says which one it was.
+    line = next(line for line in front_door.log().splitlines() if "late-1" in line and "did not answer" in line)
+    assert "127.0.0.1:" in line, line
+
+
 def test_the_service_and_the_llm_share_a_door(start, service):
-    routes = [{"path": "/v1/", "to": "llm"}, {"path": "/ai/v1/", "to": "llm"}, {"path": "/svc/", "to": service.url}]
+    llm = [{"path": path, "to": "llm"} for path in ("/v1/", "/ai/v1/", "/whole/")]
+    routes = [*llm, {"path": "/svc/", "to": service.url}]
     server: Forebay = start({"edge": {"routes": routes}, "engine": engine_config()})
     with server.http() as http:
         assert http.get("/svc/json").json()["path"] == "/svc/json"
         plain = http.post(CHAT, json=chat_body()).json()["choices"][0]["message"]
         assert http.post("/ai/v1/chat/completions", json=chat_body()).json()["choices"][0]["message"] == plain
+        # A mount of the whole API, for clients whose base URL ends with or without `/v1`.
+        for path in ("/whole/v1/chat/completions", "/whole/chat/completions"):
+            assert http.post(path, json=chat_body()).json()["choices"][0]["message"] == plain
+        assert http.get("/whole/health").status_code == 200
         assert http.get("/").status_code == 404

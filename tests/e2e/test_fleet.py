@@ -308,3 +308,74 @@ def test_usage_of_a_provider_is_exact_also_where_nobody_asked(start, second, tmp
 
     (record,) = eventually("an audit record", records)
     assert (record["completion_tokens"], record["estimated"], record["cut"]) == (6, False, False)
+
+
+# One name, and exact counts, whoever answers
+
+
+def audited(config: dict, tmp_path) -> dict:
+    gateway = {"consumers": [{"name": "c", "keys": ["env:C_KEY"]}], "audit": {"dir": str(tmp_path / "audit")}}
+    return {**config, "gateway": gateway}
+
+
+def audit_records(tmp_path) -> list[dict]:
+    lines = [line for file in (tmp_path / "audit").glob("*.jsonl") for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def frames_of(text: str) -> list[dict]:
+    return [json.loads(data) for data in data_lines(text.splitlines()) if data != "[DONE]"]
+
+
+@pytest.mark.parametrize("answers", ["replica", "provider"])
+def test_a_reply_says_the_name_that_was_asked_for(start, second, workers, answers):
+    fleet_url = workers[0].url if answers == "replica" else f"http://127.0.0.1:{free_port()}"
+    server = start(with_fallback(fleet_url, second), env={"SECOND_KEY": "sk-second"})
+    eventually("the edge listens", lambda: listens(server))
+    body = {"model": ALIAS, "messages": user("hi"), "max_tokens": 4, "temperature": 0}
+    with server.http() as http:
+        whole = http.post("/v1/chat/completions", json=body)
+        assert whole.headers["x-forebay-deployment"].startswith("fleet/" if answers == "replica" else "openai-")
+        plain = http.post("/v1/chat/completions", json={**body, "stream": True}).text
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        with_usage = http.post("/v1/chat/completions", json={**body, **options}).text
+    for text in (whole.text, plain, with_usage):
+        assert f'"{MODEL}"' not in text
+    assert whole.json()["model"] == ALIAS
+    assert whole.json()["usage"]["completion_tokens"] == 4
+    assert {frame["model"] for frame in frames_of(plain) + frames_of(with_usage)} == {ALIAS}
+    assert not any("usage" in frame for frame in frames_of(plain))
+    *before, last = frames_of(with_usage)
+    assert all(frame["usage"] is None and frame["choices"] for frame in before)
+    assert last["choices"] == [] and last["usage"] == whole.json()["usage"] | {
+        "prompt_tokens_details": last["usage"]["prompt_tokens_details"]
+    }
+
+
+def test_usage_as_it_goes_is_there_for_who_asks(router):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": MODEL, "messages": user("hi"), "max_tokens": 4, "stream": True, "stream_options": options}
+    with router.http() as http:
+        frames = frames_of(http.post("/v1/chat/completions", json={**body, "ignore_eos": True}).text)
+    counts = [frame["usage"]["completion_tokens"] for frame in frames]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 4
+    assert len({frame["usage"]["prompt_tokens"] for frame in frames}) == 1
+
+
+def test_a_stream_that_is_cut_over_a_replica_is_counted_exactly(start, workers, tmp_path):
+    """The client leaves: what it has got is charged, with the replica's own count of the prompt."""
+    fleet = {"model": MODEL, "replicas": [workers[0].url]}
+    server = start(audited({"router": {"fleets": [fleet]}}, tmp_path), env={"C_KEY": "sk-c"})
+    body = {"model": MODEL, "messages": user(CAPITAL), "max_tokens": 400, "ignore_eos": True}
+    with server.http("sk-c") as http:
+        prompt = http.post("/v1/chat/completions", json={**body, "max_tokens": 1}).json()["usage"]["prompt_tokens"]
+        seen = 0
+        with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+            for line in response.iter_lines():
+                seen += '"content":"' in line and '"content":""' not in line
+                if seen == 5:
+                    break
+    eventually("both are in the audit", lambda: len(audit_records(tmp_path)) == 2)
+    record = next(record for record in audit_records(tmp_path) if record["cut"])
+    assert (record["prompt_tokens"], record["estimated"]) == (prompt, False)
+    assert record["completion_tokens"] >= 5

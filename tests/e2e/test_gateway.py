@@ -61,6 +61,15 @@ def test_other_places_of_a_key(server, header):
         assert http.get("/v1/models", headers={header: KEY}).status_code == 200
 
 
+def test_two_keys_are_none(server):
+    with server.http() as http:
+        for second in (KEY, "sk-other"):
+            headers = [("authorization", f"Bearer {KEY}"), ("authorization", f"Bearer {second}")]
+            response = http.get("/v1/models", headers=headers)
+            assert response.status_code == 400
+            assert "'authorization' is there more than once" in response.json()["error"]["message"]
+
+
 def test_health_needs_no_key(server):
     with server.http() as http:
         assert http.get("/health").status_code == 200

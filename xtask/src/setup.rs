@@ -8,7 +8,8 @@ use anyhow::{Context, bail};
 use crate::shell;
 
 /// Python packages of the end-to-end tests. The SDK's major version is pinned: its behaviour is what we test against.
-const PYTHON_PACKAGES: &[&str] = &["openai>=3,<4", "httpx>=0.27", "pytest>=8", "PyYAML>=6"];
+const PYTHON_PACKAGES: &[&str] =
+    &["openai>=3,<4", "httpx>=0.27", "pytest>=8", "PyYAML>=6", "pyzmq>=26", "msgspec>=0.19"];
 
 /// A Python environment with the real OpenAI SDK; made once, kept in the cache.
 pub fn python() -> anyhow::Result<PathBuf> {
@@ -17,7 +18,7 @@ pub fn python() -> anyhow::Result<PathBuf> {
     let python = venv.join("bin/python");
     let ready = venv.join(".ready");
     if ready.exists()
-        && shell::works(&python.to_string_lossy(), &["-c", "import openai, httpx, pytest, yaml"])
+        && shell::works(&python.to_string_lossy(), &["-c", "import openai, httpx, pytest, yaml, zmq, msgspec"])
     {
         return Ok(python);
     }

@@ -171,15 +171,8 @@ fn edge_files(
     env: &dyn Environment,
 ) -> Vec<Diagnostic> {
     let Some(tls) = &edge.tls else { return Vec::new() };
-    let mut found = Vec::new();
-    if let Err(error) = env.read_file(&tls.cert) {
-        let message = format!("the certificate {} can't be read: {error}", tls.cert.display());
-        found.push(loaded.error_at("edge.tls.cert", message));
-    }
-    if let Err(error) = tls.key.resolve(env) {
-        found.push(loaded.error_at("edge.tls.key", crate::error::one_line(&error)));
-    }
-    found
+    let problems = tls.problems(env).into_iter();
+    problems.map(|wrong| loaded.error_at(&format!("edge.{}", wrong.key), wrong.problem)).collect()
 }
 
 /// Stands where the engine will be.

@@ -102,18 +102,29 @@ pub fn compose<E: Stage<Placed>>(
 }
 
 /// The tokenizers of the engines in this process, by every name that leads to them first.
-pub struct EngineTokenizers(HashMap<ModelName, Arc<Engine>>);
+pub struct EngineTokenizers(HashMap<ModelName, Counted>);
+
+/// How the prompts of one name are counted.
+struct Counted {
+    engine: Arc<Engine>,
+    /// Nobody else answers under this name, so that what is too long for the engine is too long.
+    alone: bool,
+}
 
 impl EngineTokenizers {
     /// A model of the proxy counts with the tokenizer of the first fleet in its chain.
     pub fn new(config: &Config, engines: &[Arc<Engine>]) -> Self {
-        let mut by_name: HashMap<ModelName, Arc<Engine>> =
-            engines.iter().map(|engine| (engine.model().clone(), engine.clone())).collect();
+        let find = |fleet: &str| engines.iter().find(|engine| engine.model().as_str() == fleet);
+        let counted = |engine: &Arc<Engine>| Counted { engine: engine.clone(), alone: true };
+        let mut by_name: HashMap<ModelName, Counted> =
+            engines.iter().map(|engine| (engine.model().clone(), counted(engine))).collect();
         for model in config.proxy.iter().flat_map(|proxy| &proxy.models) {
-            let first = model.deployments.iter().find_map(|deployment| deployment.fleet.as_deref());
-            if let Some(engine) = first.and_then(|fleet| engines.iter().find(|e| e.model().as_str() == fleet))
+            let fleets = || model.deployments.iter().map(|deployment| deployment.fleet.as_deref());
+            if let Some(first) = fleets().flatten().next()
+                && let Some(engine) = find(first)
             {
-                by_name.insert(model.name.as_str().into(), engine.clone());
+                let alone = fleets().all(|fleet| fleet == Some(first));
+                by_name.insert(model.name.as_str().into(), Counted { engine: engine.clone(), alone });
             }
         }
         Self(by_name)
@@ -121,10 +132,19 @@ impl EngineTokenizers {
 }
 
 impl PromptEncoder for EngineTokenizers {
+    fn fits(&self, model: &ModelName, prompt: &Prompt) -> Result<(), Fault> {
+        match self.0.get(model) {
+            Some(Counted { engine, alone: true }) => engine.fits(prompt),
+            // A provider with a longer context may be next.
+            Some(_) | None => Ok(()),
+        }
+    }
+
     fn encode(&self, model: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault> {
         match self.0.get(model) {
-            Some(engine) => engine.encode(prompt),
-            None => Ok(PromptIds::estimate(prompt)),
+            // The engine will not take a longer one, and then its tokens are of no use to anybody.
+            Some(Counted { engine, .. }) if engine.fits(prompt).is_ok() => engine.encode(prompt),
+            Some(_) | None => Ok(PromptIds::estimate(prompt)),
         }
     }
 }

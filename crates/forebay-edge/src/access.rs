@@ -12,6 +12,7 @@ use http::request::Parts;
 use crate::connection::InFlight;
 use crate::metrics::{Counted, NO_ROUTE, code_class};
 use crate::service::Shared;
+use crate::stall::StreamWatch;
 
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -28,6 +29,8 @@ pub(crate) enum Outcome {
     Done,
     /// The client left: before the answer (status 499), or in the middle of it.
     ClientLeft,
+    /// The client took nothing of the answer for `edge.limits.write-timeout`.
+    WriteTimeout,
     /// The answer broke off on our side or the upstream's.
     Broken,
 }
@@ -37,6 +40,7 @@ impl Outcome {
         match self {
             Self::Done => "done",
             Self::ClientLeft => "client-left",
+            Self::WriteTimeout => "write-timeout",
             Self::Broken => "broken",
         }
     }
@@ -58,7 +62,9 @@ pub(crate) struct Ticket {
     first_byte: Option<Instant>,
     outcome: Outcome,
     _counted: Counted,
-    _in_flight: InFlight,
+    in_flight: InFlight,
+    /// On HTTP/2.
+    stream: Option<Arc<StreamWatch>>,
 }
 
 impl Ticket {
@@ -93,7 +99,8 @@ impl Ticket {
             first_byte: None,
             outcome: Outcome::ClientLeft,
             _counted: Counted::new(&shared.metrics.in_flight),
-            _in_flight: in_flight,
+            in_flight,
+            stream: StreamWatch::current(),
         }
     }
 
@@ -111,10 +118,23 @@ impl Ticket {
     pub(crate) fn ended(&mut self, outcome: Outcome) {
         self.outcome = outcome;
     }
+
+    pub(crate) fn stream(&self) -> Option<Arc<StreamWatch>> {
+        self.stream.clone()
+    }
+
+    /// Connection or stream were given up, so this was dropped; it only looks as if the client had left.
+    fn has_timed_out(&self) -> bool {
+        self.in_flight.0.writes.has_timed_out()
+            || self.stream.as_ref().is_some_and(|stream| stream.has_timed_out())
+    }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
+        if self.outcome == Outcome::ClientLeft && self.has_timed_out() {
+            self.outcome = Outcome::WriteTimeout;
+        }
         let duration = self.begun.elapsed();
         let first_byte = self.first_byte.map(|at| at.saturating_duration_since(self.begun));
         let metrics = &self.shared.metrics;

@@ -1,6 +1,7 @@
 //! The body of every answer, watched from its first byte to its end.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -11,6 +12,7 @@ use http_body::{Body, Frame, SizeHint};
 use crate::access::{Outcome, Ticket, X_REQUEST_ID};
 use crate::llm::EventBody;
 use crate::relay::RelayBody;
+use crate::stall::StreamWatch;
 
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -26,6 +28,8 @@ pub(crate) enum Content {
 pub(crate) struct AnswerBody {
     content: Content,
     ticket: Option<Ticket>,
+    /// On HTTP/2. Beside the ticket, which is handed in with the last frame: that may wait for the client, too.
+    stream: Option<Arc<StreamWatch>>,
 }
 
 /// Binds an answer to its request: echoes the id, and watches the body.
@@ -40,7 +44,7 @@ pub(crate) fn finish(mut answer: Response<Content>, mut ticket: Ticket) -> Respo
             ticket.sent(bytes.len());
             ticket.ended(Outcome::Done);
         }
-        let mut body = AnswerBody { content, ticket: Some(ticket) };
+        let mut body = AnswerBody { content, stream: ticket.stream(), ticket: Some(ticket) };
         if !matches!(body.content, Content::Full(_)) && body.is_end_stream() {
             body.end(Outcome::Done);
         }
@@ -54,6 +58,31 @@ impl AnswerBody {
             ticket.ended(outcome);
         }
     }
+
+    fn next_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let frame = match &mut self.content {
+            Content::Full(bytes) if bytes.is_empty() => None,
+            Content::Full(bytes) => return Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Content::Events(events) => ready!(events.poll_bytes(cx)).map(|bytes| Ok(Frame::data(bytes))),
+            Content::Relay(relay) => ready!(Pin::new(&mut **relay).poll_frame(cx)),
+        };
+        match &frame {
+            Some(Ok(frame)) => {
+                if let (Some(ticket), Some(data)) = (&mut self.ticket, frame.data_ref()) {
+                    ticket.sent(data.len());
+                }
+                if self.is_end_stream() {
+                    self.end(Outcome::Done);
+                }
+            }
+            Some(Err(_)) => self.end(Outcome::Broken),
+            None => {
+                let broken = matches!(&self.content, Content::Events(events) if events.is_broken());
+                self.end(if broken { Outcome::Broken } else { Outcome::Done });
+            }
+        }
+        Poll::Ready(frame)
+    }
 }
 
 impl Body for AnswerBody {
@@ -64,27 +93,12 @@ impl Body for AnswerBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let this = &mut *self;
-        let frame = match &mut this.content {
-            Content::Full(bytes) if bytes.is_empty() => None,
-            Content::Full(bytes) => return Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
-            Content::Events(events) => ready!(events.poll_bytes(cx)).map(|bytes| Ok(Frame::data(bytes))),
-            Content::Relay(relay) => ready!(Pin::new(&mut **relay).poll_frame(cx)),
-        };
-        match &frame {
-            Some(Ok(frame)) => {
-                if let (Some(ticket), Some(data)) = (&mut this.ticket, frame.data_ref()) {
-                    ticket.sent(data.len());
-                }
-                if this.is_end_stream() {
-                    this.end(Outcome::Done);
-                }
-            }
-            Some(Err(_)) => this.end(Outcome::Broken),
-            None => {
-                let broken = matches!(&this.content, Content::Events(events) if events.is_broken());
-                this.end(if broken { Outcome::Broken } else { Outcome::Done });
-            }
+        if let Some(stream) = &self.stream {
+            stream.asked();
+        }
+        let frame = ready!(self.next_frame(cx));
+        if let Some(stream) = self.stream.as_ref().filter(|_| matches!(frame, Some(Ok(_)))) {
+            stream.gave();
         }
         Poll::Ready(frame)
     }

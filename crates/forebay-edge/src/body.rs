@@ -129,6 +129,11 @@ struct Progress {
 pub(crate) struct Watch(Arc<Mutex<Progress>>);
 
 impl Watch {
+    #[cfg(test)]
+    pub(crate) fn idle() -> Self {
+        Self(Arc::new(Mutex::new(Progress { error: None, moved: Instant::now(), bytes: 0 })))
+    }
+
     pub(crate) fn error(&self) -> Option<BodyError> {
         self.0.lock().error.clone()
     }

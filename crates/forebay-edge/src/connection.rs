@@ -6,21 +6,25 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::Poll;
 
-use bytes::{Buf, Bytes};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use bytes::Bytes;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
+use crate::config::EdgeLimits;
 use crate::guard::Refusal;
-use crate::head_scan::HeadScan;
+use crate::head::HeadLimits;
+use crate::head_scan::{HeadScan, Passed};
 use crate::metrics::Counted;
 use crate::service::{Shared, serve};
+use crate::stall::StreamExecutor;
+use crate::transport::{Transport, Wire, Writes};
 
 /// The first bytes of the HTTP/2 preface (RFC 9113, 3.4): no HTTP/1.1 request begins like it, as `PRI` is reserved.
 const PREFACE: &[u8] = b"PRI ";
@@ -29,6 +33,7 @@ const PREFACE: &[u8] = b"PRI ";
 pub(crate) struct ConnState {
     pub(crate) peer: SocketAddr,
     pub(crate) secure: bool,
+    pub(crate) writes: Arc<Writes>,
     inner: Mutex<Inner>,
 }
 
@@ -43,43 +48,55 @@ struct Inner {
 }
 
 impl ConnState {
-    fn new(peer: SocketAddr, secure: bool) -> Self {
+    fn new(peer: SocketAddr, secure: bool, writes: Arc<Writes>, limits: &EdgeLimits) -> Self {
+        let heads =
+            HeadLimits { bytes_max: limits.max_header_bytes.as_usize(), headers_max: limits.max_headers };
         let inner = Inner {
-            scan: HeadScan::new(),
+            scan: HeadScan::new(heads),
             head_since: None,
             idle_since: Instant::now(),
             in_flight: 0,
             requests: 0,
         };
-        Self { peer, secure, inner: Mutex::new(inner) }
+        Self { peer, secure, writes, inner: Mutex::new(inner) }
     }
 
     pub(crate) fn next_verdict(&self) -> Result<(), Refusal> {
         self.inner.lock().scan.next_verdict()
     }
 
-    fn on_read(&self, bytes: &[u8]) {
+    /// A head was refused; nothing is read behind it.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.inner.lock().scan.is_refused()
+    }
+
+    /// What of bytes from the socket goes on to hyper.
+    pub(crate) fn on_read(&self, bytes: &[u8]) -> Passed {
         let mut inner = self.inner.lock();
-        inner.scan.push(bytes);
+        let passed = inner.scan.push(bytes);
         inner.head_since = match (inner.scan.is_mid_head(), inner.head_since) {
             (true, None) => Some(Instant::now()),
             (true, since) => since,
             (false, _) => None,
         };
+        passed
     }
 
-    /// When this connection is to be closed if nothing happens until then; `None` while a request is in flight.
-    fn due(&self, limits: &crate::config::EdgeLimits) -> Option<Instant> {
+    /// When this connection is to be closed if nothing happens until then, and why; `None` while a request is in
+    /// flight whose client takes what there is.
+    fn due(&self, limits: &EdgeLimits) -> Option<(Instant, Due)> {
+        let write = self.writes.blocked_since().map(|since| (since + limits.write_timeout.get(), Due::Write));
         let inner = self.inner.lock();
         if inner.in_flight > 0 {
-            return None;
+            return write;
         }
-        Some(match inner.head_since {
-            Some(since) => since + limits.header_timeout.get(),
+        let read = match inner.head_since {
+            Some(since) => (since + limits.header_timeout.get(), Due::Header),
             // A client that connects and says nothing gets the shorter limit.
-            None if inner.requests == 0 => inner.idle_since + limits.header_timeout.get(),
-            None => inner.idle_since + limits.idle_timeout.get(),
-        })
+            None if inner.requests == 0 => (inner.idle_since + limits.header_timeout.get(), Due::Idle),
+            None => (inner.idle_since + limits.idle_timeout.get(), Due::Idle),
+        };
+        Some(write.filter(|write| write.0 < read.0).unwrap_or(read))
     }
 
     fn is_fresh(&self) -> bool {
@@ -88,8 +105,27 @@ impl ConnState {
     }
 }
 
+/// Which time limit closes a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    Header,
+    Idle,
+    Write,
+}
+
+impl Due {
+    /// The metric's label.
+    fn reason(self) -> &'static str {
+        match self {
+            Self::Header => "header-timeout",
+            Self::Idle => "idle-timeout",
+            Self::Write => "write-timeout",
+        }
+    }
+}
+
 /// Counts a request as in flight on its connection, from its head to the end of its answer.
-pub(crate) struct InFlight(Arc<ConnState>);
+pub(crate) struct InFlight(pub(crate) Arc<ConnState>);
 
 impl InFlight {
     pub(crate) fn new(state: &Arc<ConnState>) -> Self {
@@ -106,61 +142,6 @@ impl Drop for InFlight {
         let mut inner = self.0.inner.lock();
         inner.in_flight -= 1;
         inner.idle_since = Instant::now();
-    }
-}
-
-/// A connection's transport: bytes that were read ahead come first, and HTTP/1.1 heads are watched.
-struct Transport<S> {
-    stream: S,
-    ahead: Bytes,
-    watch: Option<Arc<ConnState>>,
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Transport<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let this = &mut *self;
-        if this.ahead.is_empty() {
-            std::task::ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-        } else {
-            let length = this.ahead.len().min(buf.remaining());
-            buf.put_slice(&this.ahead[..length]);
-            this.ahead.advance(length);
-        }
-        if let Some(state) = &this.watch {
-            state.on_read(&buf.filled()[before..]);
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Transport<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
@@ -182,15 +163,13 @@ pub(crate) async fn serve_connection(
     stop: Stop,
 ) {
     let _counted = Counted::new(&shared.metrics.connections);
-    // A token's frame must not wait for the ack of the one before.
-    if let Err(error) = tcp.set_nodelay(true) {
-        tracing::debug!(%error, "TCP_NODELAY could not be set");
-    }
     let kill = stop.kill.clone();
+    let writes = Arc::new(Writes::default());
+    let wire = Wire::new(tcp, writes.clone());
     let served = async {
         match tls {
-            Some(acceptor) => serve_tls(&shared, tcp, peer, acceptor, stop).await,
-            None => serve_plain(&shared, tcp, peer, stop).await,
+            Some(acceptor) => serve_tls(&shared, wire, writes, peer, acceptor, stop).await,
+            None => serve_plain(&shared, wire, writes, peer, stop).await,
         }
     };
     tokio::select! {
@@ -201,12 +180,13 @@ pub(crate) async fn serve_connection(
 
 async fn serve_tls(
     shared: &Arc<Shared>,
-    tcp: TcpStream,
+    wire: Wire,
+    writes: Arc<Writes>,
     peer: SocketAddr,
     acceptor: TlsAcceptor,
     stop: Stop,
 ) {
-    let handshake = tokio::time::timeout(shared.limits.header_timeout.get(), acceptor.accept(tcp));
+    let handshake = tokio::time::timeout(shared.limits.header_timeout.get(), acceptor.accept(wire));
     let stream = tokio::select! {
         stream = handshake => stream,
         () = stop.drain.cancelled() => return,
@@ -214,7 +194,8 @@ async fn serve_tls(
     match stream {
         Ok(Ok(stream)) => {
             let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-            serve_http(shared, stream, Bytes::new(), peer, true, http2, stop).await;
+            let state = Arc::new(ConnState::new(peer, true, writes, &shared.limits));
+            serve_http(shared, stream, Bytes::new(), state, http2, stop).await;
         }
         Ok(Err(error)) => {
             shared.metrics.refuse("tls-handshake");
@@ -224,8 +205,14 @@ async fn serve_tls(
     }
 }
 
-async fn serve_plain(shared: &Arc<Shared>, mut tcp: TcpStream, peer: SocketAddr, stop: Stop) {
-    let first = tokio::time::timeout(shared.limits.header_timeout.get(), read_first(&mut tcp));
+async fn serve_plain(
+    shared: &Arc<Shared>,
+    mut wire: Wire,
+    writes: Arc<Writes>,
+    peer: SocketAddr,
+    stop: Stop,
+) {
+    let first = tokio::time::timeout(shared.limits.header_timeout.get(), read_first(&mut wire));
     let first = tokio::select! {
         first = first => first,
         () = stop.drain.cancelled() => return,
@@ -233,7 +220,8 @@ async fn serve_plain(shared: &Arc<Shared>, mut tcp: TcpStream, peer: SocketAddr,
     match first {
         Ok(Ok(ahead)) => {
             let http2 = ahead.starts_with(PREFACE);
-            serve_http(shared, tcp, ahead, peer, false, http2, stop).await;
+            let state = Arc::new(ConnState::new(peer, false, writes, &shared.limits));
+            serve_http(shared, wire, ahead, state, http2, stop).await;
         }
         // The client left without a word: health checks of load balancers do that.
         Ok(Err(_)) => {}
@@ -242,11 +230,11 @@ async fn serve_plain(shared: &Arc<Shared>, mut tcp: TcpStream, peer: SocketAddr,
 }
 
 /// Reads until it is known whether this is the HTTP/2 preface.
-async fn read_first(tcp: &mut TcpStream) -> io::Result<Bytes> {
+async fn read_first(wire: &mut Wire) -> io::Result<Bytes> {
     let mut ahead = [0; PREFACE.len()];
     let mut length = 0;
     while length < ahead.len() && PREFACE.starts_with(&ahead[..length]) {
-        match tcp.read(&mut ahead[length..]).await? {
+        match wire.read(&mut ahead[length..]).await? {
             0 if length == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             0 => break,
             more => length += more,
@@ -259,16 +247,14 @@ async fn serve_http<S>(
     shared: &Arc<Shared>,
     stream: S,
     ahead: Bytes,
-    peer: SocketAddr,
-    secure: bool,
+    state: Arc<ConnState>,
     http2: bool,
     stop: Stop,
 ) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let state = Arc::new(ConnState::new(peer, secure));
     let watch = (!http2).then(|| state.clone());
-    let io = TokioIo::new(Transport { stream, ahead, watch });
+    let io = TokioIo::new(Transport::new(stream, ahead, watch));
     let limits = &shared.limits;
     let service = {
         let (shared, state) = (shared.clone(), state.clone());
@@ -281,10 +267,11 @@ async fn serve_http<S>(
     };
     let head_bytes_max = limits.max_header_bytes.as_usize();
     let result = if http2 {
-        let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+        let connection = hyper::server::conn::http2::Builder::new(StreamExecutor::new(shared.clone()))
             .timer(TokioTimer::new())
             .max_concurrent_streams(limits.max_concurrent_streams)
-            .max_header_list_size(u32::try_from(head_bytes_max).unwrap_or(u32::MAX))
+            // Twice the limit: up to there the refusal is ours (`guard::check_size`), and has a body. hyper's has none.
+            .max_header_list_size(u32::try_from(head_bytes_max.saturating_mul(2)).unwrap_or(u32::MAX))
             // Rapid reset (CVE-2023-44487) and its kin; hyper's own defaults, written down so that they stay.
             .max_pending_accept_reset_streams(20)
             .max_local_error_reset_streams(1024)
@@ -298,7 +285,9 @@ async fn serve_http<S>(
             .timer(TokioTimer::new())
             // The time limit on heads is ours (`drive`): hyper's would also end idle connections.
             .header_read_timeout(None)
-            .max_buf_size(head_bytes_max.max(8 * 1024))
+            // Heads come whole and within their limits (`head_scan`), so hyper's own limits, whose refusals have no
+            // body, are just out of reach.
+            .max_buf_size(head_bytes_max.saturating_add(8 * 1024))
             .max_headers(limits.max_headers)
             // Must stay off: it swallows hyper's own 400 and 431.
             .pipeline_flush(false)
@@ -306,7 +295,11 @@ async fn serve_http<S>(
         drive(Box::pin(connection), shared, &state, &stop).await
     };
     if let Err(error) = result {
-        tracing::debug!(%error, peer = %peer.ip(), "connection ended");
+        if error.is_parse() && !http2 {
+            // What hyper refuses and `head` let through; there should be none.
+            shared.metrics.refuse("unparsable");
+        }
+        tracing::debug!(%error, peer = %state.peer.ip(), "connection ended");
     }
 }
 
@@ -328,7 +321,7 @@ where
     }
 }
 
-impl<I, S, B> Graceful for hyper::server::conn::http2::Connection<I, S, TokioExecutor>
+impl<I, S, B> Graceful for hyper::server::conn::http2::Connection<I, S, StreamExecutor>
 where
     I: hyper::rt::Read + hyper::rt::Write + Unpin,
     S: hyper::service::HttpService<hyper::body::Incoming, ResBody = B>,
@@ -337,7 +330,7 @@ where
     B: http_body::Body + Send + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    TokioExecutor: hyper::rt::bounds::Http2ServerConnExec<S::Future, B>,
+    StreamExecutor: hyper::rt::bounds::Http2ServerConnExec<S::Future, B>,
 {
     fn graceful_shutdown(self: Pin<&mut Self>) {
         Self::graceful_shutdown(self);
@@ -366,9 +359,13 @@ async fn drive<C: Graceful>(
                 }
                 connection.as_mut().graceful_shutdown();
             }
-            () = until_due(timer.as_mut(), state, shared) => {
-                let mid_head = state.inner.lock().head_since.is_some();
-                shared.metrics.refuse(if mid_head { "header-timeout" } else { "idle-timeout" });
+            due = until_due(timer.as_mut(), state, shared) => {
+                shared.metrics.refuse(due.reason());
+                if due == Due::Write {
+                    // Dropping the connection drops the replies, and all that is held for them below.
+                    state.writes.time_out();
+                    return Ok(());
+                }
                 // Nothing is in flight, so there is nothing to finish; HTTP/2 clients are told with a GOAWAY.
                 connection.as_mut().graceful_shutdown();
                 let farewell = tokio::time::timeout(std::time::Duration::from_millis(100), connection.as_mut());
@@ -380,14 +377,14 @@ async fn drive<C: Graceful>(
 
 /// Resolves when the connection is due to be closed. Polled after the connection, so that it sees what has changed;
 /// the timer itself is only moved when it fires or must fire earlier.
-fn until_due(mut timer: Pin<&mut Sleep>, state: &ConnState, shared: &Shared) -> impl Future<Output = ()> {
+fn until_due(mut timer: Pin<&mut Sleep>, state: &ConnState, shared: &Shared) -> impl Future<Output = Due> {
     std::future::poll_fn(move |cx| {
         loop {
             let now = Instant::now();
             let due = state.due(&shared.limits);
-            if let Some(due) = due {
+            if let Some((due, why)) = due {
                 if due <= now {
-                    return Poll::Ready(());
+                    return Poll::Ready(why);
                 }
                 if due < timer.deadline() {
                     timer.as_mut().reset(due);
@@ -397,7 +394,7 @@ fn until_due(mut timer: Pin<&mut Sleep>, state: &ConnState, shared: &Shared) -> 
                 return Poll::Pending;
             }
             // In flight: look again later; the end of the answer wakes the connection, and so this, anyway.
-            timer.as_mut().reset(due.unwrap_or(now + shared.limits.idle_timeout.get()));
+            timer.as_mut().reset(due.map_or(now + shared.limits.idle_timeout.get(), |due| due.0));
         }
     })
 }

@@ -43,7 +43,9 @@ pub(crate) struct Passed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum At {
     Head,
-    Body { left: u64 },
+    Body {
+        left: u64,
+    },
     Chunked(Chunk),
     Lost,
     /// After a refused head: nothing is passed on any more.

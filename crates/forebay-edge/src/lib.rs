@@ -20,6 +20,7 @@ mod body;
 mod config;
 mod connection;
 mod guard;
+mod head;
 mod head_scan;
 mod listen;
 mod llm;
@@ -27,7 +28,9 @@ mod metrics;
 mod relay;
 mod route;
 mod service;
+mod stall;
 mod tls;
+mod transport;
 
 #[cfg(test)]
 mod tests;

@@ -66,10 +66,11 @@ pub enum BindError {
 /// How a drain went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DrainReport {
-    /// Connections that were open when the stop came.
+    /// Connections that were open when the listeners closed.
     pub open: usize,
     /// Of these, closed by force at the end of `drain-timeout`.
     pub cut: usize,
+    /// From the stop, `drain-delay` included.
     pub took: Duration,
 }
 
@@ -83,6 +84,7 @@ pub struct BoundEdge {
     addrs: Vec<SocketAddr>,
     tls: Option<TlsAcceptor>,
     shared: Arc<Shared>,
+    drain_delay: Duration,
     drain_timeout: Duration,
 }
 
@@ -136,7 +138,14 @@ impl Edge {
             heartbeat: config.stream_heartbeat.map(|every| every.get()),
             draining: AtomicBool::new(false),
         });
-        Ok(BoundEdge { listeners, addrs, tls, shared, drain_timeout: config.drain_timeout.get() })
+        Ok(BoundEdge {
+            listeners,
+            addrs,
+            tls,
+            shared,
+            drain_delay: config.drain_delay.get(),
+            drain_timeout: config.drain_timeout.get(),
+        })
     }
 }
 
@@ -146,8 +155,9 @@ impl BoundEdge {
         &self.addrs
     }
 
-    /// Serves until `shutdown` resolves, then drains: the listeners close at once, connections are told to close
-    /// (`connection: close`, GOAWAY) and finish what is in flight, up to `drain-timeout`.
+    /// Serves until `shutdown` resolves, then drains: `/health` says 503 at once, and for `drain-delay` that is all;
+    /// then the listeners close, connections are told to close (`connection: close`, GOAWAY) and finish what is in
+    /// flight, up to `drain-timeout`.
     ///
     /// Cancellation: dropping the future closes everything at once.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> DrainReport {
@@ -165,6 +175,9 @@ impl BoundEdge {
         shutdown.await;
         let begun = Instant::now();
         self.shared.draining.store(true, Ordering::Release);
+        // Whoever sends requests here learns of the stop by asking, or from somebody who does; until then a closed
+        // port would be an error for his users.
+        tokio::time::sleep(self.drain_delay).await;
         stop.drain.cancel();
         accepting.close();
         // Listeners are closed when this returns, and no connection is added any more.

@@ -71,7 +71,7 @@ pub(crate) async fn answer(
         Ok(request) => request,
         Err(fault) => return refuse(&fault, ticket),
     };
-    let sent = within(shared.client.send(request), &watch, target.timeout).await;
+    let sent = within(shared.client.send(request), &watch, target).await;
     shared.metrics.received_bytes.inc_by(watch.bytes());
     // What broke the request is looked for at the client first: then it is not the upstream's fault.
     if let Some(error) = watch.error() {
@@ -87,13 +87,14 @@ pub(crate) async fn answer(
     ticket.trace.note(Layer::Edge, "upstream", begun, format!("{}", response.status().as_u16()));
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let source = "101 to a request that asked for no upgrade".into();
-        let error = UpstreamError::Protocol { authority: target.base.clone(), source };
+        let error = UpstreamError::Protocol { authority: target.authority.clone(), source };
         return refuse(&Fault::new(error.class(), error.to_string()).detail(error.detail()), ticket);
     }
     let (mut head, body) = response.into_parts();
     remove_hop_by_hop(&mut head.headers);
     let relay = RelayBody {
         body: Some(body),
+        authority: target.authority.clone(),
         watch,
         silence_max: target.timeout,
         timer: Box::pin(tokio::time::sleep(target.timeout)),
@@ -108,16 +109,18 @@ pub(crate) async fn answer(
 async fn within(
     send: impl Future<Output = Result<Response<ResponseBody>, UpstreamError>>,
     watch: &Watch,
-    silence_max: Duration,
+    target: &UpstreamTarget,
 ) -> Result<Response<ResponseBody>, UpstreamError> {
     let mut send = std::pin::pin!(send);
+    let silence_max = target.timeout;
     loop {
         let deadline = watch.moved() + silence_max;
         if let Ok(sent) = tokio::time::timeout_at(deadline, send.as_mut()).await {
             return sent;
         }
         if watch.moved() + silence_max <= Instant::now() {
-            return Err(UpstreamError::FirstByteTimeout { authority: String::new(), after: silence_max });
+            let authority = target.authority.clone();
+            return Err(UpstreamError::FirstByteTimeout { authority, after: silence_max });
         }
     }
 }
@@ -196,6 +199,8 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
 pub(crate) struct RelayBody {
     /// `None` after an error: the connection is closed at once.
     body: Option<ResponseBody>,
+    /// Of the upstream, for the log.
+    authority: String,
     /// Of the request's body: a client that still uploads keeps the answer alive.
     watch: Watch,
     silence_max: Duration,
@@ -231,7 +236,9 @@ impl Body for RelayBody {
                 if deadline <= Instant::now() {
                     this.body = None;
                     let after = this.silence_max;
-                    let error = UpstreamError::IdleTimeout { authority: String::new(), after };
+                    let authority = std::mem::take(&mut this.authority);
+                    let error = UpstreamError::IdleTimeout { authority, after };
+                    tracing::debug!(detail = error.detail(), "an upstream's answer broke off");
                     return Poll::Ready(Some(Err(error.into())));
                 }
                 this.timer.as_mut().reset(deadline);
@@ -268,5 +275,18 @@ mod tests {
         .collect();
         remove_hop_by_hop(&mut headers);
         assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["accept"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_upstream_is_named_in_the_log_only() {
+        let target = UpstreamTarget {
+            base: "http://127.0.0.1:9000/base".into(),
+            authority: "127.0.0.1:9000".into(),
+            strip: String::new(),
+            timeout: Duration::from_secs(1),
+        };
+        let error = within(std::future::pending(), &Watch::idle(), &target).await.unwrap_err();
+        assert_eq!(error.detail(), "127.0.0.1:9000: the upstream did not answer within 1000 ms");
+        assert_eq!(error.to_string(), "the upstream did not answer within 1000 ms");
     }
 }

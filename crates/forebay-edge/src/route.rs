@@ -28,6 +28,8 @@ pub(crate) enum Target {
     Llm {
         /// Taken off the path, so that `/v1/` is left.
         mount: String,
+        /// The route is a mount without `/v1/`, below which `/v1` may be left out.
+        v1_optional: bool,
     },
     Upstream(UpstreamTarget),
 }
@@ -36,6 +38,8 @@ pub(crate) enum Target {
 pub(crate) struct UpstreamTarget {
     /// `http://127.0.0.1:9000/base`, no slash at the end.
     pub(crate) base: String,
+    /// `127.0.0.1:9000`, for the log.
+    pub(crate) authority: String,
     /// Taken off the path.
     pub(crate) strip: String,
     pub(crate) timeout: Duration,
@@ -46,7 +50,7 @@ impl RouteTable {
     pub(crate) fn new(config: &EdgeConfig) -> Self {
         let mut routes: Vec<_> = config.routes.iter().map(Route::new).collect();
         if routes.is_empty() {
-            let target = Target::Llm { mount: String::new() };
+            let target = Target::Llm { mount: String::new(), v1_optional: false };
             routes.push(Route { label: "/".into(), host: None, prefix: String::new(), target });
         }
         routes.sort_by_key(|route| (route.host.is_none(), std::cmp::Reverse(route.prefix.len())));
@@ -80,11 +84,14 @@ impl Route {
         let target = if config.to == "llm" {
             // `/api/v1/chat/` is the LLM API mounted at `/api`; a path without `/v1` is a mount as a whole.
             let whole = format!("{prefix}/");
-            let mount = whole.find("/v1/").map_or(prefix.as_str(), |at| &prefix[..at]);
-            Target::Llm { mount: mount.to_owned() }
+            let v1 = whole.find("/v1/");
+            let mount = v1.map_or(prefix.as_str(), |at| &prefix[..at]).to_owned();
+            // Not at the root, where the API is as OpenAI has it.
+            Target::Llm { v1_optional: v1.is_none() && !mount.is_empty(), mount }
         } else {
             Target::Upstream(UpstreamTarget {
                 base: config.to.trim_end_matches('/').to_owned(),
+                authority: authority(&config.to),
                 strip: if config.strip_prefix { prefix.clone() } else { String::new() },
                 timeout: config.timeout.map_or(ROUTE_TIMEOUT, |timeout| timeout.get()),
             })
@@ -105,6 +112,23 @@ pub(crate) fn without_mount<'a>(mount: &str, path: &'a str) -> &'a str {
         Some(rest) if rest.starts_with('/') => rest,
         Some(_) | None => path,
     }
+}
+
+/// Paths of an LLM route that are not below `/v1`, as vLLM has them.
+const OUTSIDE_V1: [&str; 5] = ["/health", "/version", "/metrics", "/tokenize", "/detokenize"];
+
+/// The path that the stack below is asked for.
+pub(crate) fn llm_path(mount: &str, v1_optional: bool, path: &str) -> String {
+    let path = without_mount(mount, path);
+    if !v1_optional || path == "/" || is_prefix("/v1", path) || OUTSIDE_V1.contains(&path) {
+        return path.to_owned();
+    }
+    format!("/v1{path}")
+}
+
+fn authority(url: &str) -> String {
+    let uri: Option<Uri> = url.parse().ok();
+    uri.as_ref().and_then(Uri::authority).map(ToString::to_string).unwrap_or_default()
 }
 
 /// Checks the URL of an upstream route.
@@ -169,8 +193,8 @@ mod tests {
         let check = |route: &str, path: &str, expect: &str| {
             let table = RouteTable::new(&config(&[(route, None, "llm")]));
             let found = table.find("x", path).map(|r| &r.target);
-            let Some(Target::Llm { mount }) = found else { panic!("{route} {path}: {found:?}") };
-            assert_eq!(without_mount(mount, path), expect, "{route} {path}");
+            let Some(Target::Llm { mount, v1_optional }) = found else { panic!("{route} {path}: {found:?}") };
+            assert_eq!(llm_path(mount, *v1_optional, path), expect, "{route} {path}");
         };
         check("/", "/v1/models", "/v1/models");
         check("/v1/", "/v1/models", "/v1/models");
@@ -179,7 +203,29 @@ mod tests {
         check("/llm", "/llm/v1/models", "/v1/models");
         check("/llm/", "/llm/tokenize", "/tokenize");
         check("/llm/", "/llm", "/");
+        // What a client has whose base URL ends with the mount.
+        check("/llm/", "/llm/chat/completions", "/v1/chat/completions");
+        check("/llm", "/llm/models/org/m", "/v1/models/org/m");
+        check("/llm/", "/llm/v1", "/v1");
+        check("/llm/", "/llm/v1x", "/v1/v1x");
+        check("/llm/", "/llm/health", "/health");
+        // Elsewhere nothing is made up.
+        check("/", "/chat/completions", "/chat/completions");
+        check("/api/v1/chat/", "/api/v1/chat/completions", "/v1/chat/completions");
         check("/api/v1beta/", "/api/v1beta/tokenize", "/tokenize");
+    }
+
+    #[test]
+    fn upstreams_are_split() {
+        let check = |to: &str, expect: (&str, &str)| {
+            let table = RouteTable::new(&config(&[("/", None, to)]));
+            let Some(Target::Upstream(target)) = table.find("x", "/").map(|r| &r.target) else {
+                panic!("{to}")
+            };
+            assert_eq!((target.base.as_str(), target.authority.as_str()), expect);
+        };
+        check("http://a:9000/base/", ("http://a:9000/base", "a:9000"));
+        check("https://b", ("https://b", "b"));
     }
 
     #[test]

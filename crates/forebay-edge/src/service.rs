@@ -18,7 +18,7 @@ use crate::connection::{ConnState, InFlight};
 use crate::guard::{self, Refusal};
 use crate::llm::LlmStage;
 use crate::metrics::Metrics;
-use crate::route::{RouteTable, Target, without_mount};
+use crate::route::{RouteTable, Target, llm_path};
 use crate::{body, llm, relay};
 
 /// Whether the stack can serve, as `/health` says it.
@@ -68,7 +68,10 @@ pub(crate) async fn serve(
     let (parts, incoming) = request.into_parts();
     let in_flight = InFlight::new(&connection);
     let mut ticket = Ticket::new(&shared, &parts, connection.peer, in_flight);
-    let verdict = if parts.version < Version::HTTP_2 { connection.next_verdict() } else { Ok(()) };
+    let verdict = match parts.version < Version::HTTP_2 {
+        true => connection.next_verdict(),
+        false => guard::check_size(&parts.headers, &shared.limits),
+    };
     let host = match verdict.and_then(|()| guard::check_head(&parts)) {
         Ok(host) => host,
         Err(refusal) => return refuse(&shared, refusal, &parts, incoming, ticket),
@@ -81,8 +84,8 @@ pub(crate) async fn serve(
         Some(route) => {
             ticket.route.clone_from(&route.label);
             match (&route.target, &shared.llm) {
-                (Target::Llm { mount }, Some(stage)) => {
-                    let path = without_mount(mount, parts.uri.path()).to_owned();
+                (Target::Llm { mount, v1_optional }, Some(stage)) => {
+                    let path = llm_path(mount, *v1_optional, parts.uri.path());
                     match own_answer(&shared, &parts.method, &path) {
                         Some(answer) => answer,
                         None => llm::answer(&shared, stage, parts, incoming, path, &ticket).await,

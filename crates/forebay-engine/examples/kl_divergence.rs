@@ -38,7 +38,8 @@ fn main() -> anyhow::Result<()> {
         ensure!(other.vocab == base.vocab && other.tokens == base.tokens, "not the same text");
         Tested::Saved(other)
     } else {
-        Tested::Ours(Box::new(executor(tested, &base)?))
+        let (executor, bos) = executor(tested, &base)?;
+        Tested::Ours(Box::new(executor), bos)
     };
     let mut total = Totals::default();
     for nth in 0..base.chunks() {
@@ -101,7 +102,9 @@ impl Base {
 
 /// What is held against the reference.
 enum Tested {
-    Ours(Box<CpuExecutor>),
+    /// With the token that begins a text, if the model wants one: it takes the place of each chunk's first, as in
+    /// llama-perplexity.
+    Ours(Box<CpuExecutor>, Option<u32>),
     Saved(Base),
 }
 
@@ -115,7 +118,9 @@ impl Tested {
     ) -> anyhow::Result<Vec<Vec<f64>>> {
         match self {
             Self::Saved(base) => scored.map(|_| Ok(base.next_row()?.log_p)).collect(),
-            Self::Ours(executor) => {
+            Self::Ours(executor, bos) => {
+                let mut token_ids = tokens.to_vec();
+                token_ids[0] = bos.unwrap_or(token_ids[0]);
                 let blocks = tokens.len().div_ceil(BLOCK_SIZE) as u32;
                 let plan = StepPlan {
                     seqs: vec![SeqId(nth as u64)],
@@ -133,7 +138,7 @@ impl Tested {
     }
 }
 
-fn executor(model: &Path, base: &Base) -> anyhow::Result<CpuExecutor> {
+fn executor(model: &Path, base: &Base) -> anyhow::Result<(CpuExecutor, Option<u32>)> {
     let model = Arc::new(ModelFile::open(model)?);
     let options = CpuOptions {
         isa: Isa::detect(),
@@ -144,7 +149,10 @@ fn executor(model: &Path, base: &Base) -> anyhow::Result<CpuExecutor> {
     };
     let executor = CpuExecutor::new(&model, &options)?;
     ensure!(executor.vocab_size() == base.vocab, "another vocabulary");
-    Ok(executor)
+    let key = |key: &str| model.gguf().get(&format!("tokenizer.ggml.{key}"));
+    let adds_bos = key("add_bos_token").and_then(Value::as_bool) == Some(true);
+    let bos = key("bos_token_id").and_then(Value::as_u64).filter(|_| adds_bos);
+    Ok((executor, bos.map(u32::try_from).transpose()?))
 }
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {

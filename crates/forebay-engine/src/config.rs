@@ -4,6 +4,8 @@ use forebay_config::{ByteSize, HumanDuration};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::kv_events::KvEventsConfig;
+
 /// L5: the inference engine in this process.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -28,6 +30,8 @@ pub struct EngineConfig {
     pub max_num_queued_tokens: u32,
     /// Reuse KV blocks of equal prompt prefixes.
     pub enable_prefix_caching: bool,
+    /// Publish what the KV cache holds, so that routers elsewhere can send a prompt to where its beginning is.
+    pub kv_events: Option<KvEventsConfig>,
     /// Compute threads; the machine's cores where absent.
     pub threads: Option<u32>,
     /// Longest time one request may take from arrival to its last token.
@@ -87,6 +91,12 @@ impl EngineConfig {
         if self.served_model_name.as_deref().is_some_and(|name| name.trim().is_empty()) {
             add("served-model-name", "the name is empty; leave it out for the model's own".to_owned());
         }
+        if self.kv_events.is_some() && !self.enable_prefix_caching {
+            add(
+                "kv-events",
+                "there are none without `enable-prefix-caching`; turn it on, or leave this out".to_owned(),
+            );
+        }
         for (key, zero) in [
             ("max-num-batched-tokens", self.max_num_batched_tokens == 0),
             ("max-num-seqs", self.max_num_seqs == 0),
@@ -116,6 +126,7 @@ impl Default for EngineConfig {
             max_num_queued_reqs: 1024,
             max_num_queued_tokens: 1_000_000,
             enable_prefix_caching: true,
+            kv_events: None,
             threads: None,
             request_timeout: HumanDuration::from_secs(600),
         }

@@ -3,11 +3,13 @@
 mod config;
 pub mod exec;
 pub mod gguf;
+mod kv_events;
 mod metrics;
 pub mod model;
 pub mod sample;
 mod serve;
 
 pub use config::{EngineConfig, EngineConfigError};
+pub use kv_events::{KvEventsConfig, KvEventsError};
 pub use metrics::EngineMetrics;
 pub use serve::{Engine, EngineDeps, KvSink, StartError, TextError};

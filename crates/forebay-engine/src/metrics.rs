@@ -8,6 +8,8 @@ use forebay_observe::metrics::{HistogramVec, IntCounterVec};
 use forebay_observe::{MetricError, Registry};
 use forebay_types::FinishReason;
 
+use crate::kv_events::KvEventFamilies;
+
 const LABELS: &[&str] = &["model_name", "engine"];
 
 const TTFT_BUCKETS: &[f64] = &[
@@ -36,6 +38,7 @@ pub struct EngineMetrics {
     finished: IntCounterVec,
     rejections: IntCounterVec,
     histograms: Histograms<HistogramVec>,
+    pub(crate) kv_events: KvEventFamilies,
 }
 
 #[derive(Clone)]
@@ -72,6 +75,7 @@ impl EngineMetrics {
             |name: &str, help: &str, buckets: &[f64]| registry.histograms(name, help, buckets, LABELS);
         let tokens = one_two_five(model_len_max);
         Ok(Self {
+            kv_events: KvEventFamilies::register(registry)?,
             gauges: registry.add(forebay_observe::metrics::GaugeVec::new(
                 forebay_observe::metrics::Opts::new(
                     "vllm:kv_cache_usage_perc",

@@ -4,10 +4,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use driver::{Driver, greedy, log_softmax};
-use forebay_engine::gguf::write::Writer;
+use driver::{Driver, dequantised, greedy, kl_divergence, log_softmax};
 use forebay_engine::model::{ModelFile, ModelSpec};
-use forebay_kernels::{Isa, TensorType, dequantize_row};
+use forebay_kernels::Isa;
 
 mod driver;
 
@@ -69,81 +68,87 @@ impl Reference {
     }
 }
 
-/// KL divergence of ours from the reference over its most likely tokens, the rest of the vocabulary taken as one:
-/// a lower bound of the whole.
-fn kl_divergence(reference: &[(u16, f32)], ours: &[f64]) -> f64 {
-    let (mut kl, mut p_rest, mut q_rest) = (0.0, 1.0, 1.0);
-    for &(id, log_p) in reference {
-        let (log_p, log_q) = (f64::from(log_p), ours[usize::from(id)]);
-        kl += log_p.exp() * (log_p - log_q);
-        p_rest -= log_p.exp();
-        q_rest -= log_q.exp();
-    }
-    if p_rest > 1e-6 && q_rest > 1e-6 { kl + p_rest * (p_rest / q_rest).ln() } else { kl }
+/// How far we are from a reference.
+struct Agreement {
+    /// Mean per position.
+    kl: f64,
+    /// Share of positions with the same most likely token.
+    top1: f64,
+    /// The same where the reference's first two are nearly equal and either is right.
+    top1_or_tie: f64,
 }
 
-/// Mean KL divergence, and the share of positions with the same most likely token. Where the reference's first two
-/// are nearly equal either is right.
-fn compare(model: &Arc<ModelFile>, reference: &Reference) -> (f64, f64) {
+fn compare(model: &Arc<ModelFile>, reference: &Reference) -> Agreement {
     let mut driver = Driver::new(model, Isa::detect(), 2, 16, (0..32).collect());
-    let (mut kl_sum, mut agree, mut positions) = (0.0, 0, 0);
+    let (mut kl, mut same, mut tied, mut positions) = (0.0, 0, 0, 0);
     for (tokens, tops) in reference.tokens.iter().zip(&reference.top) {
         let half = tokens.len() as u32 / 2;
         let at: Vec<u32> = (half..half + tops.len() as u32).collect();
         for (logits, top) in driver.logits_at(tokens, &at).iter().zip(tops) {
-            kl_sum += kl_divergence(top, &log_softmax(logits));
-            agree += usize::from(greedy(logits) == u32::from(top[0].0) || top[0].1 - top[1].1 < 0.1);
+            kl += kl_divergence(top.iter().map(|&(id, log_p)| (id.into(), log_p)), &log_softmax(logits));
+            if greedy(logits) == u32::from(top[0].0) {
+                same += 1;
+            } else if top[0].1 - top[1].1 < 0.1 {
+                tied += 1;
+            }
             positions += 1;
         }
     }
     assert!(positions >= 255);
-    let (kl, agreement) = (kl_sum / f64::from(positions), agree as f64 / f64::from(positions));
-    println!("{positions} positions: mean KL divergence {kl:.2e}, same top-1 {:.2} %", agreement * 100.0);
-    (kl, agreement)
+    let share = |count: usize| count as f64 / f64::from(positions);
+    let found =
+        Agreement { kl: kl / f64::from(positions), top1: share(same), top1_or_tie: share(same + tied) };
+    println!(
+        "{positions} positions: mean KL divergence {:.2e}, same top-1 {:.2} % (near ties counted {:.2} %)",
+        found.kl,
+        100.0 * found.top1,
+        100.0 * found.top1_or_tie
+    );
+    found
 }
 
-/// Both round activations to eight bits, at slightly different values, and thirty layers amplify that. On this text
-/// llama.cpp is 3.6e-3 (mean KL over 2040 positions, `examples/kl_divergence.rs`) from the same weights computed in
-/// f32, and 4.2e-3 from itself with flash attention off; we are 3.5e-3 from f32 and 4.2e-3 from llama.cpp.
-/// A wrong scale, minimum or rotation is off by orders of magnitude.
+/// Both round activations to eight bits, and thirty layers turn a difference in the last bit into other roundings
+/// everywhere: so far apart are also llama.cpp with and without flash attention, and we with and without a change of
+/// 1e-7 in the embeddings. `docs/numerics.md` has the figures. A wrong scale, minimum or rotation is off by orders of
+/// magnitude. (Which of two near tokens wins is chance in so few positions: the sharp bound is that of the divergence.)
 #[test]
 fn quantised_agrees_with_llama_cpp_as_well_as_llama_cpp_does_with_itself() {
     let Some(model) = model() else { return };
-    let (kl, agreement) = compare(&model, &Reference::parse(include_bytes!("fixtures/smollm2-llamacpp.bin")));
-    assert!(kl < 4e-3, "{kl}");
-    assert!(agreement >= 0.97, "{agreement}");
+    let check = |fixture: &[u8], kl_max: f64, top1_min: f64| {
+        let found = compare(&model, &Reference::parse(fixture));
+        assert!(found.kl < kl_max, "{}", found.kl);
+        assert!(found.top1 >= top1_min, "{}", found.top1);
+        assert!(found.top1_or_tie >= 0.97, "{}", found.top1_or_tie);
+    };
+    check(include_bytes!("fixtures/smollm2-llamacpp.bin"), 4e-3, 0.92);
+    check(include_bytes!("fixtures/smollm2-chat-llamacpp.bin"), 3.5e-3, 0.94);
 }
 
 /// Of the quantised path alone: not further from the exact result than llama.cpp is.
 #[test]
 fn quantised_is_close_to_f32() {
     let Some(model) = model() else { return };
-    let (kl, agreement) = compare(&model, &Reference::parse(include_bytes!("fixtures/smollm2-f32.bin")));
-    assert!(kl < 3.5e-3, "{kl}");
-    assert!(agreement >= 0.97, "{agreement}");
+    let check = |fixture: &[u8], kl_max: f64| {
+        let found = compare(&model, &Reference::parse(fixture));
+        assert!(found.kl < kl_max, "{}", found.kl);
+        assert!(found.top1_or_tie >= 0.97, "{}", found.top1_or_tie);
+    };
+    check(include_bytes!("fixtures/smollm2-f32.bin"), 3.5e-3);
+    check(include_bytes!("fixtures/smollm2-chat-llamacpp-f32.bin"), 3e-3);
 }
 
-/// The forward pass alone: with weights dequantised there is no rounding to eight bits to hide behind.
+/// The forward pass alone: with weights dequantised there is no rounding to eight bits to hide behind. Far inside what
+/// is asked for: 1e-3, and 97 % without ties.
 #[test]
-fn dequantised_agrees_with_transformers() {
+fn dequantised_agrees_with_transformers_and_llama_cpp() {
     let Some(model) = model() else { return };
     let model = Arc::new(ModelFile::from_bytes(dequantised(&model)).unwrap());
-    let (kl, agreement) = compare(&model, &Reference::parse(include_bytes!("fixtures/smollm2-f32.bin")));
-    assert!(kl < 1e-5, "{kl}");
-    assert!(agreement == 1.0, "{agreement}");
-}
-
-/// The same model with every tensor in F32.
-fn dequantised(model: &ModelFile) -> Vec<u8> {
-    let mut file = Writer::new();
-    for (key, value) in model.gguf().metadata().filter(|(key, _)| !key.starts_with("tokenizer.")) {
-        file.put(key, value);
-    }
-    for tensor in model.gguf().tensors() {
-        let element = TensorType::from_ggml(tensor.element.ggml()).unwrap();
-        let mut values = vec![0.0; tensor.rows() * tensor.cols()];
-        dequantize_row(element, model.data(tensor), &mut values).unwrap();
-        file.tensor_f32(&tensor.name, &tensor.shape, &values);
-    }
-    file.finish()
+    let check = |fixture: &[u8]| {
+        let found = compare(&model, &Reference::parse(fixture));
+        assert!(found.kl < 1e-5, "{}", found.kl);
+        assert!(found.top1 >= 0.99, "{}", found.top1);
+        assert!(found.top1_or_tie == 1.0, "{}", found.top1_or_tie);
+    };
+    check(include_bytes!("fixtures/smollm2-f32.bin"));
+    check(include_bytes!("fixtures/smollm2-chat-llamacpp-f32.bin"));
 }

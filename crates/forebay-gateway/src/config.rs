@@ -48,7 +48,7 @@ pub struct ConsumerConfig {
 #[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct LimitsConfig {
-    /// Requests per minute, also the most that can be sent at once; unset is unlimited.
+    /// Requests per minute, refused ones included, also the most that can be sent at once; unset is unlimited.
     pub requests_per_minute: Option<NonZeroU64>,
     /// Prompt and completion tokens per minute; a request that may need more than this at once is never admitted.
     pub tokens_per_minute: Option<NonZeroU64>,

@@ -72,13 +72,17 @@ pub(crate) enum IdentifyError {
     Missing,
     #[error("Incorrect API key provided. Check that it is complete and still in use.")]
     Incorrect,
+    #[error("The header '{header}' is there more than once. Send one key.")]
+    Repeated { header: &'static str },
 }
 
 impl Classify for IdentifyError {
     fn class(&self) -> Class {
-        match self {
-            Self::Missing | Self::Incorrect => Class::new(Code::InvalidApiKey, Blame::Client),
-        }
+        let code = match self {
+            Self::Missing | Self::Incorrect => Code::InvalidApiKey,
+            Self::Repeated { .. } => Code::BadRequest,
+        };
+        Class::new(code, Blame::Client)
     }
 }
 

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use forebay_config::Environment;
 use forebay_flow::{Admitted, Caller, Flow, Origin, PromptEncoder, PromptIds, Received, Reply, Stage};
 use forebay_observe::{Layer, Registry};
-use forebay_quota::{Hold, Ledger, Limits};
+use forebay_quota::{Hold, Ledger, Limits, Refused};
 use forebay_types::{ConsumerName, Fault, ModelName};
-use forebay_wire::{Api, Ask, Generate, RenderSpec, error_row, parse};
-use http::{HeaderName, HeaderValue, header};
-use tokio::sync::Semaphore;
+use forebay_wire::{Api, Ask, Generate, ParseError, RenderSpec, check_encoding, error_row, parse};
+use http::{HeaderName, HeaderValue, Method, header};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::account::Account;
 use crate::audit::{AuditLog, AuditSlot};
@@ -45,6 +45,8 @@ struct Consumer {
     name: ConsumerName,
     ledger: Ledger,
     models: Option<Arc<[ModelName]>>,
+    /// Its long bodies that are read at a time, so that one consumer's can't keep all others waiting.
+    reading: Arc<Semaphore>,
 }
 
 /// Who may come in.
@@ -58,8 +60,9 @@ enum Access {
 pub struct Gateway<Next> {
     access: Access,
     encoder: Arc<dyn PromptEncoder>,
-    /// One permit per core: more long prompts at a time would only take turns.
-    encoding: Arc<Semaphore>,
+    /// Long bodies that are read at a time, of everybody. One per core: more would only take turns, and each takes some
+    /// 40 times its own memory while it is tokenized.
+    reading: Arc<Semaphore>,
     audit: Option<AuditLog>,
     metrics: Metrics,
     clock: Clock,
@@ -80,10 +83,16 @@ impl<Next> Gateway<Next> {
     ) -> Result<Self, GatewayBuildError> {
         let metrics = Metrics::register(deps.registry)?;
         let clock = Clock::start();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (access, audit) = match config {
             None => {
-                let consumer =
-                    Consumer { name: "anonymous".into(), ledger: Ledger::unlimited(), models: None };
+                let consumer = Consumer {
+                    name: "anonymous".into(),
+                    ledger: Ledger::unlimited(),
+                    models: None,
+                    // It is everybody, so there is nobody to keep a core for.
+                    reading: Arc::new(Semaphore::new(cores)),
+                };
                 (Access::Open(Arc::new(consumer)), None)
             }
             Some(config) => {
@@ -93,13 +102,12 @@ impl<Next> Gateway<Next> {
                 (Access::Keys(keys), audit)
             }
         };
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let default_output_tokens =
             config.map_or(GatewayConfig::default().default_output_tokens, |c| c.default_output_tokens);
         Ok(Self {
             access,
             encoder: deps.encoder,
-            encoding: Arc::new(Semaphore::new(cores)),
+            reading: Arc::new(Semaphore::new(cores)),
             audit,
             metrics,
             clock,
@@ -142,6 +150,9 @@ impl<Next> Gateway<Next> {
         account.identified(&consumer.name);
         origin.trace.note(Layer::Gateway, "authenticate", start, format!("consumer {}", consumer.name));
 
+        // The request is taken before anything is done for it, so that it costs also where it is refused, and somebody who
+        // has nothing left gets no work out of us. How many tokens it needs is known only after that work.
+        let mut hold = self.hold(consumer, if may_generate(&received) { 1 } else { 0 })?;
         let (ask, ids) = self.understand(origin, consumer, received, account).await?;
 
         let start = Instant::now();
@@ -149,7 +160,10 @@ impl<Next> Gateway<Next> {
             Ask::Generate(call) => tokens_max(call, &ids, self.default_output_tokens),
             Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => 0,
         };
-        let hold = self.hold(consumer, tokens)?;
+        if let Err(refused) = hold.try_resize(self.clock.now(), tokens) {
+            drop(hold);
+            return Err(self.refuse(consumer, refused));
+        }
         // What is left right after the hold, as OpenAI tells it: not what is left when the reply ends.
         let left = consumer.ledger.snapshot(self.clock.now());
         origin.trace.note(
@@ -165,13 +179,15 @@ impl<Next> Gateway<Next> {
     }
 
     fn hold(&self, consumer: &Consumer, tokens: u64) -> Result<Hold, Fault> {
-        let now = self.clock.now();
-        consumer.ledger.try_hold(now, tokens).map_err(|refused| {
-            self.metrics.refuse(consumer.name.as_str(), refused.limited);
-            let mut fault = Fault::from(refused);
-            fault.headers.extend(ratelimit::headers(&consumer.ledger.snapshot(now)));
-            fault
-        })
+        let held = consumer.ledger.try_hold(self.clock.now(), tokens);
+        held.map_err(|refused| self.refuse(consumer, refused))
+    }
+
+    fn refuse(&self, consumer: &Consumer, refused: Refused) -> Fault {
+        self.metrics.refuse(consumer.name.as_str(), refused.limited);
+        let mut fault = Fault::from(refused);
+        fault.headers.extend(ratelimit::headers(&consumer.ledger.snapshot(self.clock.now())));
+        fault
     }
 
     /// Parses the body and counts its tokens: here if it is short, else on a thread for blocking work.
@@ -184,30 +200,48 @@ impl<Next> Gateway<Next> {
     ) -> Result<(Ask, PromptIds), Fault> {
         let inline = received.body.len() <= INLINE_BODY_BYTES_MAX;
         let encoder = Arc::clone(&self.encoder);
+        let permits = if inline { None } else { Some(self.read_permits(consumer).await) };
         let (origin, consumer) = (Arc::clone(origin), Arc::clone(consumer));
-        let read = move || {
+        let read = move |is_wanted: &dyn Fn() -> bool| {
             let start = Instant::now();
             let ask = read(&received)?;
             origin.trace.note(Layer::Gateway, "parse", start, format!("{} bytes", received.body.len()));
             // The model goes back also where the rest fails: the audit log names it.
             let model = ask.model().cloned();
-            Ok::<_, Fault>((model, may_use(&consumer, &ask).and_then(|()| encode(&*encoder, &origin, ask))))
+            let encoded = || {
+                may_use(&consumer, &ask)?;
+                encode(&*encoder, &origin, ask, is_wanted)
+            };
+            Ok::<_, Fault>((model, encoded()))
         };
-        let read = if inline {
-            read()?
-        } else {
-            let permit = Arc::clone(&self.encoding).acquire_owned().await.expect("never closed");
-            let done = tokio::task::spawn_blocking(move || {
-                // Held to the end of the work also where the client has left meanwhile.
-                let _permit = permit;
-                read()
-            });
-            let done = done.await;
-            done.map_err(|error| Fault::internal(format!("reading the request: {error}")))??
+        let read = match permits {
+            None => read(&|| true),
+            Some(permits) => {
+                let (done, result) = oneshot::channel();
+                tokio::task::spawn_blocking(move || {
+                    // Work that has begun can't be interrupted: the permits stay with it where the client has left meanwhile.
+                    let _permits = permits;
+                    if !done.is_closed() {
+                        let read = read(&|| !done.is_closed());
+                        let _ = done.send(read);
+                    }
+                });
+                result
+                    .await
+                    .unwrap_or_else(|_| Err(Fault::internal("the thread that read the request is gone")))
+            }
         };
-        let (model, understood) = read;
+        let (model, understood) = read?;
         account.asked_for(model.as_ref());
         understood
+    }
+
+    /// Waits for this consumer's turn, and then for a core. A client that leaves while it waits takes nothing.
+    async fn read_permits(&self, consumer: &Consumer) -> [OwnedSemaphorePermit; 2] {
+        // In this order: who waits for the own turn must not hold what others could use.
+        let own = Arc::clone(&consumer.reading).acquire_owned().await.expect("never closed");
+        let core = Arc::clone(&self.reading).acquire_owned().await.expect("never closed");
+        [own, core]
     }
 }
 
@@ -250,9 +284,18 @@ impl<Next: Stage<Admitted>> Stage<Received> for Gateway<Next> {
     }
 }
 
+/// Whether this can become a generation, as far as the path says.
+fn may_generate(received: &Received) -> bool {
+    received.method == Method::POST && received.path.ends_with("/completions")
+}
+
 fn read(received: &Received) -> Result<Ask, Fault> {
+    for encoding in received.headers.get_all(header::CONTENT_ENCODING) {
+        check_encoding(Some(&String::from_utf8_lossy(encoding.as_bytes())))
+            .map_err(ParseError::into_fault)?;
+    }
     let content_type = received.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    parse(&received.method, &received.path, content_type, &received.body).map_err(|error| error.into_fault())
+    parse(&received.method, &received.path, content_type, &received.body).map_err(ParseError::into_fault)
 }
 
 /// Whether the consumer may use the model. A listing, and a look at one model, are filtered by the proxy: a model that
@@ -271,9 +314,18 @@ fn may_use(consumer: &Consumer, ask: &Ask) -> Result<(), Fault> {
     }
 }
 
-fn encode(encoder: &dyn PromptEncoder, origin: &Origin, ask: Ask) -> Result<(Ask, PromptIds), Fault> {
+fn encode(
+    encoder: &dyn PromptEncoder,
+    origin: &Origin,
+    ask: Ask,
+    is_wanted: &dyn Fn() -> bool,
+) -> Result<(Ask, PromptIds), Fault> {
     let Ask::Generate(call) = &ask else { return Ok((ask, PromptIds::none())) };
     let start = Instant::now();
+    encoder.fits(&call.model, &call.prompt)?;
+    if !is_wanted() {
+        return Err(Fault::internal("the client left"));
+    }
     let ids = encoder.encode(&call.model, &call.prompt)?;
     let how = if matches!(ids, PromptIds::Exact { .. }) { "exact" } else { "estimated" };
     origin.trace.note(Layer::Gateway, "tokenize", start, format!("{} tokens, {how}", ids.tokens()));
@@ -346,6 +398,7 @@ fn consumer(section: &ConsumerConfig, clock: Clock) -> Consumer {
         name: section.name.as_str().into(),
         ledger: Ledger::new(limits, WINDOW, clock.now()),
         models: models.map(|models| models.iter().map(|model| ModelName::from(model.as_str())).collect()),
+        reading: Arc::new(Semaphore::new(1)),
     }
 }
 

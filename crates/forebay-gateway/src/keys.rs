@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use hmac::{Hmac, KeyInit, Mac};
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderValue, header};
 use sha2::Sha256;
 use subtle::ConstantTimeEq;
 
@@ -48,7 +48,7 @@ impl<C> KeyRing<C> {
 
     /// Whose key the request carries.
     pub(crate) fn identify(&self, headers: &HeaderMap) -> Result<&C, IdentifyError> {
-        let key = credential(headers).ok_or(IdentifyError::Missing)?;
+        let key = credential(headers)?.ok_or(IdentifyError::Missing)?;
         // The limit bounds the work that a stranger can cause.
         if key.len() > self.key_bytes_max {
             return Err(IdentifyError::Incorrect);
@@ -61,14 +61,24 @@ impl<C> KeyRing<C> {
 
 /// The key as OpenAI's (`authorization: Bearer`), Anthropic's (`x-api-key`) or Azure's (`api-key`) clients send it, in
 /// this order. An empty one is none.
-fn credential(headers: &HeaderMap) -> Option<&[u8]> {
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
-        let (scheme, key) = value.as_bytes().split_at_checked(7)?;
+fn credential(headers: &HeaderMap) -> Result<Option<&[u8]>, IdentifyError> {
+    let bearer = only(headers, header::AUTHORIZATION.as_str())?.and_then(|value| {
+        let (scheme, key) = value.split_at_checked(7)?;
         scheme.eq_ignore_ascii_case(b"bearer ").then(|| key.trim_ascii())
     });
-    let named = |name: &str| headers.get(name).map(|value| value.as_bytes().trim_ascii());
-    let mut found = [bearer, named("x-api-key"), named("api-key")].into_iter().flatten();
-    found.find(|key| !key.is_empty())
+    let named = |name| only(headers, name).map(|value| value.map(<[u8]>::trim_ascii));
+    let found = [bearer, named("x-api-key")?, named("api-key")?];
+    Ok(found.into_iter().flatten().find(|key| !key.is_empty()))
+}
+
+/// A header that may be there once only (RFC 9110, 5.3): of two, a proxy before us may have checked the other one.
+fn only<'h>(headers: &'h HeaderMap, name: &'static str) -> Result<Option<&'h [u8]>, IdentifyError> {
+    let mut values = headers.get_all(name).iter();
+    let first = values.next();
+    match values.next() {
+        Some(_) => Err(IdentifyError::Repeated { header: name }),
+        None => Ok(first.map(HeaderValue::as_bytes)),
+    }
 }
 
 #[cfg(test)]
@@ -100,6 +110,22 @@ mod tests {
         check(&[("authorization", "Bearer sk-x")], Err(IdentifyError::Incorrect));
         check(&[("authorization", "Bearer sk-a sk-b")], Err(IdentifyError::Incorrect));
         check(&[("authorization", "Bearer sk-aaaaaaaaaaaaaaaa")], Err(IdentifyError::Incorrect));
+        // Which of two counts must not depend on who reads them.
+        let repeated = |header| Err(IdentifyError::Repeated { header });
+        check(
+            &[("authorization", "Bearer sk-a"), ("authorization", "Bearer sk-b")],
+            repeated("authorization"),
+        );
+        check(
+            &[("authorization", "Bearer sk-a"), ("authorization", "Bearer sk-a")],
+            repeated("authorization"),
+        );
+        check(
+            &[("authorization", "Basic eDp5"), ("authorization", "Bearer sk-a")],
+            repeated("authorization"),
+        );
+        check(&[("authorization", "Bearer sk-a"), ("api-key", "x"), ("api-key", "y")], repeated("api-key"));
+        check(&[("x-api-key", "sk-a"), ("x-api-key", "")], repeated("x-api-key"));
         // A wrong key is not saved by a right one in another place.
         check(&[("authorization", "Bearer sk-x"), ("x-api-key", "sk-a")], Err(IdentifyError::Incorrect));
     }

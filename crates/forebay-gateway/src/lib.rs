@@ -3,9 +3,10 @@
 //! ```text
 //! Received -> audit slot        or 503: what can't be audited is not done
 //!          -> identify          401
+//!          -> hold a request    429: before any work, and not given back where it is refused below
 //!          -> parse, may use?   400, 403
-//!          -> encode            the prompt's tokens, once for the whole stack
-//!          -> hold              429, names the limit
+//!          -> fits, encode      400; the prompt's tokens, once for the whole stack
+//!          -> hold the tokens   429, names the limit
 //!          -> Admitted -> next stage -> reply, metered until it ends
 //!          -> settle, audit     exactly once: at the end, on an error, or when the client leaves
 //! ```

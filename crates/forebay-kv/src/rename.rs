@@ -103,12 +103,15 @@ impl Renamer {
     }
 
     fn on_stored(&mut self, event: &ReplicaEvent) -> Option<KvEvent> {
-        let ReplicaEvent::Stored { names, parent, tokens, block_size, cache_salt, medium, group } = event else {
+        let ReplicaEvent::Stored { names, parent, tokens, block_size, cache_salt, medium, group } = event
+        else {
             return None;
         };
         let parent_hash = match parent {
             None => None,
-            Some(name) => self.slots.get(name).and_then(|&slot| self.blocks[slot as usize].hashes.last().copied()),
+            Some(name) => {
+                self.slots.get(name).and_then(|&slot| self.blocks[slot as usize].hashes.last().copied())
+            }
         };
         let orphan = parent.is_some() && parent_hash.is_none();
         if orphan || *block_size == 0 || !block_size.is_multiple_of(self.block_size) {

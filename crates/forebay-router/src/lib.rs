@@ -13,6 +13,7 @@ mod build;
 mod config;
 mod fleet;
 mod health;
+mod kv_events;
 mod lengths;
 mod live;
 mod metrics;
@@ -28,5 +29,6 @@ mod tests;
 
 pub use build::{RouterBuildError, RouterDeps};
 pub use config::{FleetConfig, HealthConfig, ParseReplicaError, ReplicaTarget, RouterConfig};
+pub use kv_events::{FleetKvEvents, KvEventSource, KvSourceError};
 pub use prefix::{KvSink, PrefixView};
 pub use router::{FleetStatus, ReplicaStatus, RouteError, Router};

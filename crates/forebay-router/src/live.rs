@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use forebay_observe::metrics::IntCounter;
 use forebay_placement::{Load, ReplicaState, ReplicaView, Speed};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::config::HealthConfig;
-use crate::health::{Health, Turn};
+use crate::health::{Health, Outlier, Turn};
 use crate::metrics::ReplicaMetrics;
 
 /// Health, load and speed of one replica: shared by the router, the probes and every request in flight.
@@ -21,6 +22,9 @@ pub(crate) struct Live {
 
 struct State {
     health: Health,
+    outlier: Outlier,
+    /// It refused vLLM's `continuous_usage_stats`, and is not asked for it again until it was down.
+    counts_only_at_the_end: bool,
     /// A probe was answered well at least once.
     proved: bool,
     load: Load,
@@ -32,7 +36,14 @@ impl Live {
         metrics.healthy.set(1);
         metrics.in_flight.set(0);
         metrics.queued_tokens.set(0);
-        let state = State { health: Health::UP, proved: false, load: Load::default(), speed: Speed::UNKNOWN };
+        let state = State {
+            health: Health::UP,
+            outlier: Outlier::default(),
+            counts_only_at_the_end: false,
+            proved: false,
+            load: Load::default(),
+            speed: Speed::UNKNOWN,
+        };
         Arc::new(Self { state: Mutex::new(state), metrics, begun })
     }
 
@@ -46,24 +57,56 @@ impl Live {
         let mut state = self.state.lock();
         state.proved |= good;
         let turn = state.health.on_probe(good, config);
-        self.note(turn)
+        self.note(&mut state, turn)
     }
 
     pub(crate) fn on_connect_error(&self) -> Option<Turn> {
         let mut state = self.state.lock();
         let turn = state.health.on_connect_error();
-        self.note(turn)
+        self.note(&mut state, turn)
+    }
+
+    /// Whether it is left out because it kept failing.
+    pub(crate) fn is_cooling(&self) -> bool {
+        self.state.lock().outlier.is_cooling(self.begun.elapsed())
+    }
+
+    /// It began to answer a request.
+    pub(crate) fn on_answer(&self) {
+        self.state.lock().outlier.on_success();
+    }
+
+    /// It failed a request that another would not have failed. True if it is left out from now on.
+    pub(crate) fn on_failed_answer(&self, config: &HealthConfig) -> bool {
+        let cools = self.state.lock().outlier.on_failure(self.begun.elapsed(), config);
+        if cools {
+            self.metrics.cool_offs.inc();
+        }
+        cools
+    }
+
+    pub(crate) fn counts_as_it_goes(&self) -> bool {
+        !self.state.lock().counts_only_at_the_end
+    }
+
+    pub(crate) fn on_counting_refused(&self) {
+        self.state.lock().counts_only_at_the_end = true;
     }
 
     pub(crate) fn proved(&self) -> bool {
         self.state.lock().proved
     }
 
-    /// Called under the state's lock, so that the gauge ends up with the newest state.
-    fn note(&self, turn: Option<Turn>) -> Option<Turn> {
+    /// Under the state's lock, so that the gauge ends up with the newest state.
+    fn note(&self, state: &mut State, turn: Option<Turn>) -> Option<Turn> {
         match turn {
             Some(Turn::Up) => self.metrics.healthy.set(1),
-            Some(Turn::Down) => self.metrics.healthy.set(0),
+            Some(Turn::Down) => {
+                self.metrics.healthy.set(0);
+                // What comes back is another process, and perhaps another version.
+                state.outlier = Outlier::default();
+                state.counts_only_at_the_end = false;
+            }
             None => {}
         }
         turn
@@ -90,6 +133,8 @@ pub(crate) struct InFlight {
     /// Uncached tokens that had to be computed until this request's first token, its own included.
     ahead: u64,
     waiting: bool,
+    /// Where nothing was looked up, nothing was expected: what the replica says is counted in its place.
+    not_looked_up: Option<IntCounter>,
 }
 
 impl InFlight {
@@ -106,12 +151,19 @@ impl InFlight {
             queued,
             ahead: load.queued_tokens,
             waiting: true,
+            not_looked_up: None,
         }
+    }
+
+    /// Nobody looked up what is cached: tokens that the replica says are count here too.
+    pub(crate) fn expecting_nothing(mut self, matched_tokens: IntCounter) -> Self {
+        self.not_looked_up = Some(matched_tokens);
+        self
     }
 
     /// The replica says how much of the prompt it has cached: the guess is put right.
     pub(crate) fn on_started(&mut self, prompt_tokens: u32, cached_tokens: u32) {
-        self.live.metrics.cached_tokens.inc_by(u64::from(cached_tokens));
+        self.on_cached(cached_tokens);
         if !self.waiting {
             return;
         }
@@ -133,6 +185,9 @@ impl InFlight {
 
     pub(crate) fn on_cached(&self, cached_tokens: u32) {
         self.live.metrics.cached_tokens.inc_by(u64::from(cached_tokens));
+        if let Some(matched) = &self.not_looked_up {
+            matched.inc_by(u64::from(cached_tokens));
+        }
     }
 
     fn learn(&self, now: Duration, elapsed: Duration) {

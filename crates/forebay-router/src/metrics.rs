@@ -14,6 +14,8 @@ pub(crate) struct Metrics {
     pub(crate) queued_tokens: IntGaugeVec,
     /// `model`, `replica`
     pub(crate) healthy: IntGaugeVec,
+    /// `model`, `replica`
+    pub(crate) cool_offs: IntCounterVec,
     /// `model`
     pub(crate) prompt_tokens: IntCounterVec,
     /// `model`
@@ -25,6 +27,14 @@ pub(crate) struct Metrics {
     /// `model`, `reason`
     pub(crate) refused: IntCounterVec,
     pub(crate) placing: Histogram,
+    /// `model`, `replica`
+    kv_events_connected: IntGaugeVec,
+    /// `model`, `replica`
+    kv_event_batches: IntCounterVec,
+    /// `model`, `replica`
+    kv_events_ignored: IntCounterVec,
+    /// `model`, `replica`, `filled`
+    kv_event_gaps: IntCounterVec,
 }
 
 impl Metrics {
@@ -51,6 +61,11 @@ impl Metrics {
                 "1 while a replica is up, 0 while it is down.",
                 at,
             )?,
+            cool_offs: registry.counters(
+                "forebay_router_cool_offs_total",
+                "Times that a replica was left out for a while because its answers failed, though its probes did not.",
+                at,
+            )?,
             prompt_tokens: registry.counters(
                 "forebay_router_prompt_tokens_total",
                 "Prompt tokens of placed requests.",
@@ -58,7 +73,7 @@ impl Metrics {
             )?,
             matched_tokens: registry.counters(
                 "forebay_router_prefix_matched_tokens_total",
-                "Prompt tokens that the chosen replica was expected to have cached.",
+                "Prompt tokens that the chosen replica was expected to have cached. With one replica nothing is looked up, and what it says itself is counted.",
                 &["model"],
             )?,
             cached_tokens: registry.counters(
@@ -81,7 +96,39 @@ impl Metrics {
                 "Time to hash a prompt's blocks, look them up and decide.",
                 &placing_buckets(),
             )?,
+            kv_events_connected: registry.gauges(
+                "forebay_router_kv_events_connected",
+                "1 while the KV events of a replica come in.",
+                at,
+            )?,
+            kv_event_batches: registry.counters(
+                "forebay_router_kv_event_batches_total",
+                "Batches of KV events taken in, replayed ones included.",
+                at,
+            )?,
+            kv_events_ignored: registry.counters(
+                "forebay_router_kv_events_ignored_total",
+                "KV events that say nothing that could be looked up: adapters, images, unknown memories or types, blocks after unknown ones.",
+                at,
+            )?,
+            kv_event_gaps: registry.counters(
+                "forebay_router_kv_event_gaps_total",
+                "Times that batches of KV events were missed, by whether a replay brought them (yes or no).",
+                &["model", "replica", "filled"],
+            )?,
         })
+    }
+
+    /// For the events of one replica.
+    pub(crate) fn kv_events(&self, model: &str, replica: &str) -> KvEventMetrics {
+        let at = &[model, replica];
+        KvEventMetrics {
+            connected: self.kv_events_connected.with_label_values(at),
+            batches: self.kv_event_batches.with_label_values(at),
+            ignored: self.kv_events_ignored.with_label_values(at),
+            gaps_filled: self.kv_event_gaps.with_label_values(&[model, replica, "yes"]),
+            gaps_left: self.kv_event_gaps.with_label_values(&[model, replica, "no"]),
+        }
     }
 
     /// For one replica.
@@ -91,6 +138,7 @@ impl Metrics {
             in_flight: self.in_flight.with_label_values(at),
             queued_tokens: self.queued_tokens.with_label_values(at),
             healthy: self.healthy.with_label_values(at),
+            cool_offs: self.cool_offs.with_label_values(at),
             cached_tokens: self.cached_tokens.with_label_values(&[model]),
         }
     }
@@ -107,5 +155,14 @@ pub(crate) struct ReplicaMetrics {
     pub(crate) in_flight: forebay_observe::metrics::IntGauge,
     pub(crate) queued_tokens: forebay_observe::metrics::IntGauge,
     pub(crate) healthy: forebay_observe::metrics::IntGauge,
+    pub(crate) cool_offs: IntCounter,
     pub(crate) cached_tokens: IntCounter,
+}
+
+pub(crate) struct KvEventMetrics {
+    pub(crate) connected: forebay_observe::metrics::IntGauge,
+    pub(crate) batches: IntCounter,
+    pub(crate) ignored: IntCounter,
+    pub(crate) gaps_filled: IntCounter,
+    pub(crate) gaps_left: IntCounter,
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use forebay_flow::PromptIds;
 use forebay_kv::{BlockHasher, CacheSalt, Lane};
 use forebay_types::{BlockHash, TokenId};
-use forebay_wire::{Ask, Generate};
+use forebay_wire::{Ask, Generate, Prompt};
 
 use crate::prefix::ModelPrefixes;
 use crate::stand_in::stand_ins;
@@ -25,6 +25,8 @@ pub(crate) struct Need {
     pub(crate) tokens_max: Option<u32>,
     /// The blocks of each prompt. Empty where nobody asks.
     chains: Arc<Vec<Vec<BlockHash>>>,
+    /// The blocks are of ids that no replica ever reports.
+    stand_ins: bool,
     /// Blocks that each replica of the fleet holds, over all prompts.
     pub(crate) matched: Vec<u32>,
 }
@@ -57,6 +59,7 @@ impl Need {
             PromptIds::Exact { prompts, .. } => (Some(prompts.clone()), None),
             PromptIds::Estimated { .. } => (None, Some(call.prompt.clone())),
         };
+        self.stand_ins = estimated.as_ref().is_some_and(|prompt| !matches!(prompt, Prompt::Tokens(_)));
         let prefixes = Arc::clone(prefixes);
         let work = move || {
             let prompts = exact.or_else(|| estimated.as_ref().map(stand_ins)).unwrap_or_default();
@@ -68,6 +71,11 @@ impl Need {
             self.chains = chains;
             self.matched = matched;
         }
+    }
+
+    /// What is cached of this prompt can only be guessed: without its tokenizer, no event is about its blocks.
+    pub(crate) fn has_stand_ins(&self) -> bool {
+        self.stand_ins
     }
 
     /// Notes that the replica at `lane` is going to have these prompts cached: a guess, for one that doesn't tell.

@@ -85,7 +85,15 @@ impl ModelPrefixes {
         }
     }
 
-    fn apply(&self, lane: Lane, events: &[KvEvent]) {
+    /// Tokens per block from now on, given that a replica's blocks have `size`: the first one decides.
+    pub(crate) fn adopt_block_tokens(&self, size: u32) -> u32 {
+        match self.block_tokens.compare_exchange(0, size, Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => size,
+            Err(known) => known,
+        }
+    }
+
+    pub(crate) fn apply(&self, lane: Lane, events: &[KvEvent]) {
         if events.is_empty() {
             return;
         }

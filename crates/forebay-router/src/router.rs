@@ -5,19 +5,19 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use forebay_flow::{Flow, Placed, Reply, Resolved, Stage};
+use forebay_flow::{Flow, Origin, Placed, Reply, Resolved, Stage};
 use forebay_observe::Layer;
 use forebay_placement::{Decision, PlaceError};
 use forebay_types::{Blame, Class, Classify, Code, Fault, ModelName, ReplicaId, Retry};
 use forebay_upstream::{CallInfo, FaultKind, Timeouts, Upstream, UpstreamFault};
-use forebay_wire::{Api, Ask, SpliceError, for_upstream, with_model};
+use forebay_wire::{Api, Ask, Generate, SpliceError, for_replica, for_upstream, with_model};
 use http::{HeaderName, Method};
 use tokio::time::Instant;
 
 use crate::build::{Built, RouterBuildError, RouterDeps, build};
 use crate::config::RouterConfig;
 use crate::fleet::{At, Fleet, Replica};
-use crate::live::InFlight;
+use crate::live::{InFlight, Live};
 use crate::metrics::Metrics;
 use crate::need::Need;
 use crate::track::Tracked;
@@ -79,6 +79,8 @@ pub struct ReplicaStatus {
     /// The value of `x-forebay-replica`.
     pub label: String,
     pub up: bool,
+    /// Its answers failed: it gets nothing for a while, unless no other is left.
+    pub cooling: bool,
     /// An engine, or an HTTP replica that has answered a probe at least once.
     pub proved: bool,
     pub requests: u32,
@@ -155,12 +157,14 @@ impl<E: Stage<Placed>> Router<E> {
             At::Engine(engine) => {
                 let placed =
                     flow.advance(|Resolved { caller, ask, ids, held, .. }| Placed { caller, ask, ids, held });
-                engine.call(placed).await.map_err(|fault| Failed { fault, unreachable: false })
+                engine.call(placed).await.map_err(|fault| Failed { fault, how: How::Refused })
             }
             At::Http(upstream) => {
                 // Before the answer: of two equal prompts in a row, the second should find the first.
-                need.guess_cached(&fleet.prefixes, replica.lane).await;
-                self.forward(upstream, &fleet.served_name, &flow).await
+                if need.has_stand_ins() || !replica.tells_all() {
+                    need.guess_cached(&fleet.prefixes, replica.lane).await;
+                }
+                self.forward(upstream, &replica.live, &fleet.served_name, &flow).await
             }
         }
     }
@@ -168,22 +172,23 @@ impl<E: Stage<Placed>> Router<E> {
     async fn forward(
         &self,
         upstream: &Upstream,
+        live: &Live,
         served_name: &str,
         flow: &Flow<Resolved>,
     ) -> Result<Reply, Failed> {
-        let timeouts = Timeouts {
-            first_byte: self.config.first_byte_timeout.get(),
-            between_chunks: self.config.chunk_timeout.get(),
-        };
+        let timeouts = self.timeouts();
         let (path, body) = match &flow.stage.ask {
             Ask::Generate(call) => {
-                let body = for_upstream(call, served_name).map_err(RouteError::from)?;
-                let path = match call.api {
-                    Api::ChatCompletions => "/v1/chat/completions",
-                    Api::Completions => "/v1/completions",
-                };
-                let info = CallInfo { stream: call.stream, include_usage: call.include_usage };
-                return Ok(upstream.generate(&flow.origin, path, body, info, timeouts).await?);
+                if call.stream && live.counts_as_it_goes() {
+                    match self.generate(upstream, call, served_name, &flow.origin, true).await {
+                        // Unless the client asked for it itself, in which case it is to know.
+                        Err(failed) if failed.is_about_counting() && !call.continuous_usage => {
+                            live.on_counting_refused();
+                        }
+                        answered => return answered,
+                    }
+                }
+                return self.generate(upstream, call, served_name, &flow.origin, false).await;
             }
             Ask::Tokenize(call) => ("/tokenize", with_model(&call.body, served_name)),
             Ask::Detokenize(call) => ("/detokenize", with_model(&call.body, served_name)),
@@ -193,6 +198,32 @@ impl<E: Stage<Placed>> Router<E> {
         let answer =
             upstream.call(Some(&flow.origin), Method::POST, path, Some(body), timeouts.first_byte).await?;
         Ok(Reply::json(answer.body))
+    }
+
+    /// `counting`: with usage in every frame of a stream, so that one that is cut is accounted exactly.
+    async fn generate(
+        &self,
+        upstream: &Upstream,
+        call: &Generate,
+        served_name: &str,
+        origin: &Origin,
+        counting: bool,
+    ) -> Result<Reply, Failed> {
+        let body = if counting { for_replica(call, served_name) } else { for_upstream(call, served_name) };
+        let body = body.map_err(RouteError::from)?;
+        let path = match call.api {
+            Api::ChatCompletions => "/v1/chat/completions",
+            Api::Completions => "/v1/completions",
+        };
+        let info = CallInfo::new(call, counting);
+        Ok(upstream.generate(origin, path, body, info, self.timeouts()).await?)
+    }
+
+    fn timeouts(&self) -> Timeouts {
+        Timeouts {
+            first_byte: self.config.first_byte_timeout.get(),
+            between_chunks: self.config.chunk_timeout.get(),
+        }
     }
 }
 
@@ -209,9 +240,11 @@ impl<E: Stage<Placed>> Stage<Resolved> for Router<E> {
         let placing = std::time::Instant::now();
         let block_tokens = fleet.prefixes.block_tokens(self.config.block_size);
         let mut need = Need::of(&flow.stage.ask, &flow.stage.ids);
+        let mut looked_up = false;
         if let Ask::Generate(call) = &flow.stage.ask
             && fleet.needs_blocks(&need, self.config.queued_tokens_max)
         {
+            looked_up = true;
             need.look_up(call, &flow.stage.ids, block_tokens, &fleet.prefixes, fleet.lanes()).await;
         }
 
@@ -234,7 +267,7 @@ impl<E: Stage<Placed>> Stage<Resolved> for Router<E> {
                 self.metrics.placing.observe(placing.elapsed().as_secs_f64());
             }
             let replica = &fleet.replicas[decision.replica];
-            trace.note(Layer::Router, "place", begun, format!("{}, {decision}", replica.id));
+            trace.note(Layer::Router, "place", begun, why(replica, &decision, &need, looked_up));
             tried.push(decision.replica);
             let is_last = tried.len() >= attempts_max;
             // The last attempt takes the request itself; the prompt is copied only while another may follow.
@@ -242,9 +275,14 @@ impl<E: Stage<Placed>> Stage<Resolved> for Router<E> {
                 if is_last { flow.take() } else { flow.clone() }.expect("taken by the last attempt only");
 
             let handed = std::time::Instant::now();
-            let flight = InFlight::begin(&replica.live, decision.uncached_tokens);
+            let mut flight = InFlight::begin(&replica.live, decision.uncached_tokens);
+            if !looked_up {
+                let matched = self.metrics.matched_tokens.with_label_values(&[fleet.model.as_str()]);
+                flight = flight.expecting_nothing(matched);
+            }
             match self.hand_over(fleet, replica, this, &need).await {
                 Ok(mut reply) => {
+                    replica.live.on_answer();
                     trace.note(Layer::Router, "replica", handed, format!("{} answers", replica.id));
                     let model = fleet.model.as_str();
                     let (prompt, matched) =
@@ -257,13 +295,16 @@ impl<E: Stage<Placed>> Stage<Resolved> for Router<E> {
                         reply.map_chunks(|chunks| Tracked::wrap(chunks, form, flight, lengths, need.choices))
                     );
                 }
-                Err(Failed { fault, unreachable }) => {
+                Err(Failed { fault, how }) => {
                     drop(flight);
                     // The code and not the words: those may quote the prompt.
                     let why = format!("{} failed: {:?}", replica.id, fault.class.code);
                     trace.note(Layer::Router, "replica", handed, why);
-                    if unreachable {
-                        fleet.on_unreachable(replica, fault.detail.as_deref().unwrap_or(&fault.message));
+                    let detail = fault.detail.as_deref().unwrap_or(&fault.message);
+                    match how {
+                        How::Unreachable => fleet.on_unreachable(replica, detail),
+                        How::Failing => fleet.on_failed_answer(replica, detail, &self.config.health),
+                        How::Refused => {}
                     }
                     if is_last || !may_go_elsewhere(&fault) {
                         return Err(fault);
@@ -279,22 +320,58 @@ impl<E: Stage<Placed>> Stage<Resolved> for Router<E> {
 /// A replica that did not begin to answer.
 struct Failed {
     fault: Fault,
+    how: How,
+}
+
+/// What a failure says about the replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
     /// It could not be connected to.
-    unreachable: bool,
+    Unreachable,
+    /// It is there and does not do its work.
+    Failing,
+    /// Nothing: the request is at fault, or our own limits, or an engine in this process, whose state is known.
+    Refused,
+}
+
+impl Failed {
+    /// Some servers are strict about options that they don't know.
+    fn is_about_counting(&self) -> bool {
+        const OPTION: &str = "continuous_usage_stats";
+        let Fault { class, message, param, .. } = &self.fault;
+        let named = message.contains(OPTION) || param.as_deref().is_some_and(|param| param.contains(OPTION));
+        named && class.code == Code::BadRequest
+    }
 }
 
 impl From<UpstreamFault> for Failed {
     fn from(UpstreamFault { kind, fault }: UpstreamFault) -> Self {
-        // Our own limit on connections is also met before anything is sent, and says nothing about the replica.
-        let unreachable = kind == FaultKind::Unreachable && fault.class.code != Code::Overloaded;
-        Self { fault, unreachable }
+        let how = match kind {
+            // Our own limit on connections is also met before anything is sent.
+            FaultKind::Unreachable if fault.class.code == Code::Overloaded => How::Refused,
+            FaultKind::Unreachable => How::Unreachable,
+            FaultKind::Broken | FaultKind::TimedOut if fault.class.blame == Blame::Client => How::Refused,
+            FaultKind::Broken | FaultKind::TimedOut => How::Failing,
+            FaultKind::Refused(status) if status.is_server_error() || status.as_u16() == 429 => How::Failing,
+            FaultKind::Refused(_) => How::Refused,
+        };
+        Self { fault, how }
     }
 }
 
 impl From<RouteError> for Failed {
     fn from(error: RouteError) -> Self {
-        Self { fault: error.into(), unreachable: false }
+        Self { fault: error.into(), how: How::Refused }
     }
+}
+
+/// For a trace. Without a look-up the decision's counts are no more than "all of it, at worst".
+fn why<E>(replica: &Replica<E>, decision: &Decision, need: &Need, looked_up: bool) -> String {
+    if looked_up || need.prompt_tokens == 0 {
+        return format!("{}, {decision}", replica.id);
+    }
+    let (why, tokens) = (decision.why.as_str(), need.prompt_tokens);
+    format!("{}, {why}: cached part of {tokens} tokens not looked up (one replica)", replica.id)
 }
 
 /// A replica that is full or draining refused before it computed anything: another one may have room now, whatever
@@ -310,6 +387,7 @@ fn status<E>(fleet: &Fleet<E>) -> FleetStatus {
             id: replica.id.clone(),
             label: replica.label.to_str().unwrap_or_default().to_owned(),
             up: view.state == forebay_placement::ReplicaState::Up,
+            cooling: replica.live.is_cooling(),
             proved: proved || matches!(replica.at, At::Engine(_)),
             requests: view.load.requests,
             queued_tokens: view.load.queued_tokens,

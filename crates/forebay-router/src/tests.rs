@@ -2,6 +2,7 @@
 
 mod http_replicas;
 mod in_process;
+mod kv_events;
 mod script;
 mod server;
 

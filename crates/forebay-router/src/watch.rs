@@ -11,13 +11,14 @@ use tokio::time::MissedTickBehavior;
 
 use crate::config::HealthConfig;
 use crate::health::Turn;
+use crate::kv_events::{EventsView, Subscription};
 use crate::live::Live;
 use crate::prefix::ModelPrefixes;
 
 /// More often than this a probe is load.
 const INTERVAL_MIN: Duration = Duration::from_millis(100);
 
-/// The probing tasks: one per HTTP replica, so as many as the configuration names. Dropping it ends them.
+/// The probing and listening tasks: two per HTTP replica at most, so as many as the configuration names. Dropping it ends them.
 #[derive(Default)]
 pub(crate) struct Watches(Vec<AbortHandle>);
 
@@ -29,6 +30,8 @@ pub(crate) struct Watched {
     pub(crate) live: Arc<Live>,
     pub(crate) prefixes: Arc<ModelPrefixes>,
     pub(crate) lane: Lane,
+    /// Where it tells what it has cached.
+    pub(crate) events: Option<Arc<EventsView>>,
 }
 
 impl Watches {
@@ -41,6 +44,11 @@ impl Watches {
         health: HealthConfig,
     ) {
         self.0.push(runtime.spawn(watch(upstream, watched, health)).abort_handle());
+    }
+
+    /// Starts one task that listens to a replica's KV events.
+    pub(crate) fn follow(&mut self, runtime: &tokio::runtime::Handle, subscription: Subscription) {
+        self.0.push(runtime.spawn(subscription.run()).abort_handle());
     }
 }
 
@@ -62,8 +70,8 @@ async fn watch(upstream: Upstream, watched: Watched, health: HealthConfig) {
         };
         if let Some(turn) = watched.live.on_probe(good, &health) {
             turn.log(&watched.model, &watched.id, &why);
-            if turn == Turn::Down {
-                // What restarts has an empty cache.
+            if turn == Turn::Down && !watched.events.as_ref().is_some_and(|events| events.is_connected()) {
+                // What restarts has an empty cache. Where events come, they say so themselves.
                 watched.prefixes.forget(watched.lane);
             }
         }

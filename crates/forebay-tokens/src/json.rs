@@ -88,7 +88,7 @@ impl Tokenizer {
             config.map_or(Ok(TokenizerConfig::default()), |json| parse("tokenizer_config.json", json))?;
         let generation: GenerationConfig = generation
             .map_or(Ok(GenerationConfig::default()), |json| parse("generation_config.json", json))?;
-        let hf = tokenizers::Tokenizer::from_bytes(tokenizer).map_err(BuildError::Library)?;
+        let hf = by_library(|| tokenizers::Tokenizer::from_bytes(tokenizer))?;
 
         let spelling =
             hf.get_decoder().map(Spelling::of).transpose()?.unwrap_or(Spelling::Plain { strip: false });
@@ -105,7 +105,7 @@ impl Tokenizer {
             })),
         };
         let (prefix, suffix) =
-            hf.get_post_processor().map(around).transpose().map_err(BuildError::Library)?.unwrap_or_default();
+            hf.get_post_processor().map(|it| by_library(|| around(it))).transpose()?.unwrap_or_default();
         let id_of = |name: &Option<TokenName>| name.as_ref().and_then(|name| hf.token_to_id(name.text()));
         let roles = Roles {
             bos: id_of(&config.bos_token),
@@ -131,6 +131,15 @@ impl Tokenizer {
             strip_first_space: spelling.strips_first_space(),
         })
     }
+}
+
+/// The library panics on some broken files (one that ends within its decoder, for one), and a model that can't be
+/// loaded is an error like any other.
+fn by_library<T>(read: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, BuildError> {
+    // Nothing that `read` was changing is used after a panic: it only makes its result.
+    let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+    let read = read.unwrap_or_else(|_| Err("the library panicked".into()));
+    read.map_err(BuildError::Library)
 }
 
 fn identity(tokenizer: &[u8]) -> TokenizerId {
@@ -511,6 +520,15 @@ mod tests {
         assert_eq!(tokenizer.encode("word </s> other", Special::NONE).unwrap(), [2, 0]);
         assert_eq!(tokenizer.encode("word </s> other", Special::PARSE).unwrap(), [2, 1, 0]);
         assert_eq!(tokenizer.unk(), Some(0));
+    }
+
+    #[test]
+    fn what_the_library_panics_on_is_an_error() {
+        let at = TINY.find("\"decoder\"").unwrap();
+        for broken in [&TINY[..at + 20], &TINY.replace("\"ByteLevel\"", "\"\\uD800\"")] {
+            let error = Tokenizer::from_json(broken.as_bytes(), None, None).unwrap_err();
+            assert!(matches!(error, BuildError::Library(_)), "{error:?}");
+        }
     }
 
     #[test]

@@ -82,8 +82,13 @@ pub(crate) fn refused(
             // OpenAI says it with a code; vLLM only in words, unchanged since its first release.
             let too_long = said_code.as_deref() == Some("context_length_exceeded")
                 || said.contains("maximum context length");
-            let code = if too_long { Code::ContextLengthExceeded } else { Code::BadRequest };
-            (client(code), None)
+            let class = match said_code.as_deref() {
+                _ if too_long => client(Code::ContextLengthExceeded),
+                // Our own engine at the other end; somebody else may have the feature.
+                Some("not_supported") => client(Code::NotSupported).retry(Retry::Elsewhere),
+                _ => client(Code::BadRequest),
+            };
+            (class, None)
         }
         413 => (client(Code::BodyTooLarge), None),
         401 | 403 => (us(Code::UpstreamFailed), Some("the upstream did not accept our credentials")),
@@ -149,6 +154,8 @@ mod tests {
             Never,
             "This model's maximum context length is 8 tokens.",
         );
+        let lacks = r#"{"error":{"message":"no","param":"tools","code":"not_supported"}}"#;
+        check(400, lacks, Code::NotSupported, Client, Elsewhere, "no");
         check(
             400,
             "<html>",

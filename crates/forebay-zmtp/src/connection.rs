@@ -99,7 +99,8 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let mut reader = Reader { read, buffer: BytesMut::new(), message: Message::new(), message_bytes: 0, limits };
+    let mut reader =
+        Reader { read, buffer: BytesMut::new(), message: Message::new(), message_bytes: 0, limits };
     let mut writer = Writer { write, out: BytesMut::new() };
 
     writer.out.put_slice(&greeting());
@@ -259,7 +260,11 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         }
         self.buffer.advance(head);
         let body = self.buffer.split_to(length).freeze();
-        Ok(Some(if is_command { Frame::Command(body) } else { Frame::Part { body, more: flags & MORE != 0 } }))
+        Ok(Some(if is_command {
+            Frame::Command(body)
+        } else {
+            Frame::Part { body, more: flags & MORE != 0 }
+        }))
     }
 
     /// Waits for more bytes. Doubles the room of a long message as it comes, so that it is copied once on average.

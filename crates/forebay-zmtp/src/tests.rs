@@ -98,7 +98,8 @@ async fn a_peer_byte_by_byte() {
     check(b"", Ok(&[])).await;
     check(b"\x00\x04\x01kv@", Ok(&[&[b"\x01kv@"]])).await;
     // The same as commands, with a heartbeat between.
-    check(b"\x04\x0c\x09SUBSCRIBEkv\x04\x07\x04PING\0\0\x04\x07\x06CANCEL", Ok(&[&[b"\x01kv"], &[b"\x00"]])).await;
+    check(b"\x04\x0c\x09SUBSCRIBEkv\x04\x07\x04PING\0\0\x04\x07\x06CANCEL", Ok(&[&[b"\x01kv"], &[b"\x00"]]))
+        .await;
     check(b"\x01\x00\x01\x01a\x00\x01b", Ok(&[&[b"", b"a", b"b"]])).await;
     // The long form of a short length.
     check(b"\x02\0\0\0\0\0\0\0\x01a", Ok(&[&[b"a"]])).await;

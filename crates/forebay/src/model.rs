@@ -29,6 +29,9 @@ fn pull(model: &str, print_path: bool) -> anyhow::Result<()> {
         crate::out::line!("{}", pulled.path.display());
     } else {
         crate::out::line!("{} is at {} ({})", pulled.name, pulled.path.display(), pulled.source);
+        if let ModelRef::Known(known) = &reference {
+            crate::out::line!("licence: {}", known.licence);
+        }
     }
     Ok(())
 }

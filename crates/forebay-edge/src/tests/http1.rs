@@ -12,6 +12,8 @@ async fn ambiguous_requests_are_refused_and_the_connection_closed() {
         assert_eq!(status(&answer), code, "{request:?} got {answer:?}");
         assert!(answer.contains(says), "{request:?} got {answer:?}");
         assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{request:?} got {answer:?}");
+        let json = body(&answer).starts_with("{\"error\":{") && header(&answer, "x-request-id").is_some();
+        assert!(json, "{request:?} got {answer:?}");
     };
     let head = |lines: &str| format!("POST /v1/x HTTP/1.1\r\nhost: a\r\n{lines}\r\n");
     check("GET / HTTP/1.1\r\n\r\n", 400, "no host header").await;
@@ -31,16 +33,28 @@ async fn ambiguous_requests_are_refused_and_the_connection_closed() {
     check("CONNECT a:1 HTTP/1.1\r\nhost: a:1\r\n\r\n", 400, "CONNECT").await;
     check(&head("expect: magic\r\n"), 400, "100-continue").await;
     check(&head("connection: upgrade\r\nupgrade: websocket\r\n"), 400, "websocket").await;
-    // These hyper refuses on its own, without a body.
-    check(&head("content-length: 4, 4\r\n"), 400, "").await;
-    check(&head("content-length: -1\r\n"), 400, "").await;
-    check(&head("transfer-encoding: gzip\r\n"), 400, "").await;
-    check("GET / HTTP/1.1\r\nhost : a\r\n\r\n", 400, "").await;
-    check("GET / HTTP/1.1\r\nhost: a\r\n folded\r\n\r\n", 400, "").await;
-    check("GET /a b HTTP/1.1\r\nhost: a\r\n\r\n", 400, "").await;
-    check("GET / HTTP/9.9\r\nhost: a\r\n\r\n", 400, "").await;
-    let reasons =
-        ["host-missing", "length-and-encoding", "length-repeated", "bare-line-feed", "method-invalid"];
+    // These hyper would refuse on its own, without a word.
+    check(&head("content-length: 4, 4\r\n"), 400, "content-length").await;
+    check(&head("content-length: -1\r\n"), 400, "content-length").await;
+    check(&head("content-length: abc\r\n"), 400, "content-length").await;
+    check(&head("transfer-encoding: gzip\r\n"), 400, "transfer-encoding").await;
+    check("GET / HTTP/1.1\r\nhost : a\r\n\r\n", 400, "header line").await;
+    check("GET / HTTP/1.1\r\nhost: a\r\n folded\r\n\r\n", 400, "header line").await;
+    check("GET /a b HTTP/1.1\r\nhost: a\r\n\r\n", 400, "GET /path HTTP/1.1").await;
+    check("GET / HTTP/9.9\r\nhost: a\r\n\r\n", 400, "GET /path HTTP/1.1").await;
+    // The beginning of a TLS handshake, whose end would never come.
+    check("\x16\x03\x01\x02\0\x01", 400, "GET /path HTTP/1.1").await;
+    let reasons = [
+        "host-missing",
+        "length-and-encoding",
+        "length-repeated",
+        "length-invalid",
+        "bare-line-feed",
+        "method-invalid",
+        "header-invalid",
+        "request-line-invalid",
+    ];
+    assert!(edge.metric("forebay_edge_refused_total{reason=\"unparsable\"}").is_none());
     for reason in reasons {
         let name = format!("forebay_edge_refused_total{{reason=\"{reason}\"}}");
         assert!(edge.metric(&name).is_some(), "{reason}");
@@ -77,10 +91,44 @@ async fn keep_alive_pipelining_and_chunked_bodies_work() {
 #[tokio::test]
 async fn heads_have_limits() {
     let edge = Running::start(small_limits(), Some(echo())).await;
-    let long = format!("GET /v1/models HTTP/1.1\r\nhost: a\r\nx: {}\r\n\r\n", "y".repeat(40_000));
-    assert_eq!(status(&edge.raw(long).await), 431);
-    let many = format!("GET /v1/models HTTP/1.1\r\nhost: a\r\n{}\r\n", "x: y\r\n".repeat(101));
-    assert_eq!(status(&edge.raw(many).await), 431);
+    let check = async |head: String, limit: &str, id: &str| {
+        let answer = edge.raw(head).await;
+        assert_eq!((status(&answer), answer.contains(limit)), (431, true), "{answer}");
+        assert!(body(&answer).contains("\"headers_too_large\""), "{answer}");
+        assert_eq!(header(&answer, "x-request-id"), Some(id), "{answer}");
+        assert_eq!(header(&answer, "connection"), Some("close"), "{answer}");
+        edge.metric_becomes("forebay_edge_requests_in_flight", "0").await;
+        let record = edge.recent.find(id).expect("recorded");
+        assert_eq!((record.status, record.path.as_str(), record.method.as_str()), (431, "/v1/x", "PUT"));
+    };
+    let head =
+        |id: &str, lines: &str| format!("PUT /v1/x HTTP/1.1\r\nhost: a\r\nx-request-id: {id}\r\n{lines}\r\n");
+    let long = "edge.limits.max-header-bytes";
+    check(head("r1", &format!("x: {}\r\n", "y".repeat(40_000))), long, "r1").await;
+    // So long that the answer comes before the end of the head, and still arrives.
+    check(head("r2", &format!("x: {}\r\n", "y".repeat(2_000_000))), long, "r2").await;
+    check(head("r3", &"x: y\r\n".repeat(101)), "edge.limits.max-headers", "r3").await;
+    edge.metric_becomes("forebay_edge_refused_total{reason=\"max-header-bytes\"}", "2").await;
+    edge.metric_becomes("forebay_edge_refused_total{reason=\"max-headers\"}", "1").await;
+    // Up to the limits all is well, also where it comes in pieces.
+    let much = head("r4", &format!("connection: close\r\n{}", "x: y\r\n".repeat(97)));
+    let mut tcp = edge.connect().await;
+    for piece in much.as_bytes().chunks(100) {
+        tcp.write_all(piece).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(status(&read_to_end(&mut tcp).await), 200);
+    let wide = head("r5", &format!("connection: close\r\nx: {}\r\n", "y".repeat(8000)));
+    assert_eq!(status(&edge.raw(wide).await), 200);
+}
+
+#[tokio::test]
+async fn a_bad_request_waits_for_the_answers_before_it() {
+    let edge = Running::start(EdgeConfig::default(), Some(echo())).await;
+    let good = "GET /v1/a HTTP/1.1\r\nhost: a\r\n\r\n";
+    let answer = edge.raw(format!("{good}{good}GET /v1/b HTTP/1.1\r\nhost : a\r\n\r\n{good}")).await;
+    let statuses: Vec<_> = answer.match_indices("HTTP/1.1 ").map(|(at, _)| status(&answer[at..])).collect();
+    assert_eq!(statuses, [200, 200, 400], "{answer}");
 }
 
 #[tokio::test]

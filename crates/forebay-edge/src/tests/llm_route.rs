@@ -199,6 +199,40 @@ async fn bind_says_what_to_do() {
     );
 }
 
+#[tokio::test]
+async fn a_mount_takes_the_api_with_and_without_v1() {
+    let edge = Running::start(llm_at("/ai/"), Some(echo())).await;
+    for path in ["/ai/v1/chat/completions", "/ai/chat/completions?x=1"] {
+        let answer = edge.raw(post(path, "")).await;
+        assert!(answer.contains("\"path\":\"/v1/chat/completions\""), "{path}: {answer}");
+    }
+    assert_eq!(body(&edge.raw(get("/ai/version")).await), r#"{"version":"1.2.3"}"#);
+}
+
+#[test]
+fn an_address_is_listened_on_once() {
+    let check = |listen: &[&str], expect: &[&str]| {
+        let listen = OneOrMany::from(listen.iter().map(|a| a.parse().unwrap()).collect::<Vec<_>>());
+        let config = EdgeConfig { listen, ..EdgeConfig::default() };
+        let found: Vec<_> = config.problems().iter().map(ToString::to_string).collect();
+        assert_eq!(found, expect);
+    };
+    check(&["127.0.0.1:80", "127.0.0.1:81", "127.0.0.2:80", "[::1]:80", "localhost:80"], &[]);
+    check(&["127.0.0.1:0", "127.0.0.1:0"], &[]);
+    check(
+        &["127.0.0.1:80", "[::1]:80", "127.0.0.1:80"],
+        &["`edge.listen[2]`: the address 127.0.0.1:80 is already in the list; remove one of the two"],
+    );
+    check(
+        &["0.0.0.0:80", "127.0.0.1:80"],
+        &["`edge.listen[1]`: 0.0.0.0:80 takes 127.0.0.1:80 too; remove one of the two"],
+    );
+    check(
+        &["localhost:80", "LOCALHOST:80"],
+        &["`edge.listen[1]`: localhost:80 takes LOCALHOST:80 too; remove one of the two"],
+    );
+}
+
 #[test]
 fn the_configuration_is_read() {
     let config: EdgeConfig = serde_json::from_value(serde_json::json!({
@@ -210,6 +244,7 @@ fn the_configuration_is_read() {
         ],
         "limits": {"max-body": "20MiB"},
         "drain-timeout": "1m",
+        "drain-delay": "5s",
         "access-log": "off"
     }))
     .unwrap();

@@ -3,6 +3,7 @@
 mod http1;
 mod llm_route;
 mod protocols;
+mod slow_readers;
 mod streams;
 mod upstream_route;
 

@@ -10,9 +10,9 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-type Client = SendRequest<Full<Bytes>>;
+pub(super) type Client = SendRequest<Full<Bytes>>;
 
-async fn http2(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Client {
+pub(super) async fn http2(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Client {
     let (client, connection) =
         within(hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(io))).await.unwrap();
     tokio::spawn(connection);
@@ -45,6 +45,18 @@ async fn http2_limits() {
     let mut client = http2(edge.connect().await).await;
     let (status, body) = ask(&mut client, "http://a/v1/x", &"x".repeat(1001)).await;
     assert_eq!((status, body.contains("max-body")), (StatusCode::PAYLOAD_TOO_LARGE, true), "{body}");
+    for (headers, limit) in [(101, "max-headers"), (1, "max-header-bytes")] {
+        let value = if headers == 1 { "y".repeat(9000) } else { "y".to_owned() };
+        let mut request = Request::get("http://a/v1/x").body(Full::default()).unwrap();
+        for _ in 0..headers {
+            request.headers_mut().append("x", value.parse().unwrap());
+        }
+        let response = within(client.send_request(request)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+        assert!(response.headers().contains_key("x-request-id"));
+        let body = within(response.into_body().collect()).await.unwrap().to_bytes();
+        assert!(String::from_utf8_lossy(&body).contains(limit), "{body:?}");
+    }
     // Told with a GOAWAY and closed when idle.
     within(async {
         while !client.is_closed() {
@@ -79,13 +91,13 @@ async fn http2_streams_are_cancelled_and_drained_one_by_one() {
     assert_eq!(edge.drained().await.cut, 0);
 }
 
-struct Certified {
-    env: FixedEnvironment,
-    config: EdgeConfig,
-    cert: CertificateDer<'static>,
+pub(super) struct Certified {
+    pub(super) env: FixedEnvironment,
+    pub(super) config: EdgeConfig,
+    pub(super) cert: CertificateDer<'static>,
 }
 
-fn certified() -> Certified {
+pub(super) fn certified() -> Certified {
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let env = FixedEnvironment::new()
         .with_file("/server.pem", made.cert.pem())
@@ -94,7 +106,7 @@ fn certified() -> Certified {
     Certified { env, config: EdgeConfig { tls: Some(tls), ..small_limits() }, cert: made.cert.der().clone() }
 }
 
-async fn tls(
+pub(super) async fn tls(
     edge: &Running,
     cert: &CertificateDer<'static>,
     alpn: &[u8],
@@ -164,8 +176,41 @@ async fn bad_certificates_are_explained() {
     let no_cert = env.clone().with_file("/server.pem", "nothing");
     assert!(matches!(bind(&no_cert).await, TlsError::NoCert { .. }));
     let bad_key = env.clone().with_file("/server.key", "nothing");
-    assert!(matches!(bind(&bad_key).await, TlsError::BadKey));
+    assert!(matches!(bind(&bad_key).await, TlsError::BadKey { .. }));
     let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let mismatch = env.clone().with_file("/server.key", other.signing_key.serialize_pem());
-    assert!(matches!(bind(&mismatch).await, TlsError::Mismatch(_)));
+    let error = bind(&mismatch).await;
+    assert!(matches!(error, TlsError::Mismatch { .. }));
+    assert_eq!(
+        error.to_string(),
+        "the private key `file:/server.key` does not belong to the first certificate in `/server.pem`; correct \
+         `edge.tls.key` or `edge.tls.cert`"
+    );
+}
+
+#[test]
+fn certificates_are_checked_without_a_start() {
+    let Certified { env, config, .. } = certified();
+    let tls = config.tls.expect("it has one");
+    let check = |env: &FixedEnvironment, expect: &[(&str, &str)]| {
+        let found = tls.problems(env);
+        assert_eq!(found.len(), expect.len(), "{found:?}");
+        for (found, (key, says)) in found.iter().zip(expect) {
+            assert_eq!(found.key, *key, "{found}");
+            assert!(found.problem.contains(says), "{found}");
+        }
+    };
+    check(&env, &[]);
+    let unread = [("tls.cert", "`/server.pem` can't be read"), ("tls.key", "`/server.key` does not exist")];
+    check(&FixedEnvironment::new(), &unread);
+    let nonsense = env.clone().with_file("/server.pem", "x").with_file("/server.key", "x");
+    check(&nonsense, &[("tls.cert", "holds no PEM certificate"), ("tls.key", "`file:/server.key` of")]);
+    let broken = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    check(
+        &env.clone().with_file("/server.pem", broken),
+        &[("tls.cert", "first certificate in `/server.pem`")],
+    );
+    let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let mismatch = env.clone().with_file("/server.key", other.signing_key.serialize_pem());
+    check(&mismatch, &[("tls.key", "`file:/server.key` does not belong to the first certificate")]);
 }

@@ -128,6 +128,25 @@ async fn a_drain_finishes_streams_and_refuses_newcomers() {
 }
 
 #[tokio::test]
+async fn a_drain_is_announced_before_the_port_closes() {
+    let config = EdgeConfig { drain_delay: HumanDuration::from_millis(400), ..EdgeConfig::default() };
+    let mut edge = Running::start(config, Some(echo())).await;
+    edge.shut_down();
+    within(async {
+        while status(&edge.raw(get("/health")).await) != 503 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+    // Who has not heard of it is still served, on new connections too.
+    assert_eq!(status(&edge.raw(post("/v1/x", "{}")).await), 200);
+    let addr = edge.addr;
+    let report = edge.drained().await;
+    assert!(report.took >= Duration::from_millis(400), "{report:?}");
+    assert!(TcpStream::connect(addr).await.is_err());
+}
+
+#[tokio::test]
 async fn a_drain_has_an_end() {
     let (stage, mut feeds) = streaming();
     let config = EdgeConfig { drain_timeout: HumanDuration::from_millis(50), ..EdgeConfig::default() };

@@ -157,6 +157,9 @@ pub const HEAD_DIM_MAX: usize = 512;
 /// No dimension of a real model is larger; keeps the products below far from overflow.
 const SIZE_MAX: u64 = 1 << 24;
 
+/// Real models have at most 126 layers. Memory is taken for each before its tensors are looked for.
+const LAYERS_MAX: usize = 1024;
+
 impl ModelSpec {
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, SpecError> {
         let name = text(gguf, "general.architecture")?;
@@ -202,7 +205,7 @@ impl ModelSpec {
         if softcap.is_some_and(|value| value.as_f64() != Some(0.0)) {
             return Err(SpecError::Unsupported { what: format!("a soft cap on logits (`{key}`)") });
         }
-        let layers = keys.size("block_count")?;
+        let layers = keys.layers()?;
         let rope = keys.rope(family.rope, head_dim)?;
         let attention = keys.attention(&family, layers, &rope)?;
         // Gemma 3 27B alone divides by the width of a head that its embedding would give it. No key says so;
@@ -276,6 +279,15 @@ impl<'a> Keys<'a> {
 
     fn size(&self, key: &str) -> Result<usize, SpecError> {
         self.optional_size(key)?.ok_or_else(|| SpecError::Missing { key: self.get(key).0 })
+    }
+
+    fn layers(&self) -> Result<usize, SpecError> {
+        let layers = self.size("block_count")?;
+        if layers > LAYERS_MAX {
+            let (key, _) = self.get("block_count");
+            return Err(SpecError::Range { key, value: layers.to_string(), expected: "at most 1024" });
+        }
+        Ok(layers)
     }
 
     fn optional_positive(&self, key: &str) -> Result<Option<f32>, SpecError> {

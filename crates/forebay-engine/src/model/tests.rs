@@ -78,6 +78,7 @@ fn metadata_is_checked_and_what_is_wrong_is_named() {
         "(2, 32, Rope { layout: Interleaved, dims: 32, base: 10000.0, linear_factor: 4.0 })",
     );
     check(&[("general.architecture", none())], "the model file has no `general.architecture`");
+    check(&[("llama.block_count", Value::Uint(1025))], "`llama.block_count` is 1025; at most 1024 expected");
     check(
         &[("general.architecture", text("mamba"))],
         "architecture `mamba` is not supported; supported: llama, qwen2, qwen3, gemma3",

@@ -11,8 +11,8 @@ use forebay_observe::{Layer, Trace};
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{StopMatcher, TextModel};
 use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, TokenizerId};
-use forebay_wire::{Api, Ask, Chunk, Event, Generate};
-use tokio::sync::mpsc;
+use forebay_wire::{Api, Ask, Chunk, Event, Generate, Prompt, TokenizeInput};
+use tokio::sync::{Semaphore, mpsc};
 
 use super::KvSink;
 use super::memory::check_memory;
@@ -22,6 +22,7 @@ use super::submission::{How, PromptAsk, Submission};
 use super::text::{TextError, text_model};
 use crate::config::{EngineConfig, EngineConfigError};
 use crate::exec::{BuildError, CpuExecutor, CpuOptions, Executor};
+use crate::kv_events::{KvEventsError, Publisher};
 use crate::metrics::{EngineMetrics, KvInfo};
 use crate::model::{ModelFile, ModelSpec, OpenError, SpecError};
 
@@ -64,6 +65,8 @@ pub enum StartError {
         kv: forebay_config::ByteSize,
         available: forebay_config::ByteSize,
     },
+    #[error(transparent)]
+    KvEvents(#[from] KvEventsError),
     #[error("the engine's thread can't be started")]
     Thread(#[source] std::io::Error),
 }
@@ -75,6 +78,7 @@ impl StartError {
             Self::Open(_) | Self::Spec { .. } | Self::Text { .. } | Self::Build { .. } => "engine.model",
             Self::KvTooSmall { .. } | Self::Memory { .. } => "engine.kv-cache-memory",
             Self::ModelLen { .. } => "engine.max-model-len",
+            Self::KvEvents(_) => "engine.kv-events",
             Self::Config(_) | Self::Thread(_) => "engine",
         }
     }
@@ -94,6 +98,10 @@ pub struct Engine {
     model: ModelName,
     text: TextModel,
     inbox: mpsc::Sender<Submission>,
+    /// What this engine tokenizes itself, at a time: half of the cores, as the others compute meanwhile.
+    encoding: Arc<Semaphore>,
+    /// Bytes of the longest token.
+    token_bytes_max: usize,
     vocab_size: usize,
     model_len: u32,
     request_timeout: Duration,
@@ -104,6 +112,8 @@ pub struct Engine {
 
 impl Engine {
     /// Loads the model and starts the step thread. Blocks until the model is ready (about a second per 100 MB).
+    ///
+    /// Publishing KV events needs a tokio runtime around the call.
     pub fn start(
         config: &EngineConfig,
         path: &Path,
@@ -114,6 +124,7 @@ impl Engine {
         if let Some(problem) = config.problems().into_iter().next() {
             return Err(problem.into());
         }
+        let publisher = config.kv_events.as_ref().map(Publisher::bind).transpose()?;
         let file = Arc::new(ModelFile::open(path)?);
         let Layout { spec, block_size, blocks, positions_max } = Layout::plan(config, &file, path)?;
         check_memory(path, spec.memory_for_blocks(blocks, block_size))?;
@@ -126,6 +137,9 @@ impl Engine {
         let options = CpuOptions { isa, threads, block_size, blocks, positions_max };
         let executor = CpuExecutor::with_pool(&file, &options, pool.clone())
             .map_err(|source| StartError::Build { path: path.into(), source })?;
+        let publish =
+            publisher.map(|publisher| publisher.start(deps.metrics.kv_events.for_model(model.as_str())));
+        let kv_sink = both(deps.kv_sink, publish);
         let scheduler = Scheduler::new(SchedulerConfig {
             block_size: block_size as u32,
             blocks: blocks as u32,
@@ -135,7 +149,7 @@ impl Engine {
             waiting_tokens_max: u64::from(config.max_num_queued_tokens),
             model_len_max: positions_max as u32,
             prefix_cache: config.enable_prefix_caching,
-            kv_events: deps.kv_sink.is_some(),
+            kv_events: kv_sink.is_some(),
             ..SchedulerConfig::default()
         });
         let kv = KvInfo {
@@ -151,7 +165,7 @@ impl Engine {
             isa.as_str(),
             blocks * block_size,
         );
-        Self::run(model, text, executor, scheduler, pool, metrics, deps.kv_sink, config, begun, summary)
+        Self::run(model, text, executor, scheduler, pool, metrics, kv_sink, config, begun, summary)
     }
 
     /// Whether [`Engine::start`] would take this configuration for this file. Reads the file's head only, and leaves
@@ -197,8 +211,10 @@ impl Engine {
             .map_err(StartError::Thread)?;
         Ok(Self {
             model,
+            token_bytes_max: token_bytes_max(&text),
             text,
             inbox,
+            encoding: Arc::new(Semaphore::new((cores() / 2).max(1))),
             vocab_size,
             model_len,
             request_timeout: config.request_timeout.get(),
@@ -215,6 +231,33 @@ impl Engine {
     /// Tokens of one sequence at most, prompt and output.
     pub fn model_len(&self) -> u32 {
         self.model_len
+    }
+
+    /// Bytes that a text of [`model_len`](Self::model_len) tokens can have at most: one of more needs no tokenizer to be
+    /// refused.
+    ///
+    /// A template that trims contents, or drops them, could make a shorter prompt of more; so long a text is refused all
+    /// the same, as even to trim it is work.
+    pub fn prompt_bytes_max(&self) -> usize {
+        (self.model_len as usize).saturating_mul(self.token_bytes_max)
+    }
+
+    /// Refuses prompts that can't fit, by their size alone. One that passes may still be too long.
+    pub fn fits(&self, prompt: &Prompt) -> Result<(), Fault> {
+        let param = if matches!(prompt, Prompt::Chat { .. }) { "messages" } else { "prompt" };
+        self.fit_bytes(prompt.bytes_max(), param)
+    }
+
+    fn fit_bytes(&self, bytes: usize, param: &str) -> Result<(), Fault> {
+        let (tokens, limit) = (self.model_len, self.prompt_bytes_max());
+        if bytes <= limit {
+            return Ok(());
+        }
+        let message = format!(
+            "This model's maximum context length is {tokens} tokens, which is {limit} bytes of text at most. However, your \
+             {param} resulted in {bytes} bytes. Please reduce the length of the {param}."
+        );
+        Err(Fault::new(Class::new(Code::ContextLengthExceeded, Blame::Client), message).param(param))
     }
 
     pub fn load_time(&self) -> Duration {
@@ -236,7 +279,7 @@ impl Engine {
     }
 
     /// The ids of each prompt of a call. Pure CPU work, 20 to 50 ms per MB of text.
-    pub fn encode(&self, prompt: &forebay_wire::Prompt) -> Result<PromptIds, Fault> {
+    pub fn encode(&self, prompt: &Prompt) -> Result<PromptIds, Fault> {
         prompt::encode(&self.text, prompt)
     }
 
@@ -246,6 +289,9 @@ impl Engine {
         let Ask::Generate(call) = stage.ask else {
             return Err(Fault::internal("generate() was called with another ask"));
         };
+        if let Some(need) = call.needs.first() {
+            return Err(need.clone().into());
+        }
         let prompts = match stage.ids {
             PromptIds::Exact { tokenizer, prompts } if tokenizer == self.tokenizer_id() => prompts,
             // Counted with another vocabulary, or only estimated: count with our own.
@@ -304,10 +350,22 @@ impl Engine {
     }
 
     async fn encode_off_thread(&self, call: &Generate) -> Result<PromptIds, Fault> {
+        self.fits(&call.prompt)?;
         let (text, prompt) = (self.text.clone(), call.prompt.clone());
-        tokio::task::spawn_blocking(move || prompt::encode(&text, &prompt))
-            .await
-            .map_err(|error| Fault::internal(format!("the tokenizer task failed: {error}")))?
+        self.off_thread(move || prompt::encode(&text, &prompt)).await
+    }
+
+    /// Runs the tokenizer on a thread for blocking work. A client that leaves while others are before it is forgotten.
+    async fn off_thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Fault> {
+        let permit = Arc::clone(&self.encoding).acquire_owned().await.expect("never closed");
+        let done = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work()
+        });
+        done.await.map_err(|error| Fault::internal(format!("the tokenizer task failed: {error}")))?
     }
 
     /// Checks each prompt against the model and fixes how much may be generated for it.
@@ -356,7 +414,7 @@ impl Engine {
                     return Err(Fault::bad_request(message).param("min_tokens"));
                 }
                 let echo = call.echo.then(|| match &call.prompt {
-                    forebay_wire::Prompt::Text(texts) => texts.get(p).cloned().unwrap_or_default(),
+                    Prompt::Text(texts) => texts.get(p).cloned().unwrap_or_default(),
                     _ => self.text.tokenizer().decode(&ids, false),
                 });
                 Ok(PromptAsk { ids, max_tokens, echo })
@@ -425,21 +483,32 @@ impl Stage<Placed> for Engine {
         match &flow.stage.ask {
             Ask::Generate(_) => self.generate(flow).await,
             Ask::Tokenize(call) => {
+                let param = match call.input {
+                    TokenizeInput::Prompt(_) => "prompt",
+                    TokenizeInput::Messages { .. } => "messages",
+                };
+                self.fit_bytes(call.input.bytes_max(), param)?;
                 let (text, call, len) = (self.text.clone(), call.clone(), self.model_len);
-                off_thread(move || prompt::tokenize(&text, &call, len)).await
+                self.off_thread(move || prompt::tokenize(&text, &call, len)).await
             }
             Ask::Detokenize(call) => {
                 let (text, call) = (self.text.clone(), call.clone());
-                off_thread(move || prompt::detokenize(&text, &call)).await
+                self.off_thread(move || prompt::detokenize(&text, &call)).await
             }
             Ask::ListModels | Ask::GetModel(_) => Err(Fault::internal("model listings are the proxy's")),
         }
     }
 }
 
-async fn off_thread(work: impl FnOnce() -> Result<Reply, Fault> + Send + 'static) -> Result<Reply, Fault> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|error| Fault::internal(format!("the tokenizer task failed: {error}")))?
+/// Who wants the KV events: the router of this process, those elsewhere, both or nobody.
+fn both(here: Option<KvSink>, elsewhere: Option<KvSink>) -> Option<KvSink> {
+    match (here, elsewhere) {
+        (Some(here), Some(elsewhere)) => Some(Arc::new(move |events| {
+            here(events);
+            elsewhere(events);
+        })),
+        (one, other) => one.or(other),
+    }
 }
 
 /// The events of one request. Dropping it closes the channel, which is how the step loop learns that the client left.
@@ -505,6 +574,11 @@ fn stopped() -> Fault {
 
 fn fresh_seed() -> Result<u64, Fault> {
     getrandom::u64().map_err(|error| Fault::internal(format!("no randomness: {error}")))
+}
+
+fn token_bytes_max(text: &TextModel) -> usize {
+    let tokenizer = text.tokenizer();
+    (0..tokenizer.vocab_size() as TokenId).map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(0)
 }
 
 fn cores() -> usize {

@@ -10,8 +10,10 @@ use forebay_observe::{Registry, Trace, TraceContext};
 use forebay_quota::Ledger;
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{TextModel, TokenType, Tokenizer, Vocab};
-use forebay_types::{Code, Fault, FinishReason, Usage};
-use forebay_wire::{Api, Ask, Chunk, Event, Generate, Prompt, Sampling};
+use forebay_types::{Code, Fault, FinishReason, Retry, Usage};
+use forebay_wire::{
+    Api, Ask, ChatMessage, Chunk, Content, Event, Generate, Need, Prompt, Sampling, Tokenize, TokenizeInput,
+};
 use futures_util::StreamExt;
 
 use super::Engine;
@@ -122,12 +124,17 @@ fn greedy(prompt: &str) -> Generate {
         user: None,
         cache_salt: None,
         priority: 0,
+        needs: Vec::new(),
         body: bytes::Bytes::new(),
     }
 }
 
 impl Bench {
     async fn start(&self, call: Generate) -> Result<Reply, Fault> {
+        self.call(Ask::Generate(Box::new(call))).await
+    }
+
+    async fn call(&self, ask: Ask) -> Result<Reply, Fault> {
         let now = Instant::now();
         let origin = Origin {
             id: "test".into(),
@@ -138,11 +145,22 @@ impl Bench {
         let hold = Ledger::unlimited().try_hold(Duration::ZERO, 0).expect("no limits");
         let placed = Placed {
             caller: Caller { consumer: "anonymous".into(), models: None },
-            ask: Ask::Generate(Box::new(call)),
+            ask,
             ids: PromptIds::none(),
             held: hold.proof(),
         };
         self.engine.call(Flow::new(Arc::new(origin), placed)).await
+    }
+
+    async fn tokenize(&self, input: TokenizeInput) -> Result<Reply, Fault> {
+        self.call(Ask::Tokenize(Tokenize {
+            model: None,
+            input,
+            add_special_tokens: None,
+            return_token_strs: false,
+            body: bytes::Bytes::new(),
+        }))
+        .await
     }
 
     async fn events(&self, call: Generate) -> Result<Vec<Event>, Fault> {
@@ -392,6 +410,55 @@ async fn prompts_that_do_not_fit_are_refused() {
 }
 
 const CHOICES: u32 = 2048;
+
+#[tokio::test]
+async fn texts_that_can_not_fit_are_refused_by_their_size() {
+    // 128 tokens, of which `<|end|>` is the longest.
+    let bench = bench(fake(), |_| {});
+    let limit = bench.engine.prompt_bytes_max();
+    assert_eq!(limit, 128 * "<|end|>".len());
+    let text = |bytes: usize| Prompt::Text(vec!["x".into(), " ".repeat(bytes)]);
+    let message = |bytes| ChatMessage {
+        role: "user".into(),
+        content: Content::Text(" ".repeat(bytes)),
+        extra: Default::default(),
+    };
+    let chat = |bytes| Prompt::Chat {
+        messages: vec![message(bytes)],
+        tools: None,
+        add_generation_prompt: true,
+        chat_template_kwargs: None,
+    };
+    let refused = |fault: Fault, param: &str| {
+        assert_eq!((fault.class.code, fault.param.as_deref()), (Code::ContextLengthExceeded, Some(param)));
+        let says = format!("your {param} resulted in {} bytes", limit + 1);
+        assert!(fault.message.contains(&says) && fault.message.contains("128 tokens"), "{fault}");
+    };
+    assert!(bench.engine.fits(&text(limit)).is_ok() && bench.engine.fits(&chat(limit)).is_ok());
+    assert!(bench.engine.fits(&Prompt::Tokens(vec![vec![1; limit + 1]])).is_ok(), "the exact check's");
+    refused(bench.engine.fits(&text(limit + 1)).unwrap_err(), "prompt");
+    refused(bench.engine.fits(&chat(limit + 1)).unwrap_err(), "messages");
+    // Also where nobody above has asked.
+    refused(bench.start(Generate { prompt: text(limit + 1), ..greedy("") }).await.unwrap_err(), "prompt");
+    refused(bench.tokenize(TokenizeInput::Prompt(" ".repeat(limit + 1))).await.unwrap_err(), "prompt");
+    let messages = |bytes| TokenizeInput::Messages {
+        messages: vec![message(bytes)],
+        tools: None,
+        add_generation_prompt: true,
+    };
+    refused(bench.tokenize(messages(limit + 1)).await.unwrap_err(), "messages");
+    assert!(bench.tokenize(messages(limit)).await.is_ok());
+}
+
+#[tokio::test]
+async fn what_the_engine_lacks_is_refused_and_may_be_found_elsewhere() {
+    let bench = bench(fake(), |_| {});
+    let need = Need { param: "response_format".into(), what: "only text" };
+    let fault = bench.start(Generate { needs: vec![need], ..greedy("x") }).await.unwrap_err();
+    assert_eq!((fault.class.code, fault.class.retry), (Code::NotSupported, Retry::Elsewhere));
+    assert_eq!(fault.param.as_deref(), Some("response_format"));
+    assert_eq!(fault.message, "'response_format' is not supported here: only text.");
+}
 
 #[tokio::test]
 async fn a_full_queue_refuses_and_counts() {

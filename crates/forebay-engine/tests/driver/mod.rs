@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use forebay_engine::exec::{CpuExecutor, CpuOptions, Executor};
+use forebay_engine::gguf::write::Writer;
 use forebay_engine::model::ModelFile;
-use forebay_kernels::Isa;
+use forebay_kernels::{Isa, TensorType, dequantize_row};
 use forebay_schedule::{SeqId, StepPlan};
 
 /// Tokens of one sequence and where its KV stands.
@@ -107,4 +108,32 @@ pub(crate) fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
     logits.iter().map(|l| f64::from(l - max) - sum.ln()).collect()
+}
+
+/// KL divergence of ours from a reference's most likely tokens (id, log p), the rest of the vocabulary taken as one: a
+/// lower bound of the whole.
+pub(crate) fn kl_divergence(reference: impl Iterator<Item = (u32, f32)>, ours: &[f64]) -> f64 {
+    let (mut kl, mut p_rest, mut q_rest) = (0.0, 1.0, 1.0);
+    for (id, log_p) in reference {
+        let (log_p, log_q) = (f64::from(log_p), ours[id as usize]);
+        kl += log_p.exp() * (log_p - log_q);
+        p_rest -= log_p.exp();
+        q_rest -= log_q.exp();
+    }
+    if p_rest > 1e-6 && q_rest > 1e-6 { kl + p_rest * (p_rest / q_rest).ln() } else { kl }
+}
+
+/// The same model with every tensor in F32, without its tokenizer.
+pub(crate) fn dequantised(model: &ModelFile) -> Vec<u8> {
+    let mut file = Writer::new();
+    for (key, value) in model.gguf().metadata().filter(|(key, _)| !key.starts_with("tokenizer.")) {
+        file.put(key, value);
+    }
+    for tensor in model.gguf().tensors() {
+        let element = TensorType::from_ggml(tensor.element.ggml()).unwrap();
+        let mut values = vec![0.0; tensor.rows() * tensor.cols()];
+        dequantize_row(element, model.data(tensor), &mut values).unwrap();
+        file.tensor_f32(&tensor.name, &tensor.shape, &values);
+    }
+    file.finish()
 }

@@ -173,7 +173,7 @@ async fn a_request_over_the_limit_itself_says_so() {
     let fault = rig.call(flow(Method::POST, "/v1/completions", Some("sk-a1"), body)).await.unwrap_err();
     assert_eq!((fault.class.code, fault.class.retry), (Code::TokensRateLimited, Retry::Never));
     assert!(fault.message.contains("needs 1201 tokens, the limit on tokens per minute is 1000"), "{fault}");
-    assert_eq!(rig.left(), (10, 1000), "a refused request takes nothing");
+    assert_eq!(rig.left(), (9, 1000), "a refused request takes no tokens");
 }
 
 #[tokio::test(start_paused = true)]
@@ -360,6 +360,129 @@ async fn long_prompts_leave_the_io_thread() {
     assert_eq!(threads, [true, false]);
     let calls = rig.script.calls.lock().unwrap();
     assert_eq!(calls[1].ids.tokens(), 10_000);
+}
+
+#[tokio::test]
+async fn what_can_not_fit_is_refused_before_it_is_tokenized() {
+    let rig = rig([]);
+    let body = json!({"model": "short", "prompt": " ".repeat(10 << 20)}).to_string();
+    let fault = rig.call(flow(Method::POST, "/v1/completions", Some("sk-a1"), &body)).await.unwrap_err();
+    assert_eq!(fault.class.code, Code::ContextLengthExceeded, "{fault}");
+    assert!(rig.encoder.threads.lock().unwrap().is_empty(), "the encoder was not asked");
+    assert_eq!(rig.left(), (9, 1000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_is_charged_before_it_is_read() {
+    let rig = rig([]);
+    let bad = || rig.call(flow(Method::POST, "/v1/completions", Some("sk-a1"), "{"));
+    for n in 1..=10 {
+        assert_eq!(bad().await.unwrap_err().class.code, Code::BadRequest);
+        assert_eq!(rig.left(), (10 - n, 1000));
+    }
+    assert_eq!(bad().await.unwrap_err().class.code, Code::RequestsRateLimited);
+    let listing = rig.call(flow(Method::GET, "/v1/models", Some("sk-a1"), "")).await.unwrap_err();
+    assert_eq!(listing.class.code, Code::RequestsRateLimited);
+    assert_eq!(rig.holds(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_tokenized_for_who_has_no_tokens_left() {
+    let rig = rig([
+        whole(ReplyForm::Sse, vec![started(), done(10, 990, 0)]),
+        whole(ReplyForm::Json, vec![verbatim("{\"data\":[]}", None, 0)]),
+    ]);
+    read_all(rig.call(ask(Some("sk-a1"))).await.unwrap()).await;
+    assert_eq!(rig.left(), (9, 0));
+    let fault = rig.call(ask(Some("sk-a1"))).await.unwrap_err();
+    assert_eq!((fault.class.code, rig.left()), (Code::TokensRateLimited, (9, 0)));
+    let remaining = ("x-ratelimit-remaining-requests", "9".to_owned());
+    assert!(fault.headers.contains(&remaining), "{:?}", fault.headers);
+    assert_eq!(rig.encoder.threads.lock().unwrap().len(), 1);
+    // What needs none is not kept out.
+    read_all(rig.call(flow(Method::GET, "/v1/models", Some("sk-a1"), "")).await.unwrap()).await;
+}
+
+/// A completion that is read on a thread for blocking work.
+fn long(model: &str, key: &str) -> Flow<Received> {
+    let body = json!({"model": model, "prompt": "x".repeat(10_000)}).to_string();
+    flow(Method::POST, "/v1/completions", Some(key), &body)
+}
+
+type Calling<'a> = std::pin::Pin<Box<dyn Future<Output = Result<Reply, Fault>> + 'a>>;
+
+async fn begin(calling: &mut Calling<'_>) {
+    let begun = std::future::poll_fn(|cx| std::task::Poll::Ready(calling.as_mut().poll(cx).is_pending()));
+    assert!(begun.await, "it has to wait");
+}
+
+fn slow_rig(plays: usize) -> (Rig, tokio::sync::mpsc::Receiver<()>, std::sync::mpsc::Sender<()>) {
+    let config = "consumers: [{name: a, keys: env:A1}, {name: b, keys: env:B}]";
+    let mut rig = rig_of(
+        Some(&self::rig::config(config)),
+        tempfile::tempdir().unwrap(),
+        (0..plays).map(|_| generation()),
+    );
+    rig.gateway.reading = Arc::new(Semaphore::new(2));
+    let (came, coming) = tokio::sync::mpsc::channel(8);
+    let (tell, go) = std::sync::mpsc::channel();
+    *rig.encoder.gate.lock().unwrap() = Some(Gate { came, go });
+    (rig, coming, tell)
+}
+
+#[tokio::test]
+async fn one_consumer_keeps_one_core_busy_at_most() {
+    let (rig, mut coming, go) = slow_rig(3);
+    let call = |model: &str, key: &str| -> Calling<'_> { Box::pin(rig.call(long(model, key))) };
+    let mut first = call("slow", "sk-a1");
+    begin(&mut first).await;
+    coming.recv().await.unwrap();
+    let (mut second, mut third) = (call("slow", "sk-a1"), call("slow", "sk-a1"));
+    begin(&mut second).await;
+    begin(&mut third).await;
+    assert_eq!(rig.gateway.reading.available_permits(), 1, "who waits for a turn holds no core");
+    read_all(call("m", "sk-b").await.unwrap()).await;
+    // A client that leaves while it waits is not worked for.
+    drop(second);
+    go.send(()).unwrap();
+    read_all(first.await.unwrap()).await;
+    begin(&mut third).await;
+    coming.recv().await.unwrap();
+    go.send(()).unwrap();
+    read_all(third.await.unwrap()).await;
+    assert_eq!(rig.encoder.threads.lock().unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn nothing_more_is_done_for_a_client_that_has_left() {
+    let (rig, mut coming, go) = slow_rig(0);
+    let mut calling: Calling<'_> = Box::pin(rig.call(long("slow-look", "sk-a1")));
+    begin(&mut calling).await;
+    coming.recv().await.unwrap();
+    drop(calling);
+    assert_eq!(rig.gateway.reading.available_permits(), 1, "it is still in the work that it began");
+    go.send(()).unwrap();
+    let all = rig.gateway.reading.acquire_many(2).await.unwrap();
+    assert!(rig.encoder.threads.lock().unwrap().is_empty(), "it was not tokenized");
+    drop(all);
+}
+
+#[tokio::test(start_paused = true)]
+async fn compressed_bodies_and_double_keys_are_refused() {
+    let rig = rig([]);
+    let mut gzipped = ask(Some("sk-a1"));
+    gzipped.stage.headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    let fault = rig.call(gzipped).await.unwrap_err();
+    assert_eq!(fault.class.code, Code::UnsupportedMediaType);
+    assert!(fault.message.contains("content-encoding 'gzip'"), "{fault}");
+    assert_eq!(fault.headers, [("accept-encoding", "identity".to_owned())]);
+
+    let mut twice = ask(Some("sk-a1"));
+    twice.stage.headers.append(header::AUTHORIZATION, HeaderValue::from_static("Bearer sk-secret"));
+    let fault = rig.call(twice).await.unwrap_err();
+    assert_eq!(fault.class.code, Code::BadRequest);
+    assert!(fault.message.contains("'authorization' is there more than once"), "{fault}");
+    assert_eq!(rig.audit().await[1]["consumer"], Value::Null);
 }
 
 #[tokio::test(start_paused = true)]

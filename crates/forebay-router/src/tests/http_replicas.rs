@@ -11,7 +11,7 @@ use super::script::{Engine, completion, drain, ids, request};
 use super::server::{Server, json as answer, refusing, sse};
 use super::{Bench, config};
 
-const STREAM: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"Hi\"}]}\n\n\
+pub(super) const STREAM: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"Hi\"}]}\n\n\
     data: {\"choices\":[],\"usage\":{\"prompt_tokens\":100,\"completion_tokens\":7,\
     \"prompt_tokens_details\":{\"cached_tokens\":48}}}\n\ndata: [DONE]\n\n";
 
@@ -24,7 +24,7 @@ fn fleet(replicas: &[&str]) -> Value {
 }
 
 /// Waits for something that another task is about to do.
-async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+pub(super) async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let waiting = async {
         while !is_so() {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -59,7 +59,7 @@ async fn a_call_is_forwarded_with_only_the_model_changed() {
         seen[0].json(),
         json!({
             "model": "served", "prompt": "p", "stream": true, "max_tokens": 10,
-            "stream_options": {"include_usage": true},
+            "stream_options": {"include_usage": true, "continuous_usage_stats": true},
         })
     );
     assert_eq!(bench.metric("forebay_router_prefix_cached_tokens_total"), [r#"{model="m"} 48"#]);
@@ -176,6 +176,99 @@ async fn a_stream_that_is_cut_is_an_error_and_gives_the_load_back() {
     assert_eq!(chunks[1].as_ref().expect_err("cut").class.code, Code::UpstreamFailed);
     assert_eq!(bench.load(0), (0, 0));
     assert_eq!(server.seen().len(), 1, "nothing is retried after the first byte");
+}
+
+#[tokio::test]
+async fn a_cut_stream_is_counted_as_far_as_it_came_and_says_the_clients_name() {
+    const CUT: &str = "data: {\"model\":\"served\",\"choices\":[{\"index\":0,\"text\":\"Hi\"}],\
+        \"usage\":{\"prompt_tokens\":34,\"completion_tokens\":2}}\n\n";
+    let server = Server::start(|_| sse(CUT)).await;
+    let bench = Bench::new(Some(&config(fleet(&[&server.url]))), &[]);
+    let chunks = drain(bench.router.call(completion("m", 0..100)).await.expect("begun")).await;
+    let Ok(Chunk::Verbatim { bytes, usage, .. }) = &chunks[0] else { panic!("{chunks:?}") };
+    assert_eq!(bytes, "data: {\"model\":\"alias\",\"choices\":[{\"index\":0,\"text\":\"Hi\"}]}\n\n");
+    assert_eq!(*usage, Some(Usage { prompt_tokens: 34, completion_tokens: 2, cached_tokens: 0 }));
+    chunks[1].as_ref().expect_err("cut");
+}
+
+#[tokio::test]
+async fn a_replica_that_is_strict_about_options_is_asked_without() {
+    let server =
+        Server::start(|seen| match seen.json()["stream_options"]["continuous_usage_stats"].as_bool() {
+            Some(_) => {
+                answer(422, r#"{"error":{"message":"extra fields: stream_options.continuous_usage_stats"}}"#)
+            }
+            None => sse(STREAM),
+        })
+        .await;
+    let bench = Bench::new(Some(&config(fleet(&[&server.url]))), &[]);
+    let asked = async || {
+        drain(bench.router.call(completion("m", 0..100)).await.expect("answered")).await;
+        server.seen().len()
+    };
+    assert_eq!((asked().await, asked().await), (2, 3), "it is remembered");
+    // A client that asks for it itself is told.
+    let body = r#"{"model": "m", "prompt": "p", "stream": true, "stream_options":
+        {"include_usage": true, "continuous_usage_stats": true}}"#;
+    let fault =
+        bench.router.call(request("m", "/v1/completions", body, ids(0..100))).await.expect_err("refused");
+    assert_eq!(fault.class.code, Code::BadRequest);
+}
+
+/// Its probes are fine, so only its answers tell.
+#[tokio::test]
+async fn a_replica_that_keeps_failing_cools_off() {
+    for status in [500, 429, 503] {
+        let (bad, good) =
+            (Server::start(move |_| answer(status, "{}")).await, Server::start(|_| sse(STREAM)).await);
+        let mut yaml = fleet(&[&bad.url, &good.url]);
+        yaml["health"]["cool-off-after"] = json!(2);
+        yaml["health"]["cool-off"] = json!("1h");
+        let bench = Bench::new(Some(&config(yaml)), &[]);
+        for n in 0..200 {
+            drain(bench.router.call(completion("m", n * 1000..n * 1000 + 100)).await.expect("answered"))
+                .await;
+        }
+        assert_eq!(bad.seen().len(), 2, "{status}");
+        let cooling: Vec<_> = bench.router.fleets()[0].replicas.iter().map(|r| (r.up, r.cooling)).collect();
+        assert_eq!(cooling, [(true, true), (true, false)]);
+        assert_eq!(bench.metric("forebay_router_cool_offs_total")[0], r##"{model="m",replica="#0"} 1"##);
+        assert!(bench.metric("forebay_router_healthy").iter().all(|line| line.ends_with(" 1")));
+    }
+}
+
+#[tokio::test]
+async fn with_nobody_else_left_those_that_cool_off_are_tried() {
+    let works = Arc::new(AtomicBool::new(false));
+    let says = Arc::clone(&works);
+    let server = Server::start(move |_| match says.load(Ordering::Relaxed) {
+        true => sse(STREAM),
+        false => answer(500, "{}"),
+    })
+    .await;
+    let (dead, _held) = refusing();
+    let mut yaml = fleet(&[&server.url, &dead]);
+    yaml["health"]["cool-off-after"] = json!(1);
+    yaml["health"]["cool-off"] = json!("1h");
+    let bench = Bench::new(Some(&config(yaml)), &[]);
+    for _ in 0..5 {
+        let fault = bench.router.call(completion("m", 0..100)).await.expect_err("fails");
+        assert_eq!(fault.class.code, Code::UpstreamFailed);
+    }
+    assert_eq!(server.seen().len(), 5);
+    works.store(true, Ordering::Relaxed);
+    drain(bench.router.call(completion("m", 0..100)).await.expect("answered")).await;
+    assert!(!bench.router.fleets()[0].replicas[0].cooling, "a success forgets");
+}
+
+#[tokio::test]
+async fn a_clients_mistakes_dont_count_against_a_replica() {
+    let server = Server::start(|_| answer(400, r#"{"error":{"message":"no"}}"#)).await;
+    let mut yaml = fleet(&[&server.url]);
+    yaml["health"]["cool-off-after"] = json!(1);
+    let bench = Bench::new(Some(&config(yaml)), &[]);
+    bench.router.call(completion("m", 0..100)).await.expect_err("refused");
+    assert!(!bench.router.fleets()[0].replicas[0].cooling);
 }
 
 #[tokio::test]

@@ -32,13 +32,14 @@ async fn a_request_is_counted_from_placement_to_its_end() {
 
     let spans: Vec<_> = trace.spans().into_iter().map(|span| (span.what, span.why)).collect();
     assert_eq!(spans[0].0, "place");
-    assert_eq!(spans[0].1, "engine, only: 0 of 100 tokens cached, first token in 50 ms, of 1 candidate");
+    assert_eq!(spans[0].1, "engine, only: cached part of 100 tokens not looked up (one replica)");
     assert_eq!(spans[1], ("replica", "engine answers".to_owned()));
     assert_eq!(
         bench.metric("forebay_router_decisions_total"),
         [r##"{model="m",reason="only",replica="#0"} 1"##]
     );
     assert_eq!(bench.metric("forebay_router_prefix_cached_tokens_total"), [r#"{model="m"} 64"#]);
+    assert_eq!(bench.metric("forebay_router_prefix_matched_tokens_total"), [r#"{model="m"} 64"#]);
     assert_eq!(bench.metric("forebay_router_in_flight"), [r##"{model="m",replica="#0"} 0"##]);
 }
 

@@ -17,15 +17,47 @@ use serde_json::{Value, json};
 
 use super::super::*;
 
-/// One token per byte.
+/// One token per byte. Prompts for the model `short` may have 100 of them.
 #[derive(Default)]
 pub(super) struct ByteEncoder {
     pub(super) threads: Mutex<Vec<ThreadId>>,
+    /// Where work for the models `slow` (in `encode`) and `slow-look` (in `fits`) stops.
+    pub(super) gate: Mutex<Option<Gate>>,
+}
+
+/// Says that work has come, and lets it go on when told to.
+pub(super) struct Gate {
+    pub(super) came: tokio::sync::mpsc::Sender<()>,
+    pub(super) go: std::sync::mpsc::Receiver<()>,
+}
+
+impl ByteEncoder {
+    fn pass(&self) {
+        let gate = self.gate.lock().unwrap();
+        let gate = gate.as_ref().expect("a gate");
+        gate.came.blocking_send(()).unwrap();
+        gate.go.recv().unwrap();
+    }
 }
 
 impl PromptEncoder for ByteEncoder {
+    fn fits(&self, model: &ModelName, prompt: &Prompt) -> Result<(), Fault> {
+        if model.as_str() == "slow-look" {
+            self.pass();
+        }
+        let bytes = prompt.bytes_max();
+        if model.as_str() == "short" && bytes > 100 {
+            let class = Class::new(Code::ContextLengthExceeded, Blame::Client);
+            return Err(Fault::new(class, format!("{bytes} bytes")));
+        }
+        Ok(())
+    }
+
     fn encode(&self, model: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault> {
         self.threads.lock().unwrap().push(std::thread::current().id());
+        if model.as_str() == "slow" {
+            self.pass();
+        }
         let Prompt::Text(texts) = prompt else { return Ok(PromptIds::estimate(prompt)) };
         if model.as_str() == "estimated" {
             return Ok(PromptIds::Estimated { tokens: texts.iter().map(|t| t.len() as u32).sum() });

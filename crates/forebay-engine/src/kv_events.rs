@@ -1,0 +1,142 @@
+//! Tells other processes what the KV cache holds: vLLM's KV events over ZMQ, for our router, llm-d, Dynamo or whoever
+//! else routes by prefix.
+//!
+//! The step thread hands over its events and goes on; a task numbers them, keeps the last ones for replay and sends
+//! them. **Invariant:** no subscriber, however slow, holds up a step.
+//!
+//! Source: vLLM 0.33 `vllm/distributed/kv_events.py` (`ZmqEventPublisher`): frames, sequence numbers, replay.
+
+mod buffer;
+mod metrics;
+mod publish;
+
+#[cfg(test)]
+mod tests;
+
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use forebay_kv::KvEvent;
+use forebay_zmtp::Endpoint;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use crate::serve::KvSink;
+use buffer::Buffer;
+pub(crate) use metrics::{KvEventFamilies, KvEventMetrics};
+
+/// Steps whose events wait for the publishing task. It only encodes and never waits, so more than a few is trouble.
+const QUEUE_MAX: usize = 1024;
+
+/// Where KV events are published, in vLLM's format. They hold the token ids of prompts: open the ports to routers only.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct KvEventsConfig {
+    /// Where events go, like `tcp://*:5557`; with a `*` or `::` subscribers connect to us, else we connect to one.
+    pub endpoint: Endpoint,
+    /// Listen at the endpoint (true) or connect to it (false), whatever its host looks like.
+    #[serde(default)]
+    pub bind: Option<bool>,
+    /// Where a subscriber can ask for events that it missed, like `tcp://*:5558`; without it none can.
+    #[serde(default)]
+    pub replay_endpoint: Option<Endpoint>,
+    /// First frame of every message, which subscribers filter by; llm-d wants `kv@POD_IP:PORT@MODEL`.
+    #[serde(default)]
+    pub topic: String,
+    /// Steps with events kept for replay, 64 MiB of them at most; a router that starts later than this knows less.
+    #[serde(default = "buffer_steps")]
+    pub buffer_steps: u32,
+}
+
+fn buffer_steps() -> u32 {
+    10_000
+}
+
+/// Why KV events can't be published.
+#[derive(Debug, thiserror::Error)]
+pub enum KvEventsError {
+    #[error("can't listen on {endpoint} (`engine.kv-events.{key}`)")]
+    Listen { key: &'static str, endpoint: Endpoint, source: std::io::Error },
+    #[error("KV events are sent by a task, and there is no tokio runtime here")]
+    NoRuntime,
+}
+
+/// The sockets, bound before the model is loaded: a port in use is found out at once.
+pub(crate) struct Publisher {
+    runtime: tokio::runtime::Handle,
+    events: Way,
+    replay: Option<tokio::net::TcpListener>,
+    config: KvEventsConfig,
+}
+
+/// How events get to subscribers.
+enum Way {
+    Listen(tokio::net::TcpListener),
+    Connect(Endpoint),
+}
+
+/// The events of one step, on their way to the task.
+struct Step {
+    /// Seconds since 1970.
+    ts: f64,
+    events: Vec<KvEvent>,
+}
+
+impl Publisher {
+    /// Binds what is to be bound. Needs a tokio runtime around it.
+    pub(crate) fn bind(config: &KvEventsConfig) -> Result<Self, KvEventsError> {
+        let runtime = tokio::runtime::Handle::try_current().map_err(|_| KvEventsError::NoRuntime)?;
+        // Tokio's listeners are registered with the runtime that they are made in.
+        let _in_runtime = runtime.enter();
+        let events = match config.bind.unwrap_or_else(|| config.endpoint.is_to_bind()) {
+            true => Way::Listen(listen("endpoint", &config.endpoint)?),
+            false => Way::Connect(config.endpoint.clone()),
+        };
+        let replay = config.replay_endpoint.as_ref();
+        let replay = replay.map(|endpoint| listen("replay-endpoint", endpoint)).transpose()?;
+        Ok(Self { runtime: runtime.clone(), events, replay, config: config.clone() })
+    }
+
+    /// Starts the task and returns what the step thread calls. The task ends when that is dropped.
+    ///
+    /// Where the task can't keep up, steps are left out and counted, and the next one that is sent begins with
+    /// `AllBlocksCleared`: a subscriber then knows too little rather than something wrong.
+    pub(crate) fn start(self, metrics: KvEventMetrics) -> KvSink {
+        let (steps, queue) = mpsc::channel(QUEUE_MAX);
+        let Self { runtime, events, replay, config } = self;
+        let buffer = Arc::new(Buffer::new(config.buffer_steps as usize));
+        runtime.spawn(publish::run(queue, events, replay, config.topic, buffer, metrics.clone()));
+        sink(steps, metrics)
+    }
+}
+
+fn sink(steps: mpsc::Sender<Step>, metrics: KvEventMetrics) -> KvSink {
+    // Only the step thread comes here; the atomic is for the type of the sink.
+    let lost = AtomicBool::new(false);
+    Arc::new(move |events| {
+        let ts = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        let cleared = lost.load(Ordering::Relaxed).then_some(&KvEvent::Cleared);
+        let step = Step { ts, events: cleared.into_iter().chain(events).cloned().collect() };
+        match steps.try_send(step) {
+            Ok(()) => lost.store(false, Ordering::Relaxed),
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                metrics.dropped_queue.inc();
+                lost.store(true, Ordering::Relaxed);
+            }
+            // The runtime is shutting down.
+            Err(mpsc::error::TrySendError::Closed(_)) => {}
+        }
+    })
+}
+
+fn listen(key: &'static str, endpoint: &Endpoint) -> Result<tokio::net::TcpListener, KvEventsError> {
+    let listen = || {
+        let listener = TcpListener::bind(endpoint.bind_address())?;
+        listener.set_nonblocking(true)?;
+        tokio::net::TcpListener::from_std(listener)
+    };
+    listen().map_err(|source| KvEventsError::Listen { key, endpoint: endpoint.clone(), source })
+}

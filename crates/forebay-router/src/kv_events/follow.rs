@@ -1,0 +1,156 @@
+//! Sequence numbers: what a replica's batch number says. Pure.
+//!
+//! A publisher counts its batches from 0. The rules for one that began anew are those of SGLang's model gateway.
+
+/// Where we are in one replica's sequence of batches.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Follower {
+    /// The number of the next batch.
+    next: u64,
+    /// The last one that came live, applied or not.
+    live_last: Option<u64>,
+    /// Some batch before `next` was never seen.
+    missing: bool,
+    /// The sequence is known to begin where we began.
+    proved: bool,
+}
+
+/// What to do about a batch that came live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Live {
+    /// It is the next one.
+    Next,
+    /// A replay brought it already.
+    Seen,
+    /// Batches from `from` on are not here yet.
+    Gap { from: u64 },
+    /// Numbers went back: it is another process, with an empty cache.
+    Restarted,
+}
+
+impl Follower {
+    pub(crate) fn on_live(&mut self, seq: u64) -> Live {
+        if self.live_last.is_some_and(|last| seq <= last) {
+            return Live::Restarted;
+        }
+        self.live_last = Some(seq);
+        match seq.cmp(&self.next) {
+            std::cmp::Ordering::Less => Live::Seen,
+            std::cmp::Ordering::Equal => Live::Next,
+            std::cmp::Ordering::Greater => Live::Gap { from: self.next },
+        }
+    }
+
+    /// The lowest number that has not been applied.
+    pub(crate) fn expects(&self) -> u64 {
+        self.next
+    }
+
+    /// `seq` was applied, live or from a replay. Those between it and what was expected are gone.
+    pub(crate) fn on_applied(&mut self, seq: u64) {
+        self.missing |= seq > self.next;
+        self.proved = true;
+        self.next = seq.saturating_add(1);
+    }
+
+    /// A replay came to its end: what there was before now is here.
+    pub(crate) fn on_replayed(&mut self) {
+        self.proved = true;
+    }
+
+    /// Batches before `seq` can't be had.
+    pub(crate) fn skip_to(&mut self, seq: u64) {
+        self.missing |= seq > self.next;
+        self.next = self.next.max(seq);
+    }
+
+    /// A batch came, but its content was lost.
+    pub(crate) fn on_unreadable(&mut self) {
+        self.missing = true;
+    }
+
+    /// The cache is empty: what was missed no longer matters.
+    pub(crate) fn on_cleared(&mut self) {
+        self.missing = false;
+    }
+
+    pub(crate) fn is_missing(&self) -> bool {
+        self.missing
+    }
+
+    /// Everything that is cached there is known.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.proved && !self.missing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Batches that come live. After each: `=` applied, `.` seen, `!` after a gap that stays, `R` after a restart; and
+    /// in the end whether all is known.
+    fn check(replayed: std::ops::Range<u64>, live: &[u64], expect: &str, complete: bool) {
+        let mut follower = Follower::default();
+        replayed.clone().for_each(|seq| follower.on_applied(seq));
+        if !replayed.is_empty() {
+            follower.on_replayed();
+        }
+        let mut got = String::new();
+        for &seq in live {
+            let mut step = follower.on_live(seq);
+            if step == Live::Restarted {
+                got.push('R');
+                follower = Follower::default();
+                step = follower.on_live(seq);
+            }
+            match step {
+                Live::Next => got.push('='),
+                Live::Seen => {
+                    got.push('.');
+                    continue;
+                }
+                Live::Gap { from } => {
+                    assert!(from < seq);
+                    got.push('!');
+                    follower.skip_to(seq);
+                }
+                Live::Restarted => panic!("twice"),
+            }
+            follower.on_applied(seq);
+        }
+        assert_eq!((got.as_str(), follower.is_complete()), (expect, complete), "{replayed:?} {live:?}");
+    }
+
+    #[test]
+    fn sequences() {
+        check(0..0, &[], "", false);
+        check(0..0, &[0, 1, 2], "===", true);
+        check(0..0, &[7, 8], "!=", false);
+        check(0..0, &[0, 2, 3], "=!=", false);
+        // The live stream and the replay overlap.
+        check(0..5, &[3, 4, 5, 6], "..==", true);
+        check(0..5, &[], "", true);
+        check(0..5, &[6], "!", false);
+        // The buffer there was too short.
+        check(3..5, &[5], "=", false);
+        // Another process.
+        check(0..0, &[0, 1, 2, 0, 1], "===R==", true);
+        check(0..0, &[7, 8, 1], "!=R!", false);
+        check(0..0, &[0, 0], "=R=", true);
+        check(0..5, &[5, 0, 1], "=R==", true);
+        check(0..0, &[u64::MAX], "!", false);
+    }
+
+    #[test]
+    fn a_cleared_cache_forgives() {
+        let mut follower = Follower::default();
+        follower.skip_to(5);
+        follower.on_applied(5);
+        assert!(!follower.is_complete());
+        follower.on_cleared();
+        assert!(follower.is_complete());
+        follower.on_unreadable();
+        assert!(!follower.is_complete());
+    }
+}

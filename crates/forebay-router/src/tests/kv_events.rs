@@ -1,0 +1,256 @@
+//! HTTP replicas that tell what they have cached: scripted publishers on real sockets.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use forebay_flow::Stage;
+use forebay_kv::codec::encode_batch;
+use forebay_kv::{BlockHasher, KvEvent, Lane};
+use forebay_types::{BlockHash, TokenId};
+use forebay_zmtp::{Halves, Limits, SocketType, accept};
+use parking_lot::Mutex;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+use super::http_replicas::{STREAM, eventually};
+use super::script::{completion, drain, request};
+use super::server::{Server, sse};
+use super::{Bench, config};
+
+const LIMITS: Limits = Limits { message_bytes_max: 1 << 16, parts_max: 4 };
+
+/// The blocks of tokens that count up from `first`, under names that only their replica understands.
+fn stored(first: TokenId, blocks: u8) -> KvEvent {
+    let name = |n: u8| BlockHash([first as u8 ^ 0xa5 ^ n.wrapping_mul(31); 32]);
+    KvEvent::Stored {
+        hashes: (0..blocks).map(name).collect(),
+        parent: None,
+        tokens: (first..).take(usize::from(blocks) * 16).collect(),
+        block_size: 16,
+        cache_salt: None,
+    }
+}
+
+fn removed(first: TokenId, blocks: u8) -> KvEvent {
+    let KvEvent::Stored { hashes, .. } = stored(first, blocks) else { unreachable!() };
+    KvEvent::Removed { hashes }
+}
+
+fn batch(seq: u64, events: &[KvEvent]) -> [Bytes; 3] {
+    let mut payload = Vec::new();
+    encode_batch(1.0, events, 0, &mut payload);
+    ["t".into(), Bytes::copy_from_slice(&seq.to_be_bytes()), payload.into()]
+}
+
+struct Publisher {
+    listener: TcpListener,
+    replay: TcpListener,
+}
+
+impl Publisher {
+    async fn new() -> Self {
+        let bind = async || TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        Self { listener: bind().await, replay: bind().await }
+    }
+
+    fn source(&self, replica: &str, with_replay: bool) -> serde_json::Value {
+        let at = |listener: &TcpListener| format!("tcp://{}", listener.local_addr().expect("bound"));
+        let mut source = json!({"replica": replica, "endpoint": at(&self.listener)});
+        if with_replay {
+            source["replay-endpoint"] = json!(at(&self.replay));
+        }
+        source
+    }
+
+    /// The router's subscription.
+    async fn subscriber(&self) -> Halves {
+        let (stream, _) = self.listener.accept().await.expect("connected");
+        let (mut reader, writer) = accept(stream, SocketType::Pub, LIMITS).await.expect("shaken");
+        assert_eq!(reader.recv().await.expect("subscribed"), [&b"\x01"[..]]);
+        (reader, writer)
+    }
+}
+
+/// Answers every replay with what of `kept` it asks for, and notes what it was asked.
+fn replaying(listener: TcpListener, kept: Vec<(u64, KvEvent)>) -> (JoinHandle<()>, Arc<Mutex<Vec<u64>>>) {
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let notes = Arc::clone(&asked);
+    let task = tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.expect("connected");
+            let (mut reader, mut writer) = accept(stream, SocketType::Router, LIMITS).await.expect("shaken");
+            let request = reader.recv().await.expect("a request");
+            let start = u64::from_be_bytes(request[1][..].try_into().expect("8 bytes"));
+            notes.lock().push(start);
+            for (seq, event) in kept.iter().filter(|(seq, _)| *seq >= start) {
+                let [topic, seq, payload] = batch(*seq, std::slice::from_ref(event));
+                writer.send(&[Bytes::new(), topic, seq, payload]).await.expect("sent");
+            }
+            let end = [Bytes::new(), Bytes::new(), Bytes::from_static(&[0xff; 8]), Bytes::new()];
+            writer.send(&end).await.expect("sent");
+        }
+    });
+    (task, asked)
+}
+
+/// Two replicas, and a publisher for the second.
+struct Fleet {
+    bench: Bench,
+    publisher: Publisher,
+    _servers: [Server; 2],
+}
+
+impl Fleet {
+    async fn new(with_replay: bool) -> Self {
+        let servers = [Server::start(|_| sse(STREAM)).await, Server::start(|_| sse(STREAM)).await];
+        let publisher = Publisher::new().await;
+        let sources = [publisher.source(&servers[1].url, with_replay)];
+        let yaml = json!({
+            "fleets": [{
+                "model": "m", "replicas": [servers[0].url, servers[1].url],
+                // Nobody publishes for the first.
+                "kv-events": {"port": 9, "sources": sources},
+            }],
+            "health": {"interval": "1h", "unhealthy-after": 100},
+        });
+        Self { bench: Bench::new(Some(&config(yaml)), &[]), publisher, _servers: servers }
+    }
+
+    /// Blocks of the prompt that counts up from `first` at the first and the second replica.
+    fn known(&self, first: TokenId) -> (u32, u32) {
+        let mut hasher = BlockHasher::new(16, None);
+        hasher.extend(&(first..first + 160).collect::<Vec<_>>());
+        let matches = self.bench.prefix.model(&"m".into()).matched(hasher.hashes());
+        (matches.blocks(Lane(0)), matches.blocks(Lane(1)))
+    }
+
+    async fn ask(&self, first: TokenId) -> String {
+        let reply = self.bench.router.call(completion("m", first..first + 100)).await.expect("answered");
+        let replica = reply.headers["x-forebay-replica"].to_str().expect("text").to_owned();
+        drain(reply).await;
+        replica
+    }
+
+    fn metric(&self, name: &str) -> String {
+        let lines = self.bench.metric(name);
+        lines.into_iter().find(|line| line.contains("#1") && !line.contains("yes")).expect("a series")
+    }
+}
+
+#[tokio::test]
+async fn placement_follows_what_a_replica_tells() {
+    let fleet = Fleet::new(false).await;
+    let (_reader, mut writer) = fleet.publisher.subscriber().await;
+    writer.send(&batch(0, &[stored(0, 6)])).await.expect("sent");
+    eventually("known", || fleet.known(0) == (0, 6)).await;
+    assert_eq!(fleet.ask(0).await, "replica-2");
+    // A client's own ids are real ones too, without a tokenizer here.
+    let body = format!(r#"{{"model": "m", "prompt": {:?}, "stream": true}}"#, (0..100).collect::<Vec<u32>>());
+    let ids = forebay_flow::PromptIds::Estimated { tokens: 100 };
+    let reply = fleet.bench.router.call(request("m", "/v1/completions", &body, ids)).await.expect("answered");
+    assert_eq!(reply.headers["x-forebay-replica"], "replica-2");
+    drain(reply).await;
+    assert_eq!(
+        fleet.bench.metric("forebay_router_decisions_total"),
+        [r##"{model="m",reason="prefix",replica="#1"} 2"##]
+    );
+    writer.send(&batch(1, &[removed(0, 6), stored(1000, 3)])).await.expect("sent");
+    eventually("removed", || fleet.known(0) == (0, 0) && fleet.known(1000) == (0, 3)).await;
+    assert_eq!(fleet.metric("forebay_router_kv_event_batches_total"), r##"{model="m",replica="#1"} 2"##);
+}
+
+/// What it has is known, so nothing is guessed; of the other, and of texts whose ids it can't know, it is.
+#[tokio::test]
+async fn nothing_is_guessed_about_who_tells_all() {
+    let fleet = Fleet::new(false).await;
+    let (reader, mut writer) = fleet.publisher.subscriber().await;
+    writer.send(&batch(0, &[stored(0, 1)])).await.expect("sent");
+    eventually("known", || fleet.known(0).1 == 1).await;
+    for first in (1000..).step_by(1000) {
+        let (expect, done) = match fleet.ask(first).await.as_str() {
+            "replica-1" => ((6, 0), false),
+            _ => ((0, 0), true),
+        };
+        assert_eq!(fleet.known(first), expect);
+        if done {
+            break;
+        }
+    }
+    // Text, of which no event can speak, still goes back to where it was.
+    let body = format!(r#"{{"model": "m", "prompt": "{}", "stream": true}}"#, "x".repeat(800));
+    let mut went = Vec::new();
+    for _ in 0..4 {
+        let ids = forebay_flow::PromptIds::Estimated { tokens: 228 };
+        let reply =
+            fleet.bench.router.call(request("m", "/v1/completions", &body, ids)).await.expect("answered");
+        went.push(reply.headers["x-forebay-replica"].clone());
+        drain(reply).await;
+    }
+    assert!(went.iter().all(|replica| *replica == went[0]), "{went:?}");
+
+    // The connection is lost: its lane is empty, and guessing is all there is.
+    drop((reader, writer));
+    eventually("forgotten", || fleet.known(0) == (0, 0)).await;
+    eventually("guessed", || fleet.metric("forebay_router_kv_events_connected").ends_with('0')).await;
+    let mut first = 500_000;
+    while fleet.ask(first).await == "replica-1" {
+        first += 1000;
+    }
+    assert_eq!(fleet.known(first), (0, 6));
+
+    // And again from the beginning.
+    let (_reader, mut writer) = fleet.publisher.subscriber().await;
+    writer.send(&batch(0, &[stored(0, 2)])).await.expect("sent");
+    eventually("known again", || fleet.known(0) == (0, 2)).await;
+    assert_eq!(fleet.known(first), (0, 0));
+}
+
+#[tokio::test]
+async fn missed_batches_are_asked_for() {
+    let Fleet { bench, publisher, _servers } = Fleet::new(true).await;
+    let kept = (0..8).map(|seq| (seq, stored(seq as TokenId * 1000, 2))).collect();
+    let Publisher { listener, replay } = publisher;
+    let (_replaying, asked) = replaying(replay, kept);
+    let publisher =
+        Publisher { listener, replay: TcpListener::bind("127.0.0.1:0").await.expect("a free port") };
+    let fleet = Fleet { bench, publisher, _servers };
+    let (_reader, mut writer) = fleet.publisher.subscriber().await;
+    // What was before we listened.
+    eventually("history", || fleet.known(7000) == (0, 2)).await;
+    assert_eq!(*asked.lock(), [0]);
+    // One that the replay brought already says something else here: it is not read.
+    writer.send(&batch(7, &[stored(70_000, 2)])).await.expect("sent");
+    writer.send(&batch(8, &[stored(8000, 2)])).await.expect("sent");
+    eventually("live", || fleet.known(8000) == (0, 2)).await;
+    assert_eq!((fleet.known(70_000), asked.lock().len()), ((0, 0), 1));
+    // A gap that can't be filled: what is known stays, and guessing begins.
+    writer.send(&batch(11, &[stored(11_000, 2)])).await.expect("sent");
+    eventually("after the gap", || fleet.known(11_000) == (0, 2)).await;
+    assert_eq!((*asked.lock()).clone(), [0, 9]);
+    assert_eq!(fleet.known(8000), (0, 2));
+    let gaps = fleet.bench.metric("forebay_router_kv_event_gaps_total");
+    assert!(gaps.contains(&r##"{filled="no",model="m",replica="#1"} 1"##.to_owned()), "{gaps:?}");
+    // It begins anew on the same connection: what it had is gone, what it kept is asked for.
+    writer.send(&batch(1, &[stored(90_000, 2)])).await.expect("sent");
+    eventually("anew", || fleet.known(11_000) == (0, 0) && fleet.known(7000) == (0, 2)).await;
+    assert_eq!((*asked.lock()).clone(), [0, 9, 0]);
+}
+
+#[tokio::test]
+async fn what_is_no_event_is_survived() {
+    let fleet = Fleet::new(false).await;
+    let (_reader, mut writer) = fleet.publisher.subscriber().await;
+    writer.send(&batch(0, &[stored(0, 2)])).await.expect("sent");
+    let [topic, _, _] = batch(1, &[]);
+    let seq = Bytes::copy_from_slice(&1u64.to_be_bytes());
+    writer.send(&[topic, seq, Bytes::from_static(b"\xc1")]).await.expect("sent");
+    writer.send(&batch(2, &[stored(1000, 2)])).await.expect("sent");
+    eventually("read on", || fleet.known(1000) == (0, 2)).await;
+    assert_eq!(fleet.known(0), (0, 2));
+    assert_eq!(fleet.metric("forebay_router_kv_events_ignored_total"), r##"{model="m",replica="#1"} 1"##);
+    // What is not even shaped like one ends the connection.
+    writer.send(&[Bytes::from_static(b"?")]).await.expect("sent");
+    eventually("ended", || fleet.known(0) == (0, 0)).await;
+    let _again = fleet.publisher.subscriber().await;
+}
