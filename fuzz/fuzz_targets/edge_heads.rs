@@ -1,7 +1,7 @@
-//! The edge's watch over raw HTTP/1.1 bytes, next to hyper's own parser on the same bytes.
+//! The edge's watch over raw HTTP/1.1 bytes, with hyper behind it as in the edge.
 //!
-//! The verdicts don't depend on how the bytes come. And as long as every verdict is good, the n-th head that was
-//! judged is the n-th request that hyper hands out: a request that hid in another one's body would break that.
+//! What is judged and passed on does not depend on how the bytes come. hyper takes every head that it is given, and
+//! the n-th that was found good is its n-th request: a request that hid in another one's body would break that.
 #![no_main]
 
 use std::cell::RefCell;
@@ -20,24 +20,32 @@ use hyper::service::service_fn;
 use libfuzzer_sys::fuzz_target;
 
 // Private to the edge, as they are no use to anybody else; compiled in here.
+mod config {
+    /// As much of the edge's as the modules below name.
+    pub struct EdgeLimits {
+        pub max_headers: usize,
+        pub max_header_bytes: forebay_config::ByteSize,
+    }
+}
 #[allow(dead_code)]
 #[path = "../../crates/forebay-edge/src/guard.rs"]
 mod guard;
+#[path = "../../crates/forebay-edge/src/head.rs"]
+mod head;
 #[allow(dead_code)]
 #[path = "../../crates/forebay-edge/src/head_scan.rs"]
 mod head_scan;
 
 use guard::{Refusal, check_head};
+use head::HeadLimits;
 use head_scan::HeadScan;
 
-struct Head<'a> {
-    line: &'a [u8],
-    verdict: Result<(), Refusal>,
-}
+const LIMITS: HeadLimits = HeadLimits { bytes_max: 1000, headers_max: 10 };
 
-/// Heads and verdicts, the bytes coming one by one: a verdict is there with the last byte of its head.
-fn judged(stream: &[u8]) -> Vec<Head<'_>> {
-    let mut scan = HeadScan::new();
+/// The request lines of all whole heads, and the verdicts on them. The bytes come one by one: a verdict is there with
+/// the last byte of its head.
+fn judged(stream: &[u8]) -> Vec<(&[u8], Result<(), Refusal>)> {
+    let mut scan = HeadScan::new(LIMITS);
     let mut heads = Vec::new();
     let mut start = None;
     for (at, byte) in stream.iter().enumerate() {
@@ -48,16 +56,24 @@ fn judged(stream: &[u8]) -> Vec<Head<'_>> {
         let verdict = scan.next_verdict();
         if verdict != Err(Refusal::Unframed) {
             let head = &stream[start.take().unwrap_or(at)..=at];
-            heads.push(Head { line: head.split(|byte| *byte == b'\n').next().unwrap_or(head), verdict });
+            heads.push((head.split(|byte| *byte == b'\r').next().unwrap_or(head), verdict));
         }
     }
     heads
 }
 
-fn verdicts<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Result<(), Refusal>> {
-    let mut scan = HeadScan::new();
-    pieces.for_each(|piece| scan.push(piece));
-    std::iter::from_fn(|| Some(scan.next_verdict()).filter(|verdict| *verdict != Err(Refusal::Unframed))).collect()
+/// The verdicts, and what goes on to hyper.
+fn scan<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<Result<(), Refusal>>, Vec<u8>) {
+    let mut scan = HeadScan::new(LIMITS);
+    let mut out = Vec::new();
+    for piece in pieces {
+        let passed = scan.push(piece);
+        out.extend(passed.lead);
+        out.extend_from_slice(&piece[passed.through]);
+        out.extend(passed.tail);
+    }
+    let verdict = || Some(scan.next_verdict()).filter(|verdict| *verdict != Err(Refusal::Unframed));
+    (std::iter::from_fn(verdict).collect(), out)
 }
 
 /// A client that has sent everything and reads everything.
@@ -104,12 +120,20 @@ fn requests(stream: &[u8]) -> Vec<(String, String)> {
             Ok::<_, Infallible>(http::Response::new(Empty::<Bytes>::new()))
         }
     });
-    let mut connection =
-        pin!(http1::Builder::new().header_read_timeout(None).serve_connection(Client(stream), service));
+    let mut connection = pin!(
+        http1::Builder::new()
+            .header_read_timeout(None)
+            .max_buf_size(LIMITS.bytes_max + 8 * 1024)
+            .max_headers(LIMITS.headers_max)
+            .serve_connection(Client(stream), service)
+    );
     let mut context = Context::from_waker(Waker::noop());
     // Nothing here waits for anything but its turn, and a turn reads at least a byte or hands out a request.
     for _ in 0..stream.len() + 16 {
-        if Future::poll(connection.as_mut(), &mut context).is_ready() {
+        if let Poll::Ready(end) = Future::poll(connection.as_mut(), &mut context) {
+            if let Err(error) = end {
+                assert!(!error.is_parse(), "hyper refuses a head that was passed on: {error:?}");
+            }
             break;
         }
     }
@@ -118,16 +142,22 @@ fn requests(stream: &[u8]) -> Vec<(String, String)> {
 
 fuzz_target!(|data: &[u8]| {
     let Some((&length, stream)) = data.split_first() else { return };
+    let whole = scan(std::iter::once(stream));
+    assert_eq!(scan(stream.chunks(usize::from(length % 64) + 1)), whole);
+    assert_eq!(scan(stream.chunks(1)), whole);
     let heads = judged(stream);
-    let expect: Vec<_> = heads.iter().map(|head| head.verdict).collect();
-    assert_eq!(verdicts(std::iter::once(stream)), expect);
-    assert_eq!(verdicts(stream.chunks(usize::from(length % 64) + 1)), expect);
+    assert!(heads.iter().map(|(_, verdict)| *verdict).eq(whole.0.iter().copied()));
 
-    for (head, (method, path)) in heads.iter().zip(requests(stream)) {
-        if head.verdict.is_err() {
+    let requests = requests(&whole.1);
+    if let Some(refused) = heads.iter().position(|(_, verdict)| verdict.is_err()) {
+        assert_eq!(refused + 1, heads.len(), "nothing is judged after a refusal");
+        assert!(requests.len() <= heads.len(), "nothing is passed on after a refusal");
+    }
+    for ((line, verdict), (method, path)) in heads.into_iter().zip(requests) {
+        if verdict.is_err() {
             break;
         }
-        let line = String::from_utf8_lossy(head.line);
+        let line = String::from_utf8_lossy(line);
         let mut words = line.splitn(2, ' ');
         assert_eq!(words.next(), Some(method.as_str()), "hyper reads another request than was judged");
         // Of an absolute target, hyper shows the path; of one without a path, `/`.

@@ -71,7 +71,9 @@ mod tests {
     fn is_limited_in_bytes() {
         let buffer = Buffer::new(1000);
         let large: Bytes = vec![0; BYTES_MAX / 2].into();
-        (0..3).for_each(|_| drop(buffer.push(large.clone())));
+        for _ in 0..3 {
+            buffer.push(large.clone());
+        }
         assert_eq!(buffer.since(0).len(), 2);
         // What is larger than all of it is sent, but not kept.
         assert_eq!(buffer.push(vec![0; BYTES_MAX + 1].into()), 3);
