@@ -128,7 +128,7 @@ def test_check_warns_of_a_plain_secret(check):
         ("  max-model-len: 4096", "  max-model-len: 4096\n  max-model-len: 1", "max-model-len"),
         ("engine:\n", "engine: [\n", "forebay.yaml:2"),
         ("model: smollm2-135m-instruct\n  max", "model: /no/such/model.gguf\n  max", "/no/such/model.gguf"),
-        ("provider: openai,", "provider: anthropic,", "not supported"),
+        ("provider: openai,", "provider: bedrock,", "bedrock"),
     ],
     ids=lambda value: value.split(":")[0].strip() if isinstance(value, str) else None,
 )
