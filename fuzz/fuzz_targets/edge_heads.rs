@@ -50,12 +50,14 @@ fn judged(stream: &[u8]) -> Vec<(&[u8], Result<(), Refusal>)> {
     let mut start = None;
     for (at, byte) in stream.iter().enumerate() {
         scan.push(&[*byte]);
+        let begun = start.take();
         if scan.is_mid_head() {
-            start.get_or_insert(at);
+            // Until here it may have been an empty line.
+            start = begun.or(Some(at));
         }
         let verdict = scan.next_verdict();
         if verdict != Err(Refusal::Unframed) {
-            let head = &stream[start.take().unwrap_or(at)..=at];
+            let head = &stream[begun.unwrap_or(at)..=at];
             heads.push((head.split(|byte| *byte == b'\r').next().unwrap_or(head), verdict));
         }
     }

@@ -18,7 +18,10 @@ pub fn python() -> anyhow::Result<PathBuf> {
     let python = venv.join("bin/python");
     let ready = venv.join(".ready");
     if ready.exists()
-        && shell::works(&python.to_string_lossy(), &["-c", "import openai, httpx, pytest, yaml, zmq, msgspec"])
+        && shell::works(
+            &python.to_string_lossy(),
+            &["-c", "import openai, httpx, pytest, yaml, zmq, msgspec"],
+        )
     {
         return Ok(python);
     }

@@ -103,7 +103,8 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
         && edge.listen.iter().any(|address| *address == admin.listen)
     {
         let message = format!("`edge.listen` has the address {} too", admin.listen);
-        found.push(loaded.error_at("admin.listen", message).help("give the admin listener a port of its own"));
+        found
+            .push(loaded.error_at("admin.listen", message).help("give the admin listener a port of its own"));
     }
     for secret in loaded.secret_problems(env) {
         // The edge has said it of its own already.

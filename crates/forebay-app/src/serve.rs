@@ -98,7 +98,8 @@ pub async fn prepare(
         let (draining, engine, router) = (draining.clone(), engine.clone(), composed.router.clone());
         // A process that only routes to other services has no fleet to wait for, and one whose models can fall back
         // to a provider still answers where every fleet is down.
-        let providers = config.proxy.iter().flat_map(|proxy| &proxy.models).flat_map(|model| &model.deployments);
+        let providers =
+            config.proxy.iter().flat_map(|proxy| &proxy.models).flat_map(|model| &model.deployments);
         let needs_fleet = !router.fleets().is_empty() && !providers.into_iter().any(|d| d.provider.is_some());
         move || -> Result<(), String> {
             if draining.load(Ordering::Relaxed) {

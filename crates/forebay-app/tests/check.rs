@@ -6,7 +6,11 @@ use forebay_config::{FixedEnvironment, Source};
 /// Messages in the order of the file.
 fn found(text: &str, env: &FixedEnvironment) -> Vec<String> {
     let report = check(&Source::new("forebay.yaml", text), env);
-    report.diagnostics.iter().map(|d| format!("{} {}: {}", d.severity().as_str(), d.path(), d.message())).collect()
+    report
+        .diagnostics
+        .iter()
+        .map(|d| format!("{} {}: {}", d.severity().as_str(), d.path(), d.message()))
+        .collect()
 }
 
 #[test]
@@ -46,11 +50,17 @@ fn mistakes_are_found_together() {
 fn what_works_but_is_hardly_meant_is_a_warning() {
     let env = FixedEnvironment::new();
     let unused = "edge: {}\nengine: {}\nrouter: {fleets: [{model: m, replicas: [\"http://127.0.0.1:1\"]}]}";
-    assert_eq!(found(unused, &env), ["warning engine: no fleet uses this engine: it is loaded and never asked"]);
+    assert_eq!(
+        found(unused, &env),
+        ["warning engine: no fleet uses this engine: it is loaded and never asked"]
+    );
     let plain = "edge: {}\nengine: {}\ngateway: {consumers: [{name: a, keys: sk-plain}]}";
     let found = found(plain, &env);
     assert_eq!(found.len(), 1, "{found:?}");
-    assert!(found[0].starts_with("warning gateway.consumers[0].keys") && !found[0].contains("sk-plain"), "{found:?}");
+    assert!(
+        found[0].starts_with("warning gateway.consumers[0].keys") && !found[0].contains("sk-plain"),
+        "{found:?}"
+    );
 }
 
 #[test]

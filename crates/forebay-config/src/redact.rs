@@ -67,12 +67,7 @@ pub(crate) fn references(root: &Node, schema: SchemaView<'_>) -> Vec<(String, St
     found
 }
 
-fn collect(
-    place: &Place<'_>,
-    sounds: bool,
-    schema: SchemaView<'_>,
-    found: &mut dyn FnMut(&Place<'_>, &str),
-) {
+fn collect(place: &Place<'_>, sounds: bool, schema: SchemaView<'_>, found: &mut dyn FnMut(&Place<'_>, &str)) {
     match &place.node.value {
         Value::Scalar(scalar) => {
             if is_secret(place, scalar, sounds, schema) {

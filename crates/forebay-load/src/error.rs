@@ -143,7 +143,9 @@ impl From<&UpstreamError> for Failure {
             UpstreamError::FirstByteTimeout { .. } | UpstreamError::IdleTimeout { .. } => {
                 FailureKind::Timeout
             }
-            UpstreamError::Reset { .. } | UpstreamError::Stale { .. } | UpstreamError::RequestBody { .. } => FailureKind::Disconnect,
+            UpstreamError::Reset { .. } | UpstreamError::Stale { .. } | UpstreamError::RequestBody { .. } => {
+                FailureKind::Disconnect
+            }
             UpstreamError::Protocol { .. } | UpstreamError::AnswerTooLarge { .. } => FailureKind::BadAnswer,
         };
         Self::new(kind, &error.detail())

@@ -44,7 +44,10 @@ fn list(json: bool) -> anyhow::Result<()> {
             .iter()
             .map(|m| serde_json::json!({"name": m.name, "file": m.file, "bytes": m.bytes, "licence": m.licence}))
             .collect();
-        crate::out::line!("{}", serde_json::json!({"directory": store.dir(), "cached": cached, "known": known}));
+        crate::out::line!(
+            "{}",
+            serde_json::json!({"directory": store.dir(), "cached": cached, "known": known})
+        );
         return Ok(());
     }
     crate::out::line!("{:<40} {:>12}  in {}", "MODEL", "SIZE", store.dir().display());

@@ -82,9 +82,9 @@ fn in_flags(message: &str) -> String {
         ("engine.max-num-queued-tokens", "--max-num-queued-tokens"),
         ("engine.threads", "--threads"),
     ];
-    FLAGS.iter().fold(message.to_owned(), |text, (key, flag)| {
-        text.replace(&format!("`{key}`"), &format!("`{flag}`"))
-    })
+    FLAGS
+        .iter()
+        .fold(message.to_owned(), |text, (key, flag)| text.replace(&format!("`{key}`"), &format!("`{flag}`")))
 }
 
 /// Reads and checks a file; what is wrong is printed with its lines.
