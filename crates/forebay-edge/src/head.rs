@@ -102,7 +102,9 @@ pub(crate) fn stand_in(head: &[u8]) -> Vec<u8> {
         // Without an authority it would be another error.
         is_name && *m != "CONNECT"
     });
-    let path = words.next().map(|word| word.split(|b| *b == b'?').next().unwrap_or_default());
+    // What is behind a `#` is not looked at by `Uri`, but by the parser of heads.
+    let path =
+        words.next().map(|word| word.split(|b| matches!(b, b'?' | b'#')).next().unwrap_or_default());
     let path = path.map(|path| &path[..path.len().min(TAKEN_BYTES_MAX)]);
     let path = path.filter(|path| path.starts_with(b"/") && http::Uri::try_from(*path).is_ok());
     let path = path.and_then(|path| std::str::from_utf8(path).ok());
@@ -174,6 +176,7 @@ mod tests {
             "POST /v1/x?key=1 HTTP/1.1\r\nX-Request-Id: r1\r\nx-request-id: r2\r\ntraceparent: 00-a\r\n\r\n",
             "POST /v1/x HTTP/1.1\r\nhost: -\r\nx-request-id: r1\r\ntraceparent: 00-a\r\n\r\n",
         );
+        check("GET /a#\x08 HTTP/1.1\r\n\r\n", "GET /a HTTP/1.1\r\nhost: -\r\n\r\n");
         check("CONNECT a:1 HTTP/1.1\r\n\r\n", "GET / HTTP/1.1\r\nhost: -\r\n\r\n");
         check("\x16\x03\x01", "GET / HTTP/1.1\r\nhost: -\r\n\r\n");
         check("get \x7f HTTP/1.1\r\nx-request-id: a b\r\n", "GET / HTTP/1.1\r\nhost: -\r\n\r\n");

@@ -169,17 +169,13 @@ impl HeadScan {
 
     fn push_head(&mut self, bytes: &[u8]) -> Head {
         if self.partial.is_empty() {
-            let blank = bytes.iter().take_while(|b| matches!(b, b'\r' | b'\n')).count();
+            let blank = bytes.iter().take_while(|b| **b == b'\n').count();
             if blank > 0 {
-                self.blanks = self.blanks.saturating_add(blank.try_into().unwrap_or(u8::MAX));
-                if self.blanks > BLANKS_MAX {
-                    return self.refuse(Refusal::RequestLineInvalid, bytes);
-                }
-                return Head::Ends { used: blank, held: Vec::new() };
+                return self.skip_blanks(&bytes[..blank], blank, Vec::new());
             }
-            self.blanks = 0;
-            // Something else than HTTP, TLS for one, may never send the end of a line.
-            if !bytes[0].is_ascii_graphic() {
+            // Something else than HTTP, TLS for one, may never send the end of a line. A CR may begin an empty line;
+            // alone it does not, and hyper must not see it before that is known.
+            if !bytes[0].is_ascii_graphic() && bytes[0] != b'\r' {
                 return self.refuse(Refusal::RequestLineInvalid, bytes);
             }
             // The usual head comes whole and is not copied.
@@ -202,7 +198,20 @@ impl HeadScan {
         self.finish_head(&head, end - before, held)
     }
 
+    /// Passes on line breaks before a request.
+    fn skip_blanks(&mut self, blanks: &[u8], used: usize, held: Vec<u8>) -> Head {
+        self.blanks = self.blanks.saturating_add(blanks.len().try_into().unwrap_or(u8::MAX));
+        if self.blanks > BLANKS_MAX {
+            return self.refuse(Refusal::RequestLineInvalid, blanks);
+        }
+        Head::Ends { used, held }
+    }
+
     fn finish_head(&mut self, head: &[u8], used: usize, held: Vec<u8>) -> Head {
+        if head == b"\r\n" {
+            return self.skip_blanks(head, used, held);
+        }
+        self.blanks = 0;
         self.at = match head::check(head, self.limits) {
             Ok(Framing::Empty) => At::Head,
             Ok(Framing::Length(left)) => At::Body { left },
@@ -335,6 +344,9 @@ mod tests {
         let long = format!("GET / HTTP/1.1\r\nhost: a\r\nx: {}", "y".repeat(1000));
         check(&long, &[Some(Refusal::HeadersTooLarge)], unknown);
         check(&format!("{long}\r\n\r\n"), &[Some(Refusal::HeadersTooLarge)], unknown);
+        // A CR alone is no empty line, for hyper neither.
+        check(&format!("\r{ok}"), &[Some(Refusal::RequestLineInvalid)], unknown);
+        check(&format!("\r\n\n{ok}"), &[None], &format!("\r\n\n{ok}"));
         // Half a head is held back.
         check(&format!("{ok}GET / HT"), &[None], ok);
         let mut scan = HeadScan::new(LIMITS);
