@@ -44,7 +44,10 @@ static BASE: LazyLock<Base> = LazyLock::new(|| {
         .put("tokenizer.ggml.merges", &texts(&["a b"]))
         .put("tokenizer.ggml.token_type", &Value::List(List::Ints(vec![3, 3, 1, 1, 1, 1, 1, 4])))
         .put_u32("tokenizer.ggml.eos_token_id", 1)
-        .put_text("tokenizer.chat_template", "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}");
+        .put_text(
+            "tokenizer.chat_template",
+            "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}",
+        );
     let file = writer.finish();
     let directory = Gguf::parse(&file).expect("the base is a valid file");
     let header = directory.tensors().iter().map(|tensor| tensor.bytes.start).min().unwrap_or(file.len());

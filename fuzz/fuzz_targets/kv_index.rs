@@ -66,8 +66,7 @@ fuzz_target!(|data: &[u8]| {
             let held = model.get(&lane);
             let stored = held.map_or(0, VecDeque::len);
             assert_eq!(index.blocks_held(Lane(lane)) as usize, stored);
-            let expect =
-                names.iter().take_while(|name| held.is_some_and(|held| held.contains(name))).count();
+            let expect = names.iter().take_while(|name| held.is_some_and(|held| held.contains(name))).count();
             let matched = matches.blocks(Lane(lane)) as usize;
             assert_eq!(matched, expect, "lane {lane}");
             let prompt: BTreeSet<_> = names[..matched].iter().collect();

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use forebay_tokens::{Detokenizer, Special, Tokenizer};
 use libfuzzer_sys::fuzz_target;
 
-const TEXTS: [&str; 3] = ["", "The turbines, 12345 of them!\n\n  e\u{301} ﬁn </s><|im_end|>", "東京 は\u{fdd0}"];
+const TEXTS: [&str; 3] =
+    ["", "The turbines, 12345 of them!\n\n  e\u{301} ﬁn </s><|im_end|>", "東京 は\u{fdd0}"];
 
 static LOADING: AtomicBool = AtomicBool::new(false);
 

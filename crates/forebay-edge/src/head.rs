@@ -103,8 +103,7 @@ pub(crate) fn stand_in(head: &[u8]) -> Vec<u8> {
         is_name && *m != "CONNECT"
     });
     // What is behind a `#` is not looked at by `Uri`, but by the parser of heads.
-    let path =
-        words.next().map(|word| word.split(|b| matches!(b, b'?' | b'#')).next().unwrap_or_default());
+    let path = words.next().map(|word| word.split(|b| matches!(b, b'?' | b'#')).next().unwrap_or_default());
     let path = path.map(|path| &path[..path.len().min(TAKEN_BYTES_MAX)]);
     let path = path.filter(|path| path.starts_with(b"/") && http::Uri::try_from(*path).is_ok());
     let path = path.and_then(|path| std::str::from_utf8(path).ok());

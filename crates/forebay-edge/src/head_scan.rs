@@ -345,7 +345,7 @@ mod tests {
         check(&long, &[Some(Refusal::HeadersTooLarge)], unknown);
         check(&format!("{long}\r\n\r\n"), &[Some(Refusal::HeadersTooLarge)], unknown);
         // A CR alone is no empty line, for hyper neither.
-        check(&format!("\r{ok}"), &[Some(Refusal::RequestLineInvalid)], unknown);
+        check(&format!("\r{ok}"), &[Some(Refusal::HeaderInvalid)], unknown);
         check(&format!("\r\n\n{ok}"), &[None], &format!("\r\n\n{ok}"));
         // Half a head is held back.
         check(&format!("{ok}GET / HT"), &[None], ok);

@@ -220,9 +220,10 @@ impl<Next> Gateway<Next> {
                 let (done, result) = oneshot::channel();
                 tokio::task::spawn_blocking(move || {
                     // Work that has begun can't be interrupted: the permits stay with it where the client has left meanwhile.
-                    let _permits = permits;
                     if !done.is_closed() {
                         let read = read(&|| !done.is_closed());
+                        // Before the answer: whoever has it finds the next turn free.
+                        drop(permits);
                         let _ = done.send(read);
                     }
                 });

@@ -446,10 +446,11 @@ async fn one_consumer_keeps_one_core_busy_at_most() {
     drop(second);
     go.send(()).unwrap();
     read_all(first.await.unwrap()).await;
-    begin(&mut third).await;
-    coming.recv().await.unwrap();
-    go.send(()).unwrap();
-    read_all(third.await.unwrap()).await;
+    let (third, ()) = tokio::join!(third, async {
+        coming.recv().await.unwrap();
+        go.send(()).unwrap();
+    });
+    read_all(third.unwrap()).await;
     assert_eq!(rig.encoder.threads.lock().unwrap().len(), 3);
 }
 
