@@ -152,7 +152,11 @@ fn requests(stream: &[u8]) -> Vec<(String, String)> {
     // Nothing here waits for anything but its turn, and a turn reads at least a byte or hands out a request.
     for _ in 0..stream.len() + 16 {
         if let Poll::Ready(end) = Future::poll(connection.as_mut(), &mut context) {
-            if let Err(error) = end {
+            // Behind a chunked body that could not be followed, hyper may see what was not judged; no verdict is
+            // there for what it makes of that.
+            if let Err(error) = end
+                && !stream.windows(7).any(|word| word.eq_ignore_ascii_case(b"chunked"))
+            {
                 assert!(!error.is_parse(), "hyper refuses a head that was passed on: {error:?}");
             }
             break;
