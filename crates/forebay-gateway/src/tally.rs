@@ -46,7 +46,7 @@ impl Tally {
                 self.prompt_is_exact = true;
             }
             Chunk::Event(Event::Delta(delta)) => self.count(delta.tokens),
-            Chunk::Event(Event::Finished { .. }) => {}
+            Chunk::Event(Event::Prompt(_) | Event::Finished { .. }) => {}
             Chunk::Event(Event::Done { usage }) => {
                 self.reported = Some(*usage);
                 return Seen::Whole;

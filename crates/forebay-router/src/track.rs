@@ -57,7 +57,7 @@ impl Tracked {
                     flight.on_first_token();
                 }
             }
-            Chunk::Event(Event::Finished { .. }) => {}
+            Chunk::Event(Event::Prompt(_) | Event::Finished { .. }) => {}
             Chunk::Event(Event::Done { usage }) => {
                 self.completion_tokens = usage.completion_tokens;
                 self.finish();

@@ -36,6 +36,8 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the context length was reached.
     Length,
+    /// The model called tools.
+    ToolCalls,
     /// The client left or the server drained.
     Abort,
     /// The engine failed.
@@ -47,6 +49,7 @@ impl FinishReason {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
             Self::Abort => "abort",
             Self::Error => "error",
         }

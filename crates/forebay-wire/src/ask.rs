@@ -75,10 +75,60 @@ pub struct Generate {
     pub cache_salt: Option<String>,
     /// vLLM's `priority`: lower goes first.
     pub priority: i32,
+    /// What the whole text of each choice has to match; `None` is any text.
+    pub constraint: Option<Constraint>,
+    /// How the model may call the tools of [`Prompt::Chat`].
+    pub tool_choice: ToolChoice,
+    /// More than one call in a turn; OpenAI's default is true.
+    pub parallel_tool_calls: bool,
+    /// vLLM's `include_reasoning`, `true` unless asked otherwise: whether reasoning that was split off is returned.
+    pub include_reasoning: bool,
+    /// vLLM's `prompt_logprobs`: as `logprobs`, for the tokens of the prompt.
+    pub prompt_logprobs: Option<u32>,
+    /// vLLM's `bad_words`: texts that are not to be generated, each a word or a phrase.
+    pub bad_words: Vec<String>,
+    /// vLLM's `return_token_ids`: the ids of prompt and output beside the text.
+    pub return_token_ids: bool,
+    /// vLLM's `return_tokens_as_token_ids`: log-probabilities name tokens as `token_id:ID`.
+    pub tokens_as_ids: bool,
+    /// vLLM's `truncate_prompt_tokens`: keep only this many tokens of the prompt, the last ones; -1 is the model's
+    /// context.
+    pub truncate_prompt_tokens: Option<i32>,
     /// What is asked for beyond all of this, and so what an answer made in this process would lack.
     pub needs: Vec<Need>,
     /// The body as it came, for forwarding in the same dialect with only changed fields spliced.
     pub body: Bytes,
+}
+
+/// A language that the output is held to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Constraint {
+    /// Any JSON object.
+    JsonObject,
+    /// A JSON value that a JSON schema allows. The schema as it came.
+    JsonSchema(Value),
+    /// A regular expression that matches the whole text.
+    Regex(String),
+    /// One of these texts, at least one, none empty.
+    Choice(Vec<String>),
+    /// A context-free grammar, in Lark's or in EBNF (GBNF) notation.
+    Grammar(String),
+    /// vLLM's structural tags: free text with constrained parts between tags. As it came.
+    StructuralTag(Value),
+}
+
+/// OpenAI's `tool_choice`.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum ToolChoice {
+    /// Text or calls, as the model likes. Means nothing without tools.
+    #[default]
+    Auto,
+    /// Text only.
+    None,
+    /// At least one call, of any tool.
+    Required,
+    /// A call of this function.
+    Function(String),
 }
 
 #[derive(Debug, Clone)]
@@ -205,6 +255,8 @@ pub struct Sampling {
     pub frequency_penalty: f32,
     /// Added to the logits before anything else; at most 1024 entries, each in [-100, 100].
     pub logit_bias: Vec<(TokenId, f32)>,
+    /// vLLM's `allowed_token_ids`: only these may be chosen; `None` is all.
+    pub allowed_token_ids: Option<Vec<TokenId>>,
 }
 
 impl Default for Sampling {
@@ -219,6 +271,45 @@ impl Default for Sampling {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
+            allowed_token_ids: None,
+        }
+    }
+}
+
+impl Generate {
+    /// A call that asks for nothing special: each field is what its absence in a request means.
+    pub fn new(api: Api, model: ModelName, prompt: Prompt) -> Self {
+        Self {
+            api,
+            model,
+            prompt,
+            n: 1,
+            max_tokens: None,
+            min_tokens: 0,
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            include_stop_str_in_output: false,
+            ignore_eos: false,
+            logprobs: None,
+            echo: false,
+            stream: false,
+            include_usage: false,
+            continuous_usage: false,
+            user: None,
+            cache_salt: None,
+            priority: 0,
+            constraint: None,
+            tool_choice: ToolChoice::Auto,
+            parallel_tool_calls: true,
+            include_reasoning: true,
+            prompt_logprobs: None,
+            bad_words: Vec::new(),
+            return_token_ids: false,
+            tokens_as_ids: false,
+            truncate_prompt_tokens: None,
+            needs: Vec::new(),
+            body: Bytes::new(),
         }
     }
 }

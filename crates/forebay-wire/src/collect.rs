@@ -60,7 +60,7 @@ impl Collector {
 
     pub fn push(&mut self, event: Event) {
         match event {
-            Event::Started { .. } => {}
+            Event::Started { .. } | Event::Prompt(_) => {}
             Event::Delta(delta) => {
                 if let Some(choice) = self.choice(delta.choice) {
                     if choice.text.is_empty() {

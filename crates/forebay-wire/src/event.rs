@@ -12,6 +12,9 @@ pub enum Event {
         prompt_tokens: u32,
         cached_tokens: u32,
     },
+    /// The tokens of one prompt with their log-probabilities, where `prompt_logprobs` or `return_token_ids` asked for
+    /// them. After `Started`, before the first `Delta` of the prompt's choices.
+    Prompt(PromptTokens),
     Delta(Delta),
     Finished {
         choice: u32,
@@ -23,15 +26,44 @@ pub enum Event {
     },
 }
 
+/// A prompt as the model saw it.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PromptTokens {
+    /// Index of the prompt in the call.
+    pub prompt: u32,
+    pub ids: Vec<TokenId>,
+    /// One entry per token, the first without a log-probability; empty where they were not asked for.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
 /// New text of one choice. `text` is valid UTF-8 and may be empty while bytes or a stop-string match are held back.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Delta {
     pub choice: u32,
     pub text: String,
+    /// New text of the model's reasoning, where it is split from the answer.
+    pub reasoning: String,
+    /// What is new of the calls of tools.
+    pub tool_calls: Vec<ToolCallDelta>,
+    /// Ids of the new tokens, where the call asked for them (`return_token_ids`).
+    pub token_ids: Vec<TokenId>,
     /// New completion tokens that this delta accounts for (0 for the echo of a prompt).
     pub tokens: u32,
     /// One entry per new token where logprobs were asked for.
     pub logprobs: Vec<TokenLogprob>,
+}
+
+/// A piece of a tool call. The first of a call has id and name; the arguments are the pieces of all, joined.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ToolCallDelta {
+    /// Which call of the choice, from 0.
+    pub index: u32,
+    /// `call_…`, in the first piece.
+    pub id: Option<String>,
+    /// The function, in the first piece.
+    pub name: Option<String>,
+    /// More of the arguments, JSON as the model wrote it.
+    pub arguments: String,
 }
 
 #[derive(Debug, Clone, PartialEq)]

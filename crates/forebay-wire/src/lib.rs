@@ -29,11 +29,12 @@ mod sse;
 mod tokenized;
 
 pub use ask::{
-    Api, Ask, ChatMessage, Content, Detokenize, Generate, Prompt, Sampling, Tokenize, TokenizeInput,
+    Api, Ask, ChatMessage, Constraint, Content, Detokenize, Generate, Prompt, Sampling, Tokenize, TokenizeInput,
+    ToolChoice,
 };
 pub use collect::{CollectError, Collector};
 pub use error::{ErrorRow, UpstreamError, error_row, error_rows, fault_frame, parse_error, render_fault};
-pub use event::{Chunk, Delta, Event, TokenLogprob, TopLogprob};
+pub use event::{Chunk, Delta, Event, PromptTokens, TokenLogprob, ToolCallDelta, TopLogprob};
 pub use models::{ModelCard, render_model, render_models};
 pub use need::Need;
 pub use parse::{ParseError, check_encoding, parse};

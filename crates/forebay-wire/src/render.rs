@@ -86,6 +86,7 @@ impl Renderer {
                     }
                 }
             }
+            Event::Prompt(_) => {}
             Event::Delta(delta) => self.delta(delta, out),
             Event::Finished { choice, reason } => match self.api {
                 Api::ChatCompletions => self.chat_choice(out, *choice, "{}", Some(*reason)),

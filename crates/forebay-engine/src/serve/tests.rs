@@ -105,27 +105,11 @@ fn says(after: &str, answer: &str) -> FakeExecutor {
 
 fn greedy(prompt: &str) -> Generate {
     Generate {
-        api: Api::Completions,
-        model: "fake".into(),
-        prompt: Prompt::Text(vec![prompt.into()]),
-        n: 1,
         max_tokens: Some(32),
-        min_tokens: 0,
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-        stop: Vec::new(),
-        stop_token_ids: Vec::new(),
-        include_stop_str_in_output: false,
-        ignore_eos: false,
-        logprobs: None,
-        echo: false,
         stream: true,
         include_usage: true,
-        continuous_usage: false,
-        user: None,
-        cache_salt: None,
-        priority: 0,
-        needs: Vec::new(),
-        body: bytes::Bytes::new(),
+        ..Generate::new(Api::Completions, "fake".into(), Prompt::Text(vec![prompt.into()]))
     }
 }
 

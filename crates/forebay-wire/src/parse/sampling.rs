@@ -73,9 +73,6 @@ pub(super) fn parse(
     let (include_usage, continuous_usage) = stream_options(fields, stream)?;
 
     Ok(Generate {
-        api,
-        model,
-        prompt,
         n,
         max_tokens,
         min_tokens,
@@ -94,6 +91,7 @@ pub(super) fn parse(
         priority: fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0) as i32,
         needs,
         body: body.clone(),
+        ..Generate::new(api, model, prompt)
     })
 }
 
@@ -166,6 +164,7 @@ fn sampling(fields: &Fields<'_>) -> Result<Sampling, ParseError> {
             .number("frequency_penalty", -2.0..=2.0)?
             .unwrap_or(default.frequency_penalty),
         logit_bias: logit_bias(fields)?,
+        allowed_token_ids: None,
     })
 }
 
