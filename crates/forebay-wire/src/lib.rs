@@ -29,8 +29,8 @@ mod sse;
 mod tokenized;
 
 pub use ask::{
-    Api, Ask, ChatMessage, Constraint, Content, Detokenize, Generate, Prompt, Sampling, Tokenize, TokenizeInput,
-    ToolChoice,
+    Api, Ask, ChatMessage, Constraint, Content, Detokenize, Generate, Prompt, Sampling, Tokenize,
+    TokenizeInput, ToolChoice,
 };
 pub use collect::{CollectError, Collector};
 pub use error::{ErrorRow, UpstreamError, error_row, error_rows, fault_frame, parse_error, render_fault};

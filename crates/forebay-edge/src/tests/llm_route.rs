@@ -139,7 +139,7 @@ fn events(form: ReplyForm, with_spec: bool, events: Vec<Event>) -> LlmStage {
 fn hello() -> Vec<Event> {
     vec![
         Event::Started { prompt_tokens: 1, cached_tokens: 0 },
-        Event::Delta(Delta { choice: 0, text: "Hello".into(), tokens: 1, logprobs: Vec::new() }),
+        Event::Delta(Delta { text: "Hello".into(), tokens: 1, ..Delta::default() }),
         Event::Finished { choice: 0, reason: FinishReason::Stop },
         Event::Done { usage: Usage { prompt_tokens: 1, completion_tokens: 1, cached_tokens: 0 } },
     ]

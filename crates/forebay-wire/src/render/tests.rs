@@ -11,7 +11,7 @@ fn spec(api: Api, choices: u32, include_usage: bool) -> RenderSpec {
 }
 
 fn delta(choice: u32, text: &str) -> Event {
-    Event::Delta(Delta { choice, text: text.into(), tokens: 1, logprobs: Vec::new() })
+    Event::Delta(Delta { choice, text: text.into(), tokens: 1, ..Delta::default() })
 }
 
 fn scored(text: &str, logprob: Option<f32>, top: &[(u32, &str, f32)]) -> Event {
@@ -28,7 +28,7 @@ fn scored(text: &str, logprob: Option<f32>, top: &[(u32, &str, f32)]) -> Event {
         logprob,
         top: top.collect(),
     };
-    Event::Delta(Delta { choice: 0, text: text.into(), tokens: 1, logprobs: vec![entry] })
+    Event::Delta(Delta { text: text.into(), tokens: 1, logprobs: vec![entry], ..Delta::default() })
 }
 
 fn finished(choice: u32, reason: FinishReason) -> Event {
@@ -83,7 +83,7 @@ fn chat_stream() {
 
 #[test]
 fn usage_so_far_in_every_frame() {
-    let many = Event::Delta(Delta { choice: 0, text: "b".into(), tokens: 3, logprobs: Vec::new() });
+    let many = Event::Delta(Delta { choice: 0, text: "b".into(), tokens: 3, ..Delta::default() });
     // What is held back counts with the next frame.
     let events = [STARTED, delta(0, "a"), delta(0, ""), many, finished(0, FinishReason::Stop), DONE];
     for api in [Api::ChatCompletions, Api::Completions] {
@@ -197,7 +197,7 @@ fn tokens_that_are_no_text_keep_their_bytes_apart() {
         vec![part(b"\xe2\x80", -0.25), part(b"\xe2", -0.5), part(b" \xf0\x9f", -1.0), part(b"\\\xff", -2.0)];
     let TopLogprob { token, text, bytes, logprob } = top[1].clone();
     let entry = TokenLogprob { token, text, bytes, logprob: Some(logprob), top };
-    let event = Event::Delta(Delta { choice: 0, text: String::new(), tokens: 1, logprobs: vec![entry] });
+    let event = Event::Delta(Delta { tokens: 1, logprobs: vec![entry], ..Delta::default() });
     let events = [STARTED, event, finished(0, FinishReason::Stop), DONE];
     let body = collect(&spec(Api::Completions, 1, false), &events).unwrap();
     let body: Value = serde_json::from_str(&body).unwrap();
