@@ -1,7 +1,9 @@
-//! The admin listener: metrics, health, readiness, and the last requests with their waterfalls.
+//! The admin listener: metrics, health, readiness, the last requests with their waterfalls, and the models of this
+//! process.
 //!
 //! On a port of its own, so that it can stay private while the edge is public. HTTP/1.1, JSON, no authentication:
-//! whoever reaches it may read it.
+//! whoever reaches it may read it, and load and unload models. A page in somebody's browser may not: what changes
+//! anything must come as `application/json`, which no page can send here without being asked first.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -10,12 +12,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use forebay_observe::{RecentRequests, Registry};
 use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
+
+use crate::slots::{Slot, SlotError};
 
 /// Scrapers and people: far more than both ever need.
 const CONNECTIONS_MAX: usize = 128;
@@ -33,7 +37,13 @@ pub struct AdminState {
     pub ready: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
     /// Fleets and replicas, as JSON.
     pub fleets: Box<dyn Fn() -> serde_json::Value + Send + Sync>,
+    /// The models of this process.
+    pub slots: Vec<Arc<Slot>>,
 }
+
+/// Bytes of a request's body: a model's name in JSON.
+const BODY_BYTES_MAX: usize = 16 * 1024;
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves until `stop` turns true. Cancellation: dropping the future closes the listener and every connection.
 pub async fn serve(listener: TcpListener, state: Arc<AdminState>, mut stop: watch::Receiver<bool>) {
@@ -55,7 +65,7 @@ pub async fn serve(listener: TcpListener, state: Arc<AdminState>, mut stop: watc
         open.spawn(async move {
             let service = service_fn(move |request| {
                 let state = state.clone();
-                async move { Ok::<_, Infallible>(answer(&request, &state)) }
+                async move { Ok::<_, Infallible>(answer(request, &state).await) }
             });
             let mut http = hyper::server::conn::http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
@@ -66,10 +76,84 @@ pub async fn serve(listener: TcpListener, state: Arc<AdminState>, mut stop: watc
     }
 }
 
-fn answer(request: &Request<Incoming>, state: &AdminState) -> Response<Full<Bytes>> {
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        return json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only GET here"}));
+async fn answer(request: Request<Incoming>, state: &AdminState) -> Response<Full<Bytes>> {
+    let change = match request.uri().path() {
+        "/api/models/load" => Some(Change::Load),
+        "/api/models/unload" => Some(Change::Unload),
+        _ => None,
+    };
+    match (request.method(), change) {
+        (&Method::POST, Some(change)) => match asked_model(request).await {
+            Ok(model) => on_model(change, &model, state).await,
+            Err((status, why)) => json(status, &serde_json::json!({"error": why})),
+        },
+        (&(Method::GET | Method::HEAD), None) => read(&request, state),
+        (_, Some(_)) => json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only POST here"})),
+        (_, None) => json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only GET here"})),
     }
+}
+
+/// What to do with a model.
+#[derive(Clone, Copy)]
+enum Change {
+    Load,
+    Unload,
+}
+
+/// `{"model": NAME}`
+async fn asked_model(request: Request<Incoming>) -> Result<String, (StatusCode, String)> {
+    const SHAPE: &str = "send {\"model\": NAME} as application/json";
+    let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let is_json = content_type.is_some_and(|given| {
+        given.split(';').next().is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json"))
+    });
+    if !is_json {
+        return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, SHAPE.to_owned()));
+    }
+    let body = Limited::new(request.into_body(), BODY_BYTES_MAX).collect();
+    let body = match tokio::time::timeout(BODY_TIMEOUT, body).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(_)) => return Err((StatusCode::BAD_REQUEST, SHAPE.to_owned())),
+        Err(_) => return Err((StatusCode::REQUEST_TIMEOUT, "the body did not come".to_owned())),
+    };
+    let body: serde_json::Value = serde_json::from_slice(&body)
+        .map_err(|error| (StatusCode::BAD_REQUEST, format!("{error}; {SHAPE}")))?;
+    let model = body.get("model").and_then(serde_json::Value::as_str);
+    model.map(str::to_owned).ok_or_else(|| (StatusCode::BAD_REQUEST, SHAPE.to_owned()))
+}
+
+/// Answers when it is done: an unload waits for the requests that run.
+async fn on_model(change: Change, model: &str, state: &AdminState) -> Response<Full<Bytes>> {
+    let Some(slot) = state.slots.iter().find(|slot| slot.model().as_str() == model) else {
+        let known: Vec<&str> = state.slots.iter().map(|slot| slot.model().as_str()).collect();
+        let body = serde_json::json!({"error": "no engine of this process has this model", "models": known});
+        return json(StatusCode::NOT_FOUND, &body);
+    };
+    let task = {
+        let slot = slot.clone();
+        // Goes on where the caller does not wait for it.
+        tokio::spawn(async move {
+            match change {
+                Change::Load => slot.try_load().await,
+                Change::Unload => slot.try_unload().await,
+            }
+        })
+    };
+    match task.await {
+        Ok(Ok(())) => json(StatusCode::OK, &serde_json::json!(slot.status())),
+        Ok(Err(error @ SlotError::Busy { .. })) => {
+            json(StatusCode::CONFLICT, &serde_json::json!({"error": error.to_string()}))
+        }
+        Ok(Err(error @ SlotError::Failed { .. })) => {
+            json(StatusCode::UNPROCESSABLE_ENTITY, &serde_json::json!({"error": error.to_string()}))
+        }
+        Err(error) => {
+            json(StatusCode::INTERNAL_SERVER_ERROR, &serde_json::json!({"error": error.to_string()}))
+        }
+    }
+}
+
+fn read(request: &Request<Incoming>, state: &AdminState) -> Response<Full<Bytes>> {
     let path = request.uri().path();
     match path {
         "/metrics" => typed(StatusCode::OK, Registry::CONTENT_TYPE, state.registry.render()),
@@ -83,6 +167,10 @@ fn answer(request: &Request<Incoming>, state: &AdminState) -> Response<Full<Byte
         },
         "/version" => json(StatusCode::OK, &serde_json::json!({"version": state.version})),
         "/api/fleets" => json(StatusCode::OK, &(state.fleets)()),
+        "/api/models" => {
+            let models: Vec<_> = state.slots.iter().map(|slot| slot.status()).collect();
+            json(StatusCode::OK, &serde_json::json!({"models": models}))
+        }
         "/api/requests" => {
             let n = query(request.uri().query(), "n").unwrap_or(LISTED_DEFAULT);
             json(StatusCode::OK, &serde_json::json!({"requests": state.recent.last(n)}))
@@ -96,6 +184,9 @@ fn answer(request: &Request<Incoming>, state: &AdminState) -> Response<Full<Byte
                     "/ready",
                     "/version",
                     "/api/fleets",
+                    "/api/models",
+                    "/api/models/load",
+                    "/api/models/unload",
                     "/api/requests",
                     "/api/requests/{id}",
                 ];

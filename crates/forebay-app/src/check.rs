@@ -55,7 +55,8 @@ pub fn warnings(loaded: &Loaded<Config>) -> Vec<Diagnostic> {
     let config = &loaded.config;
     let fleets = config.router.iter().flat_map(|router| &router.fleets);
     let mut listed = fleets.flat_map(|fleet| &fleet.replicas).peekable();
-    if config.engine.is_some() && listed.peek().is_some() && !listed.any(|at| *at == ReplicaTarget::Engine) {
+    if !config.engine.is_empty() && listed.peek().is_some() && !listed.any(|at| *at == ReplicaTarget::Engine)
+    {
         found.push(
             loaded
                 .warning_at("engine", "no fleet uses this engine: it is loaded and never asked")
@@ -81,7 +82,7 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
                 .help("add `edge: {listen: 127.0.0.1:8080}`"),
         ),
     }
-    if config.engine.is_none() && config.router.is_none() && config.proxy.is_none() {
+    if config.engine.is_empty() && config.router.is_none() && config.proxy.is_none() {
         let llm = config
             .edge
             .as_ref()
@@ -93,11 +94,18 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
             );
         }
     }
-    let engine = config.engine.as_ref().and_then(|engine| {
-        let (name, problems) = engine_model(loaded, engine);
+    let mut engines: Vec<ModelName> = Vec::new();
+    for (nth, engine) in config.engine.iter().enumerate() {
+        let at = config.engine_at(nth);
+        let (name, problems) = engine_model(loaded, &at, engine);
         found.extend(problems);
-        name
-    });
+        let Some(name) = name else { continue };
+        if engines.contains(&name) {
+            let twice = loaded.error_at(&format!("{at}.model"), format!("two engines serve `{name}`"));
+            found.push(twice.help("give one of them another `served-model-name`"));
+        }
+        engines.push(name);
+    }
     if let (Some(edge), Some(admin)) = (&config.edge, &config.admin)
         && admin.listen.port() != 0
         && edge.listen.iter().any(|address| *address == admin.listen)
@@ -116,10 +124,13 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
         // Later layers would only repeat what is wrong already.
         return found;
     }
-    if let Some(problem) = config.engine.as_ref().and_then(|engine| engine_file(loaded, engine, env)) {
-        return vec![problem];
+    for (nth, engine) in config.engine.iter().enumerate() {
+        found.extend(engine_file(loaded, config.engine_at(nth), engine, env));
     }
-    if let Err(error) = dry_compose(config, engine, env) {
+    if !found.is_empty() {
+        return found;
+    }
+    if let Err(error) = dry_compose(config, engines, env) {
         found.push(error.diagnostic(loaded));
     }
     found
@@ -128,24 +139,25 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
 /// What the engine's model will be called, and what is wrong with the section.
 fn engine_model(
     loaded: &Loaded<Config>,
+    at: &str,
     engine: &forebay_engine::EngineConfig,
 ) -> (Option<ModelName>, Vec<Diagnostic>) {
     let problems = engine.problems().into_iter();
     let mut found: Vec<_> =
-        problems.map(|wrong| loaded.error_at(&format!("engine.{}", wrong.key), wrong.problem)).collect();
+        problems.map(|wrong| loaded.error_at(&format!("{at}.{}", wrong.key), wrong.problem)).collect();
     match ModelRef::parse(&engine.model) {
         Ok(reference) => {
             if let ModelRef::Path(path) = &reference
                 && !path.is_file()
             {
                 let message = format!("there is no model file at {}", path.display());
-                found.push(loaded.error_at("engine.model", message));
+                found.push(loaded.error_at(&format!("{at}.model"), message));
             }
             let name = engine.served_model_name.clone().unwrap_or_else(|| reference.default_name());
             (Some(name.into()), found)
         }
         Err(error) => {
-            found.push(loaded.error_at("engine.model", error.to_string()));
+            found.push(loaded.error_at(&format!("{at}.model"), error.to_string()));
             (None, found)
         }
     }
@@ -154,6 +166,7 @@ fn engine_model(
 /// What the model's file says to the configuration, where the file is on this machine already.
 fn engine_file(
     loaded: &Loaded<Config>,
+    at: String,
     engine: &forebay_engine::EngineConfig,
     env: &dyn Environment,
 ) -> Option<Diagnostic> {
@@ -161,7 +174,8 @@ fn engine_file(
         ModelRef::Path(path) => path,
         reference => crate::model::store(env).ok()?.cached(&reference)?,
     };
-    let error = crate::error::BuildError::from(Engine::inspect(engine, &path).err()?);
+    let source = Engine::inspect(engine, &path).err()?;
+    let error = crate::error::BuildError::Engine { at, source };
     Some(error.diagnostic(loaded))
 }
 
@@ -197,7 +211,7 @@ impl PromptEncoder for NotLoaded {
 
 fn dry_compose(
     config: &Config,
-    engine: Option<ModelName>,
+    engines: Vec<ModelName>,
     env: &dyn Environment,
 ) -> Result<(), crate::error::BuildError> {
     // Health probes are tasks: they are spawned into a runtime that never runs, so nothing is sent.
@@ -213,7 +227,8 @@ fn dry_compose(
         // Opening the audit log would create it.
         gateway.audit = None;
     }
-    let engines: HashMap<_, _> = engine.into_iter().map(|model| (model, (Arc::new(NotLoaded), 0))).collect();
+    let engines: HashMap<_, _> =
+        engines.into_iter().map(|model| (model, (Arc::new(NotLoaded), None))).collect();
     let prefix = compose::prefix_view(&config);
     compose::compose(&config, &shared, prefix, engines, Arc::new(NotLoaded)).map(|_| ())
 }
@@ -272,10 +287,12 @@ pub(crate) fn explain(config: &Config) -> Vec<LayerReport> {
             .collect::<Vec<_>>()
             .join("; "),
     });
-    let engine = config
+    let engines: Vec<String> = config
         .engine
-        .as_ref()
-        .map(|engine| format!("serves {} with a KV cache of {}", engine.model, engine.kv_cache_memory));
+        .iter()
+        .map(|engine| format!("serves {} with a KV cache of {}", engine.model, engine.kv_cache_memory))
+        .collect();
+    let engine = (!engines.is_empty()).then(|| engines.join("; "));
     vec![
         layer(
             "edge",

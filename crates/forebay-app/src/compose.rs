@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use forebay_config::Environment;
-use forebay_engine::{Engine, EngineDeps, EngineMetrics};
+use forebay_engine::{Engine, EngineConfig, EngineDeps, EngineMetrics, KvSink};
 use forebay_flow::{Placed, PromptEncoder, PromptIds, Stage};
 use forebay_gateway::{Gateway, GatewayDeps};
 use forebay_observe::Registry;
@@ -20,9 +20,11 @@ use forebay_wire::Prompt;
 
 use crate::config::Config;
 use crate::error::BuildError;
+use crate::model::LocalModel;
+use crate::slots::Slot;
 
 /// L2 to L5 as one value: what the edge calls.
-pub type Stack<E = Engine> = Gateway<Proxy<Arc<Router<E>>>>;
+pub type Stack<E = Slot> = Gateway<Proxy<Arc<Router<E>>>>;
 
 /// What the layers share.
 pub struct Shared<'a> {
@@ -32,30 +34,32 @@ pub struct Shared<'a> {
 }
 
 /// A composed stack with the handles that the admin API reads.
-pub struct Composed<E = Engine> {
+pub struct Composed<E = Slot> {
     pub stack: Arc<Stack<E>>,
     pub router: Arc<Router<E>>,
 }
 
-/// Starts the engine of this process: loads the model, blocks until it is ready.
-///
-/// It is made before everything else because all other layers want to know something about it: the router its KV
-/// events, the proxy its context length, the gateway its tokenizer.
+/// Starts one engine of this process: loads the model, blocks until it is ready. `at` is its section.
 pub fn start_engine(
-    config: &Config,
-    model: &crate::model::LocalModel,
+    config: &EngineConfig,
+    at: &str,
+    model: &LocalModel,
     prefix: &PrefixView,
-    registry: &Registry,
-) -> Result<Option<Arc<Engine>>, BuildError> {
-    let Some(engine) = &config.engine else { return Ok(None) };
-    let metrics = EngineMetrics::register(registry, crate::model::CONTEXT_TOKENS_MAX)?;
+    metrics: &EngineMetrics,
+) -> Result<Engine, BuildError> {
     let deps = EngineDeps {
-        metrics: &metrics,
+        metrics,
         // The engine tells the router's index what its cache holds, exactly and in order: no guessing, no scraping.
-        kv_sink: Some(prefix.sink(&model.name, &ReplicaId::from("engine"))),
+        kv_sink: Some(engine_sink(prefix, &model.name)),
         isa: None,
     };
-    Ok(Some(Arc::new(Engine::start(engine, &model.path, model.name.clone(), deps)?)))
+    Engine::start(config, &model.path, model.name.clone(), deps)
+        .map_err(|source| BuildError::Engine { at: at.to_owned(), source })
+}
+
+/// Where the engine that serves `model` tells what it has cached.
+pub fn engine_sink(prefix: &PrefixView, model: &ModelName) -> KvSink {
+    prefix.sink(model, &ReplicaId::from("engine"))
 }
 
 /// The prefix view that [`start_engine`] and [`compose`] share.
@@ -65,17 +69,18 @@ pub fn prefix_view(config: &Config) -> PrefixView {
     PrefixView::new(limit)
 }
 
-/// Puts the layers on top of each other. `engines` are by the model they serve; each comes with its context length.
+/// Puts the layers on top of each other. `engines` are by the model they serve; each comes with its context length,
+/// where it is known.
 pub fn compose<E: Stage<Placed>>(
     config: &Config,
     shared: &Shared<'_>,
     prefix: PrefixView,
-    engines: HashMap<ModelName, (Arc<E>, u32)>,
+    engines: HashMap<ModelName, (Arc<E>, Option<u32>)>,
     encoder: Arc<dyn PromptEncoder>,
 ) -> Result<Composed<E>, BuildError> {
     let Shared { client, registry, env } = shared;
     let lens: HashMap<ModelName, u32> =
-        engines.iter().map(|(model, (_, len))| (model.clone(), *len)).collect();
+        engines.iter().filter_map(|(model, (_, len))| Some((model.clone(), (*len)?))).collect();
 
     // The router sits above the engine's queue, not inside it: placement must see every replica, and a split
     // deployment replaces the engine by URLs without any other layer noticing.
@@ -101,49 +106,55 @@ pub fn compose<E: Stage<Placed>>(
     Ok(Composed { stack: Arc::new(gateway), router })
 }
 
-/// The tokenizers of the engines in this process, by every name that leads to them first.
+/// The tokenizers of the engines in this process, by every name that leads to them first. A model that is not loaded
+/// is counted by its bytes.
 pub struct EngineTokenizers(HashMap<ModelName, Counted>);
 
 /// How the prompts of one name are counted.
 struct Counted {
-    engine: Arc<Engine>,
+    slot: Arc<Slot>,
     /// Nobody else answers under this name, so that what is too long for the engine is too long.
     alone: bool,
 }
 
 impl EngineTokenizers {
     /// A model of the proxy counts with the tokenizer of the first fleet in its chain.
-    pub fn new(config: &Config, engines: &[Arc<Engine>]) -> Self {
-        let find = |fleet: &str| engines.iter().find(|engine| engine.model().as_str() == fleet);
-        let counted = |engine: &Arc<Engine>| Counted { engine: engine.clone(), alone: true };
+    pub fn new(config: &Config, slots: &[Arc<Slot>]) -> Self {
+        let find = |fleet: &str| slots.iter().find(|slot| slot.model().as_str() == fleet);
+        let counted = |slot: &Arc<Slot>| Counted { slot: slot.clone(), alone: true };
         let mut by_name: HashMap<ModelName, Counted> =
-            engines.iter().map(|engine| (engine.model().clone(), counted(engine))).collect();
+            slots.iter().map(|slot| (slot.model().clone(), counted(slot))).collect();
         for model in config.proxy.iter().flat_map(|proxy| &proxy.models) {
             let fleets = || model.deployments.iter().map(|deployment| deployment.fleet.as_deref());
             if let Some(first) = fleets().flatten().next()
-                && let Some(engine) = find(first)
+                && let Some(slot) = find(first)
             {
                 let alone = fleets().all(|fleet| fleet == Some(first));
-                by_name.insert(model.name.as_str().into(), Counted { engine: engine.clone(), alone });
+                by_name.insert(model.name.as_str().into(), Counted { slot: slot.clone(), alone });
             }
         }
         Self(by_name)
+    }
+
+    fn engine(&self, model: &ModelName) -> Option<(Arc<Engine>, bool)> {
+        let counted = self.0.get(model)?;
+        Some((counted.slot.engine()?, counted.alone))
     }
 }
 
 impl PromptEncoder for EngineTokenizers {
     fn fits(&self, model: &ModelName, prompt: &Prompt) -> Result<(), Fault> {
-        match self.0.get(model) {
-            Some(Counted { engine, alone: true }) => engine.fits(prompt),
+        match self.engine(model) {
+            Some((engine, true)) => engine.fits(prompt),
             // A provider with a longer context may be next.
-            Some(_) | None => Ok(()),
+            Some((_, false)) | None => Ok(()),
         }
     }
 
     fn encode(&self, model: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault> {
-        match self.0.get(model) {
+        match self.engine(model) {
             // The engine will not take a longer one, and then its tokens are of no use to anybody.
-            Some(Counted { engine, .. }) if engine.fits(prompt).is_ok() => engine.encode(prompt),
+            Some((engine, _)) if engine.fits(prompt).is_ok() => engine.encode(prompt),
             Some(_) | None => Ok(PromptIds::estimate(prompt)),
         }
     }

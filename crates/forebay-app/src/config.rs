@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use forebay_config::ListenAddr;
+use forebay_config::{ListenAddr, OneOrMany};
 use forebay_edge::EdgeConfig;
 use forebay_engine::EngineConfig;
 use forebay_gateway::GatewayConfig;
@@ -27,8 +27,8 @@ pub struct Config {
     pub router: Option<RouterConfig>,
     /// Where this process keeps what must survive it.
     pub store: Option<StoreConfig>,
-    /// L5: the inference engine in this process; without it models come from `router` replicas or `proxy` providers.
-    pub engine: Option<EngineConfig>,
+    /// L5: the inference engine in this process, or a list of them for several models; without it models come from `router` replicas or `proxy` providers.
+    pub engine: OneOrMany<EngineConfig>,
 }
 
 /// The admin listener. It has no authentication: keep it on loopback or on a private network.
@@ -56,6 +56,11 @@ pub struct StoreConfig {
 }
 
 impl Config {
+    /// Where the `nth` engine stands in the file.
+    pub fn engine_at(&self, nth: usize) -> String {
+        if self.engine.len() == 1 { "engine".to_owned() } else { format!("engine[{nth}]") }
+    }
+
     /// With relative directories of other sections put below `store.dir`. Done once, before layers are built.
     pub fn with_store_applied(mut self) -> Self {
         if let (Some(store), Some(gateway)) = (&self.store, &mut self.gateway)
@@ -76,7 +81,7 @@ impl Config {
             proxy: Some(ProxyConfig::default()),
             router: Some(RouterConfig::default()),
             store: None,
-            engine: Some(EngineConfig::default()),
+            engine: OneOrMany::one(EngineConfig::default()),
         }
     }
 }

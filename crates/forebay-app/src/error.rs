@@ -1,5 +1,7 @@
 //! Why the program can't start, and where in the file the mistake is.
 
+use std::borrow::Cow;
+
 use forebay_config::{Diagnostic, Loaded};
 
 use crate::config::Config;
@@ -7,8 +9,9 @@ use crate::config::Config;
 /// Why a stack can't be built from a configuration that is well-formed.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    #[error(transparent)]
-    Engine(#[from] forebay_engine::StartError),
+    /// `at` is the section of the engine: `engine`, or `engine[1]` where there are several.
+    #[error("{source}")]
+    Engine { at: String, source: forebay_engine::StartError },
     #[error(transparent)]
     Router(#[from] forebay_router::RouterBuildError),
     #[error(transparent)]
@@ -21,12 +24,15 @@ pub enum BuildError {
 
 impl BuildError {
     /// Path in the configuration, where the mistake is in one place.
-    pub fn at(&self) -> Option<&str> {
+    pub fn at(&self) -> Option<Cow<'_, str>> {
         match self {
-            Self::Engine(error) => Some(error.at()),
-            Self::Router(error) => error.at(),
-            Self::Proxy(error) => error.at(),
-            Self::Gateway(error) => error.at(),
+            Self::Engine { at, source } => {
+                let below = source.at().strip_prefix("engine").unwrap_or_default();
+                Some(format!("{at}{below}").into())
+            }
+            Self::Router(error) => error.at().map(Cow::from),
+            Self::Proxy(error) => error.at().map(Cow::from),
+            Self::Gateway(error) => error.at().map(Cow::from),
             Self::Metrics(_) => None,
         }
     }
@@ -35,7 +41,7 @@ impl BuildError {
     pub fn diagnostic(&self, loaded: &Loaded<Config>) -> Diagnostic {
         let message = one_line(self);
         match self.at() {
-            Some(path) => loaded.error_at(path, message),
+            Some(path) => loaded.error_at(&path, message),
             None => Diagnostic::error(message),
         }
     }

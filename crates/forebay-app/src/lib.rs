@@ -10,6 +10,7 @@ pub mod config;
 mod error;
 pub mod model;
 mod serve;
+pub mod slots;
 
 pub use config::{AdminConfig, Config};
 pub use error::{BuildError, one_line};

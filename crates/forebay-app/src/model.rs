@@ -45,15 +45,21 @@ pub fn store(env: &dyn Environment) -> Result<Store, ModelError> {
     Ok(Store::new(cache.join("models"), hub))
 }
 
+/// What the configured model is called, before anything is fetched.
+pub fn name(config: &EngineConfig) -> Result<ModelName, ReferenceError> {
+    let reference = ModelRef::parse(&config.model)?;
+    Ok(config.served_model_name.clone().unwrap_or_else(|| reference.default_name()).into())
+}
+
 /// The file of the configured model, fetched where it is not there yet.
 pub async fn obtain(
     config: &EngineConfig,
-    env: &dyn Environment,
+    store: &Store,
     client: &HttpClient,
     progress: &dyn Progress,
 ) -> Result<LocalModel, ModelError> {
     let reference = ModelRef::parse(&config.model)?;
-    let resolved = store(env)?.pull(client, &reference, progress).await?;
+    let resolved = store.pull(client, &reference, progress).await?;
     let name = config.served_model_name.clone().unwrap_or(resolved.name);
     Ok(LocalModel { name: name.into(), path: resolved.path, source: resolved.source })
 }

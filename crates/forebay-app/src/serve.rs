@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use forebay_config::Environment;
 use forebay_edge::{Edge, EdgeDeps, Health, LlmStage};
-use forebay_engine::Engine;
-use forebay_models::Progress;
+use forebay_engine::{EngineConfig, EngineMetrics};
+use forebay_kv::KvEvent;
+use forebay_models::{Progress, Quiet};
 use forebay_observe::{RecentRequests, Registry};
+use forebay_router::PrefixView;
 use forebay_upstream::{ClientConfig, HttpClient};
 use tokio::sync::watch;
 
@@ -18,7 +20,8 @@ use crate::admin::{self, AdminState};
 use crate::compose::{self, EngineTokenizers, Shared, Stack};
 use crate::config::Config;
 use crate::error::BuildError;
-use crate::model::{self, LocalModel, ModelError};
+use crate::model::{self, ModelError};
+use crate::slots::Slot;
 
 /// This program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -77,25 +80,25 @@ pub async fn prepare(
     let registry = Registry::new();
     let client = HttpClient::new(ClientConfig::default());
     let prefix = compose::prefix_view(config);
-    let (engine, local) = match &config.engine {
-        None => (None, None),
-        Some(engine) => {
-            let local = model::obtain(engine, env, &client, progress).await?;
-            let engine = load(config, &local, &prefix, &registry).await?;
-            (engine, Some(local))
+    let slots = slots(config, env, &client, &prefix, &registry)?;
+    for (engine, slot) in config.engine.iter().zip(&slots) {
+        if engine.preload {
+            // With the bar that people see; what the admin API loads later is fetched quietly.
+            model::obtain(engine, &model::store(env)?, &client, progress).await?;
+            slot.load().await?;
         }
-    };
-    let engines: Vec<Arc<Engine>> = engine.iter().cloned().collect();
-    let encoder = Arc::new(EngineTokenizers::new(config, &engines));
+    }
+    let encoder = Arc::new(EngineTokenizers::new(config, &slots));
+    let len = |slot: &Arc<Slot>| slot.engine().map(|engine| engine.model_len());
     let by_model: HashMap<_, _> =
-        engines.iter().map(|e| (e.model().clone(), (e.clone(), e.model_len()))).collect();
+        slots.iter().map(|slot| (slot.model().clone(), (slot.clone(), len(slot)))).collect();
     let shared = Shared { client: client.clone(), registry: &registry, env };
     let composed = compose::compose(config, &shared, prefix, by_model, encoder)?;
 
     let recent = RecentRequests::new(config.admin.as_ref().map_or(0, |admin| admin.recent_requests));
     let draining = Arc::new(AtomicBool::new(false));
     let ready = {
-        let (draining, engine, router) = (draining.clone(), engine.clone(), composed.router.clone());
+        let (draining, slots, router) = (draining.clone(), slots.clone(), composed.router.clone());
         // A process that only routes to other services has no fleet to wait for, and one whose models can fall back
         // to a provider still answers where every fleet is down.
         let providers =
@@ -105,8 +108,9 @@ pub async fn prepare(
             if draining.load(Ordering::Relaxed) {
                 return Err("draining".into());
             }
-            if engine.as_ref().is_some_and(|engine| !engine.is_alive()) {
-                return Err("the engine has stopped".into());
+            let dead = slots.iter().find(|slot| slot.engine().is_some_and(|engine| !engine.is_alive()));
+            if let Some(slot) = dead {
+                return Err(format!("the engine of `{}` has stopped", slot.model()));
             }
             if needs_fleet && !router.ready() {
                 return Err("no replica is up".into());
@@ -143,6 +147,7 @@ pub async fn prepare(
                 version: VERSION,
                 ready: Box::new(ready),
                 fleets: Box::new(move || serde_json::json!({"fleets": router.fleets()})),
+                slots: slots.clone(),
             };
             Some((listener, Arc::new(state)))
         }
@@ -151,8 +156,8 @@ pub async fn prepare(
         listen: edge.local_addrs().to_vec(),
         tls: edge_config.tls.is_some(),
         admin: admin.as_ref().and_then(|(listener, _)| listener.local_addr().ok()),
-        layers: layers(config, engine.as_deref(), local.as_ref()),
-        model: first_model(config, engine.as_deref()),
+        layers: layers(config, &slots),
+        model: first_model(config, &slots),
         needs_key: config.gateway.is_some(),
     };
     Ok(Ready { edge, admin, draining, stack: composed.stack, summary })
@@ -187,18 +192,48 @@ impl Ready {
     }
 }
 
-/// Loads the engine off the I/O threads.
-async fn load(
+/// A place for every configured model, all empty.
+fn slots(
     config: &Config,
-    local: &LocalModel,
-    prefix: &forebay_router::PrefixView,
+    env: &dyn Environment,
+    client: &HttpClient,
+    prefix: &PrefixView,
     registry: &Registry,
-) -> Result<Option<Arc<Engine>>, StartError> {
-    let (config, local, prefix, registry) = (config.clone(), local.clone(), prefix.clone(), registry.clone());
-    let started =
-        tokio::task::spawn_blocking(move || compose::start_engine(&config, &local, &prefix, &registry))
-            .await?;
-    Ok(started?)
+) -> Result<Vec<Arc<Slot>>, StartError> {
+    if config.engine.is_empty() {
+        return Ok(Vec::new());
+    }
+    let store = Arc::new(model::store(env)?);
+    let metrics =
+        Arc::new(EngineMetrics::register(registry, model::CONTEXT_TOKENS_MAX).map_err(BuildError::from)?);
+    let slot = |(nth, engine): (usize, &EngineConfig)| {
+        let name = model::name(engine).map_err(ModelError::from)?;
+        let forget = {
+            let sink = compose::engine_sink(prefix, &name);
+            Box::new(move || sink(&[KvEvent::Cleared]))
+        };
+        let (engine, at) = (engine.clone(), config.engine_at(nth));
+        let (store, client, prefix, metrics) =
+            (store.clone(), client.clone(), prefix.clone(), metrics.clone());
+        let loader = move || {
+            let (engine, at) = (engine.clone(), at.clone());
+            let (store, client) = (store.clone(), client.clone());
+            let (prefix, metrics) = (prefix.clone(), metrics.clone());
+            let load = async move {
+                let local = model::obtain(&engine, &store, &client, &Quiet).await?;
+                // Off the I/O threads, and with the runtime around it that publishing KV events needs.
+                let runtime = tokio::runtime::Handle::current();
+                let start = move || {
+                    let _entered = runtime.enter();
+                    compose::start_engine(&engine, &at, &local, &prefix, &metrics)
+                };
+                Ok(tokio::task::spawn_blocking(start).await??)
+            };
+            Box::pin(load) as std::pin::Pin<Box<dyn Future<Output = _> + Send>>
+        };
+        Ok(Arc::new(Slot::new(name, Box::new(loader), forget)))
+    };
+    config.engine.iter().enumerate().map(slot).collect()
 }
 
 async fn preflight(config: &Config) -> Result<(), StartError> {
@@ -220,32 +255,27 @@ async fn listen(address: &str, key: &'static str) -> Result<tokio::net::TcpListe
     })
 }
 
-fn first_model(config: &Config, engine: Option<&Engine>) -> Option<String> {
+fn first_model(config: &Config, slots: &[Arc<Slot>]) -> Option<String> {
     let named = config.proxy.as_ref().and_then(|proxy| proxy.models.first()).map(|model| model.name.clone());
     let fleet =
         || config.router.as_ref().and_then(|router| router.fleets.first()).map(|fleet| fleet.model.clone());
-    named.or_else(|| engine.map(|engine| engine.model().to_string())).or_else(fleet)
+    let loaded = || slots.iter().find(|slot| slot.engine().is_some()).or(slots.first());
+    named.or_else(|| loaded().map(|slot| slot.model().to_string())).or_else(fleet)
 }
 
-fn layers(
-    config: &Config,
-    engine: Option<&Engine>,
-    local: Option<&LocalModel>,
-) -> Vec<(&'static str, String)> {
+/// A layer in a line; an engine for each of its models.
+fn layers(config: &Config, slots: &[Arc<Slot>]) -> Vec<(&'static str, String)> {
     let mut layers = Vec::new();
     for layer in crate::check::explain(config).into_iter().filter(|layer| layer.runs) {
-        let does = match (layer.section, engine, local) {
-            ("engine", Some(engine), Some(local)) => format!(
-                "{}: {}; {} ({}), loaded in {:.1} s",
-                engine.model(),
-                engine.summary(),
-                local.path.display(),
-                local.source,
-                engine.load_time().as_secs_f64(),
-            ),
-            _ => layer.does,
-        };
-        layers.push((layer.section, does));
+        if layer.section != "engine" {
+            layers.push((layer.section, layer.does));
+            continue;
+        }
+        for slot in slots {
+            let status = slot.status();
+            let does = status.summary.unwrap_or_else(|| "not loaded; the admin API loads it".to_owned());
+            layers.push((layer.section, format!("{}: {does}", status.model)));
+        }
     }
     layers
 }

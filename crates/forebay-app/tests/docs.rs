@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use forebay_app::Config;
 use forebay_app::compose::{self, Shared};
-use forebay_config::FixedEnvironment;
+use forebay_config::{FixedEnvironment, OneOrMany};
 use forebay_edge::{Edge, EdgeDeps, Health};
 use forebay_flow::{PromptEncoder, PromptIds};
 use forebay_observe::{RecentRequests, Registry};
@@ -68,13 +68,13 @@ async fn the_metrics_reference_is_fresh() {
     let config = Config::without_a_file();
     let shared = Shared { client: client.clone(), registry: &registry, env: &env };
     let prefix = compose::prefix_view(&config);
-    let engines: HashMap<ModelName, (Arc<forebay_engine::Engine>, u32)> = HashMap::new();
-    let without_engine = Config { engine: None, router: None, ..config };
+    let engines: HashMap<ModelName, (Arc<forebay_engine::Engine>, Option<u32>)> = HashMap::new();
+    let without_engine = Config { engine: OneOrMany::default(), router: None, ..config };
     compose::compose(&without_engine, &shared, prefix, engines, Arc::new(Estimate)).expect("composes");
     forebay_engine::EngineMetrics::register(&registry, 1024).expect("registers once");
     let route = serde_json::json!({"path": "/", "to": "http://127.0.0.1:9"});
     let edge = forebay_edge::EdgeConfig {
-        listen: forebay_config::OneOrMany::one(std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()),
+        listen: OneOrMany::one(std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()),
         routes: vec![serde_json::from_value(route).expect("a route")],
         ..Default::default()
     };

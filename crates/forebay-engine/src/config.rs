@@ -14,6 +14,8 @@ pub struct EngineConfig {
     pub model: String,
     /// Name that fleets and clients use for it; the model's own name where absent.
     pub served_model_name: Option<String>,
+    /// Load the model at the start; `false` leaves it to `POST /api/models/load` of the admin API.
+    pub preload: bool,
     /// Longest prompt plus output in tokens; the model's own limit where absent, less where the KV cache is smaller.
     pub max_model_len: Option<u32>,
     /// Memory for KV blocks; more means more and longer requests at once.
@@ -118,6 +120,7 @@ impl Default for EngineConfig {
         Self {
             model: "smollm2-135m-instruct".into(),
             served_model_name: None,
+            preload: true,
             max_model_len: None,
             kv_cache_memory: ByteSize::mib(512),
             block_size: 16,

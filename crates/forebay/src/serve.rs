@@ -60,7 +60,7 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
             Some(port) => Some(AdminConfig { listen: listen(port)?, ..AdminConfig::default() }),
             None => None,
         },
-        engine: Some(engine),
+        engine: OneOrMany::one(engine),
         ..Config::default()
     };
     run(&config, None).map_err(|error| anyhow::anyhow!(in_flags(&forebay_app::one_line(error.as_ref()))))

@@ -159,7 +159,8 @@ impl Engine {
         };
         let metrics = deps.metrics.for_model(model.as_str(), &kv);
         let summary = format!(
-            "{} layers, {} threads, {}, KV cache for {} tokens",
+            "{}, {} layers, {} threads, {}, KV cache for {} tokens",
+            path.display(),
             spec.layers,
             threads,
             isa.as_str(),
@@ -224,6 +225,15 @@ impl Engine {
         })
     }
 
+    /// Takes nothing more, finishes every request that it has, and gives its memory back. Blocks until then.
+    pub fn stop(self) {
+        let Self { inbox, _thread: thread, text, .. } = self;
+        drop((inbox, text));
+        if thread.join().is_err() {
+            tracing::error!("the engine's thread had panicked");
+        }
+    }
+
     pub fn model(&self) -> &ModelName {
         &self.model
     }
@@ -264,7 +274,7 @@ impl Engine {
         self.load_time
     }
 
-    /// One line for people: layers, threads, instructions, KV cache.
+    /// One line for people: file, layers, threads, instructions, KV cache.
     pub fn summary(&self) -> &str {
         &self.summary
     }
