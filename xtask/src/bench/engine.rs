@@ -1,5 +1,6 @@
 //! The engine against llama.cpp's server: same GGUF file, same number of threads, same load.
 
+use std::path::Path;
 use std::process::Command;
 
 use super::Bench;
@@ -30,74 +31,98 @@ const TPOT: Metric = Metric { name: "TPOT mean, ms", key: "mean_tpot_ms", more_i
 
 pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     let peer = llama_cpp::obtain(bench.args.llama_server.as_deref())?;
-    let scratch = Scratch::new()?;
-    let threads = bench.threads.to_string();
-    let context = (SLOTS * SLOT_TOKENS).to_string();
-    let slots = SLOTS.to_string();
-    let ours_flags = ["--host", "127.0.0.1", "--threads", &threads];
-    let peer_flags =
-        ["--host", "127.0.0.1", "-t", &threads, "-tb", &threads, "-np", &slots, "-c", &context, "--no-webui"];
-
-    let start = |what: &'static str, mut command: Command| {
-        let port = free_port()?;
-        command.args(["--port", &port.to_string()]);
-        let server = Server::start(what, command, port, &scratch.file(&format!("{what}.log")))?;
-        Ok(Running { url: server.url.clone(), server: Some(server) })
-    };
-    let contestants = [
-        Contestant {
-            name: "Forebay",
-            model: None,
-            start: Box::new(|| {
-                let mut command = Command::new(&bench.forebay);
-                command.args(["worker", "--model"]).arg(&bench.model).args(ours_flags);
-                start("forebay", command)
-            }),
-        },
-        Contestant {
-            name: "llama.cpp",
-            model: None,
-            start: Box::new(|| {
-                let mut command = Command::new(&peer.program);
-                command.arg("-m").arg(&bench.model).args(peer_flags);
-                start("llama-server", command)
-            }),
-        },
-    ];
-    let works = works(bench);
     let begun = Begun::now();
-    let turns = contest::run(&bench.forebay, bench.args.rounds, &contestants, &works)?;
-
-    let model = bench.model.file_name().unwrap_or_default().to_string_lossy();
-    let commands = format!(
-        "```text\nforebay worker --model {model} {}\nllama-server -m {model} {}\n{}\n```",
-        ours_flags.join(" "),
-        peer_flags.join(" "),
-        works
-            .iter()
-            .map(|work| format!("forebay bench URL {}    # {}", work.flags().join(" "), work.name))
-            .collect::<Vec<_>>()
-            .join("\n")
-    );
-    Ok(format!(
-        "Forebay's engine and llama.cpp's server, both with `{model}` and {threads} compute threads, one after the\n\
+    let works = works(bench);
+    let threads = bench.threads;
+    let mut out = format!(
+        "Forebay's engine and llama.cpp's server, both with the same file and {threads} compute threads, one after the\n\
          other ({} rounds, in turns; medians). Every prompt is distinct, so neither prefix cache has more than the chat\n\
          template; every reply has exactly the tokens that were asked for. **Ratio above 1: Forebay is better.**\n\n\
-         {}\n{}\n\n{commands}\n\n{}",
+         {}\n",
         bench.args.rounds,
-        compared(&turns, &works),
         begun.render(&[machine::forebay_version(&bench.forebay), peer.version.clone()], bench),
-        details("Every single run", &raw(&turns, &works, &contestants)),
-    ))
+    );
+    for model in &bench.models {
+        let scratch = Scratch::new()?;
+        let sides = [ours(bench, model, &scratch), llama(bench, model, &peer, &scratch)];
+        let turns = contest::run(&bench.forebay, bench.args.rounds, &sides, &works)?;
+        let name = file_name(model);
+        let commands = format!(
+            "```text\nforebay worker --model {name} {}\nllama-server -m {name} {}\n{}\n```",
+            our_flags(bench).join(" "),
+            llama_flags(bench).join(" "),
+            works
+                .iter()
+                .map(|work| format!("forebay bench URL {}    # {}", work.flags().join(" "), work.name))
+                .collect::<Vec<_>>()
+                .join("\n")
+        );
+        out.push_str(&format!(
+            "\n### {name}\n\n{}\n{commands}\n\n{}",
+            compared(&turns, &works, "llama.cpp"),
+            details("Every single run", &raw(&turns, &works, &sides)),
+        ));
+    }
+    Ok(out)
 }
 
-fn works(bench: &Bench<'_>) -> Vec<Work> {
+pub fn file_name(model: &Path) -> String {
+    model.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn our_flags(bench: &Bench<'_>) -> Vec<String> {
+    ["--host", "127.0.0.1", "--threads", &bench.threads.to_string()].map(str::to_owned).to_vec()
+}
+
+fn llama_flags(bench: &Bench<'_>) -> Vec<String> {
+    let (threads, slots) = (bench.threads.to_string(), SLOTS.to_string());
+    let context = (SLOTS * SLOT_TOKENS).to_string();
+    ["--host", "127.0.0.1", "-t", &threads, "-tb", &threads, "-np", &slots, "-c", &context, "--no-webui"]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+/// Starts `command` on a port of its own.
+pub fn start(what: &'static str, mut command: Command, scratch: &Scratch) -> anyhow::Result<Running> {
+    let port = free_port()?;
+    command.args(["--port", &port.to_string()]);
+    let server = Server::start(what, command, port, &scratch.file(&format!("{what}.log")))?;
+    Ok(Running { url: server.url.clone(), server: Some(server) })
+}
+
+/// Our engine alone, as a worker.
+pub fn ours<'a>(bench: &'a Bench<'_>, model: &'a Path, scratch: &'a Scratch) -> Contestant<'a> {
+    let start = move || {
+        let mut command = Command::new(&bench.forebay);
+        command.args(["worker", "--model"]).arg(model).args(our_flags(bench));
+        start("forebay", command, scratch)
+    };
+    Contestant { name: "Forebay", model: None, start: Box::new(start) }
+}
+
+/// llama.cpp's server with as many slots as the heaviest load needs.
+pub fn llama<'a>(
+    bench: &'a Bench<'_>,
+    model: &'a Path,
+    peer: &'a llama_cpp::Peer,
+    scratch: &'a Scratch,
+) -> Contestant<'a> {
+    let start = move || {
+        let mut command = Command::new(&peer.program);
+        command.arg("-m").arg(model).args(llama_flags(bench));
+        start("llama-server", command, scratch)
+    };
+    Contestant { name: "llama.cpp", model: None, start: Box::new(start) }
+}
+
+pub fn works(bench: &Bench<'_>) -> Vec<Work> {
     let load = |name, concurrency, requests, prompt_tokens, output_tokens| Work {
         name,
         concurrency,
         requests: bench.requests(requests),
         warmup: 1,
         prompt_tokens,
+        shared_prefix_tokens: 0,
         output_tokens,
     };
     vec![
@@ -108,7 +133,8 @@ fn works(bench: &Bench<'_>) -> Vec<Work> {
     ]
 }
 
-fn compared(turns: &Turns, works: &[Work]) -> String {
+/// One row per load and metric; the second contestant is the peer.
+pub fn compared(turns: &Turns, works: &[Work], peer: &str) -> String {
     let mut rows = Vec::new();
     for (index, work) in works.iter().enumerate() {
         let metrics: &[Metric] =
@@ -123,7 +149,7 @@ fn compared(turns: &Turns, works: &[Work]) -> String {
             ]);
         }
     }
-    table(&["", "Forebay", "llama.cpp", "ratio"], &rows)
+    table(&["", "Forebay", peer, "ratio"], &rows)
 }
 
 /// Above 1 where ours is better.
@@ -131,7 +157,7 @@ fn ratio(ours: f64, theirs: f64, more_is_better: bool) -> f64 {
     if more_is_better { ours / theirs } else { theirs / ours }
 }
 
-fn raw(turns: &Turns, works: &[Work], contestants: &[Contestant<'_>]) -> String {
+pub fn raw(turns: &Turns, works: &[Work], contestants: &[Contestant<'_>]) -> String {
     let keys = [
         "output_throughput",
         "median_ttft_ms",
@@ -172,7 +198,7 @@ fn raw(turns: &Turns, works: &[Work], contestants: &[Contestant<'_>]) -> String 
 }
 
 /// A reply of one token has no gaps between tokens.
-fn shown(value: f64) -> String {
+pub fn shown(value: f64) -> String {
     if value.is_nan() { "-".into() } else { format!("{value:.1}") }
 }
 

@@ -12,13 +12,15 @@ pub const KEY_VARIABLE: &str = "FOREBAY_BENCH_KEY";
 pub const KEY: &str = "bench-key-0123456789abcdef";
 
 /// One load.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Work {
     pub name: &'static str,
     pub concurrency: u32,
     pub requests: u32,
     pub warmup: u32,
     pub prompt_tokens: u32,
+    /// Of the prompt's tokens, how many at the beginning are the same in all prompts.
+    pub shared_prefix_tokens: u32,
     pub output_tokens: u32,
 }
 
@@ -31,8 +33,12 @@ impl Work {
             ("--requests", self.requests),
             ("--warmup", self.warmup),
             ("--prompt-tokens", self.prompt_tokens),
+            ("--shared-prefix-tokens", self.shared_prefix_tokens),
             ("--output-tokens", self.output_tokens),
         ] {
+            if flag == "--shared-prefix-tokens" && value == 0 {
+                continue;
+            }
             flags.push(flag.to_owned());
             flags.push(value.to_string());
         }

