@@ -84,7 +84,7 @@ def without(key: str) -> dict:
         (without("model"), "model"),
         (without("messages"), "messages"),
         # Not there, and said so: ignoring them would answer a different question.
-        (GOOD | {"response_format": {"type": "json_object"}}, "response_format"),
+        (GOOD | {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         (GOOD | {"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tool_choice"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -15,7 +15,7 @@ CHAT = "/v1/chat/completions"
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 PICTURE = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
 NEEDS = [
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "structural_tag"}}, "response_format"),
     ({"tools": TOOLS}, "tools"),
     ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
     ({"messages": [{"role": "user", "content": PICTURE}]}, "messages[0].content[1]"),

@@ -8,6 +8,7 @@ mod candidates;
 
 use std::collections::HashMap;
 
+use forebay_grammar::Mask;
 use forebay_types::TokenId;
 use forebay_wire::Sampling;
 use rand_core::Rng;
@@ -60,19 +61,26 @@ impl Sampler {
         }
     }
 
-    /// Chooses the next token. `banned` are tokens that may not come now (end-of-sequence under `min_tokens`).
+    /// Chooses the next token. `banned` are tokens that may not come now (end-of-sequence under `min_tokens`); with a
+    /// `mask`, only its tokens may.
     ///
     /// `logprobs` is the number of alternatives wanted, `None` for no log-probabilities at all (then `logprob` is 0).
     /// O(vocabulary).
-    pub fn choose(&mut self, logits: &[f32], banned: &[TokenId], logprobs: Option<u32>) -> Choice {
-        let plain = self.leaves_logits_alone() && banned.is_empty();
+    pub fn choose(
+        &mut self,
+        logits: &[f32],
+        banned: &[TokenId],
+        mask: Option<&Mask>,
+        logprobs: Option<u32>,
+    ) -> Choice {
+        let plain = self.leaves_logits_alone() && banned.is_empty() && mask.is_none();
         let greedy = self.params.temperature < GREEDY_BELOW;
         let token = if plain && greedy {
             argmax(logits)
         } else {
             self.scratch.clear();
             self.scratch.extend_from_slice(logits);
-            self.shape_logits(banned);
+            self.shape_logits(banned, mask);
             if greedy { argmax(&self.scratch) } else { self.draw() }
         };
         if self.counts_output() {
@@ -102,7 +110,7 @@ impl Sampler {
     }
 
     /// Bias, penalties and bans on `scratch`.
-    fn shape_logits(&mut self, banned: &[TokenId]) {
+    fn shape_logits(&mut self, banned: &[TokenId], mask: Option<&Mask>) {
         let logits = &mut self.scratch[..];
         for &(token, bias) in &self.params.logit_bias {
             if let Some(logit) = logits.get_mut(token as usize) {
@@ -124,6 +132,11 @@ impl Sampler {
                 *logit -= self.params.presence_penalty + self.params.frequency_penalty * count as f32;
             }
         }
+        if let Some(mask) = mask {
+            mask.apply(logits);
+        }
+        // Where nothing but an end may come, it may come early.
+        let banned = if mask.is_some_and(Mask::only_ends) { &[] } else { banned };
         for &token in banned {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit = f32::NEG_INFINITY;
@@ -181,7 +194,7 @@ mod tests {
         let mut counts = vec![0u32; 5];
         let mut sampler = sampler(params.clone(), 42);
         for _ in 0..draws {
-            counts[sampler.choose(&logits(), &[], None).token as usize] += 1;
+            counts[sampler.choose(&logits(), &[], None, None).token as usize] += 1;
         }
         counts.into_iter().map(|c| f64::from(c) / f64::from(draws)).collect()
     }
@@ -189,14 +202,14 @@ mod tests {
     #[test]
     fn temperature_zero_is_greedy_and_ties_go_to_the_lowest_id() {
         let params = Sampling { temperature: 0.0, ..Sampling::default() };
-        assert_eq!(sampler(params, 1).choose(&[1.0, 3.0, 3.0], &[], None).token, 1);
+        assert_eq!(sampler(params, 1).choose(&[1.0, 3.0, 3.0], &[], None, None).token, 1);
     }
 
     #[test]
     fn a_seed_fixes_the_draws() {
         let draws = |seed| {
             let mut s = sampler(Sampling::default(), seed);
-            (0..32).map(|_| s.choose(&logits(), &[], None).token).collect::<Vec<_>>()
+            (0..32).map(|_| s.choose(&logits(), &[], None, None).token).collect::<Vec<_>>()
         };
         assert_eq!(draws(7), draws(7));
         assert_ne!(draws(7), draws(8));
@@ -236,7 +249,8 @@ mod tests {
         let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
         let check = |params: Sampling, prompt: &[TokenId], banned: &[TokenId], expect: &[TokenId]| {
             let mut s = Sampler::new(params.clone(), 0, prompt);
-            let got: Vec<_> = expect.iter().map(|_| s.choose(&[2.0, 1.5, 1.0], banned, None).token).collect();
+            let got: Vec<_> =
+                expect.iter().map(|_| s.choose(&[2.0, 1.5, 1.0], banned, None, None).token).collect();
             assert_eq!(got, expect, "{params:?}");
         };
         check(Sampling { presence_penalty: 0.7, ..greedy.clone() }, &[], &[], &[0, 1, 0, 0]);
@@ -250,7 +264,7 @@ mod tests {
     fn logprobs_are_of_the_raw_distribution() {
         let mut s =
             sampler(Sampling { temperature: 0.0, logit_bias: vec![(3, 50.0)], ..Sampling::default() }, 0);
-        let choice = s.choose(&logits(), &[], Some(2));
+        let choice = s.choose(&logits(), &[], None, Some(2));
         assert_eq!(choice.token, 3);
         assert!((choice.logprob - 0.0625f32.ln()).abs() < 1e-5);
         assert_eq!(choice.top.iter().map(|t| t.0).collect::<Vec<_>>(), [0, 1]);
@@ -263,7 +277,7 @@ mod tests {
             [[f32::NAN; 4], [f32::INFINITY; 4], [f32::NEG_INFINITY; 4], [0.0, f32::NAN, 1.0, f32::INFINITY]]
         {
             for params in [Sampling::default(), Sampling { top_p: 0.5, top_k: 3, ..Sampling::default() }] {
-                assert!(sampler(params, 3).choose(&logits, &[], Some(4)).token < 4);
+                assert!(sampler(params, 3).choose(&logits, &[], None, Some(4)).token < 4);
             }
         }
     }

@@ -9,6 +9,7 @@ use forebay_wire::{Delta, TokenLogprob, TopLogprob};
 
 use crate::sample::{Choice as Sampled, Sampler};
 
+use super::constrain::{Beginning, Constrained};
 use super::submission::How;
 
 /// State of one choice.
@@ -19,6 +20,8 @@ pub(crate) struct ChoiceState {
     pub prompt: usize,
     /// Away while its row is sampled.
     pub sampler: Option<Sampler>,
+    /// Where it stands in the request's constraint; away as the sampler.
+    pub constrained: Option<Constrained>,
     pub generated: u32,
     max_tokens: u32,
     how: Arc<How>,
@@ -57,6 +60,7 @@ impl ChoiceState {
             number,
             prompt,
             sampler: Some(Sampler::new(how.sampling.clone(), seed, prompt_ids)),
+            constrained: how.constrained.as_ref().map(Beginning::choice),
             generated: 0,
             max_tokens,
             detokenizer: Detokenizer::new(tokenizer.clone(), true),
@@ -85,7 +89,10 @@ impl ChoiceState {
         let token = sampled.token;
         self.generated += 1;
         self.held.tokens += 1;
-        if self.how.end_tokens.contains(&token) {
+        // Under a constraint an end comes only where it has to: `ignore_eos` would go on with nothing.
+        let ends = self.how.end_tokens.contains(&token)
+            || (self.how.constrained.is_some() && self.tokenizer.is_eog(token));
+        if ends {
             return self.end(FinishReason::Stop);
         }
         if self.how.logprobs.is_some() {

@@ -1,20 +1,22 @@
 //! The engine as the rest of the program sees it: a stage that turns a placed request into events.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use forebay_flow::{Flow, Placed, PromptIds, Reply, ReplyForm, Stage};
+use forebay_grammar::{GrammarError, Grammars};
 use forebay_kernels::{Isa, Pool};
 use forebay_observe::{Layer, Trace};
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{StopMatcher, TextModel};
 use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, TokenizerId};
-use forebay_wire::{Api, Ask, Chunk, Event, Generate, Prompt, TokenizeInput};
+use forebay_wire::{Api, Ask, Chunk, Constraint, Event, Generate, Prompt, TokenizeInput};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::KvSink;
+use super::constrain::Beginning;
 use super::memory::check_memory;
 use super::prompt;
 use super::step_loop::{LoopState, StepLoop};
@@ -98,6 +100,8 @@ pub struct Engine {
     model: ModelName,
     text: TextModel,
     inbox: mpsc::Sender<Submission>,
+    /// Made by the first request that needs it.
+    grammars: Arc<OnceLock<Result<Grammars, GrammarError>>>,
     /// What this engine tokenizes itself, at a time: half of the cores, as the others compute meanwhile.
     encoding: Arc<Semaphore>,
     /// Bytes of the longest token.
@@ -215,6 +219,7 @@ impl Engine {
             token_bytes_max: token_bytes_max(&text),
             text,
             inbox,
+            grammars: Arc::default(),
             encoding: Arc::new(Semaphore::new((cores() / 2).max(1))),
             vocab_size,
             model_len,
@@ -315,6 +320,7 @@ impl Engine {
         let asks = self.prompt_asks(&call, prompts)?;
         self.check_logit_bias(&call)?;
         let seed = call.sampling.seed.map_or_else(fresh_seed, Ok)?;
+        let constrained = self.constrain(call.constraint.as_ref()).await?;
         let matcher = StopMatcher::new(&call.stop, call.include_stop_str_in_output)?;
         let model_ends: &[TokenId] = if call.ignore_eos { &[] } else { self.text.tokenizer().eog() };
         let end_tokens = model_ends.iter().chain(&call.stop_token_ids).copied().collect();
@@ -330,6 +336,7 @@ impl Engine {
                 end_tokens,
                 min_tokens: call.min_tokens,
                 logprobs: call.logprobs,
+                constrained,
                 cache_salt: call.cache_salt.clone(),
                 priority: call.priority,
                 tenant: stage.caller.consumer.clone(),
@@ -357,6 +364,22 @@ impl Engine {
             ended: false,
         };
         Ok(Reply::new(form, Box::pin(events)))
+    }
+
+    /// Compiles what the output has to match. The first time, the vocabulary is prepared for it, too.
+    async fn constrain(&self, constraint: Option<&Constraint>) -> Result<Option<Beginning>, Fault> {
+        let Some(constraint) = constraint.cloned() else { return Ok(None) };
+        let (grammars, tokenizer) = (Arc::clone(&self.grammars), self.text.tokenizer().clone());
+        self.off_thread(move || {
+            let made = grammars.get_or_init(|| Grammars::new(&tokenizer)).as_ref().map_err(Clone::clone);
+            let compiled = made.and_then(|grammars| Beginning::new(grammars.compile(&constraint)?));
+            let param = match constraint {
+                Constraint::JsonObject | Constraint::JsonSchema(_) => "response_format",
+                _ => "structured_outputs",
+            };
+            compiled.map(Some).map_err(|error| Fault::from(error).param(param))
+        })
+        .await
     }
 
     async fn encode_off_thread(&self, call: &Generate) -> Result<PromptIds, Fault> {

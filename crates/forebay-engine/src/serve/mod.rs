@@ -5,6 +5,7 @@
 //! JSON is that of `/tokenize` and `/detokenize`.
 
 mod choice;
+mod constrain;
 mod engine;
 mod memory;
 mod prompt;

@@ -8,12 +8,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use forebay_grammar::Mask;
 use forebay_kernels::Pool;
 use forebay_kv::CacheSalt;
 use forebay_kv::KvEvent;
 use forebay_schedule::{AddError, NewSeq, Scheduler, SeqId, StepPlan};
 use forebay_tokens::Tokenizer;
-use forebay_types::{Blame, Class, Code, Fault, FinishReason, Retry, Usage};
+use forebay_types::{Blame, Class, Code, Fault, FinishReason, Retry, TokenId, Usage};
 use forebay_wire::{Delta, Event};
 use tokio::sync::mpsc;
 
@@ -23,6 +24,7 @@ use crate::sample::{Choice as Sampled, Sampler};
 
 use super::KvSink;
 use super::choice::ChoiceState;
+use super::constrain::{Constrained, MaskThread};
 use super::engine::INBOX_MAX;
 use super::submission::{How, Submission};
 
@@ -52,6 +54,10 @@ pub(crate) struct LoopState {
     choices: HashMap<SeqId, (u64, ChoiceState)>,
     kv_events: Vec<KvEvent>,
     jobs: Vec<SampleJob>,
+    /// Choices whose constraint could not be followed in this turn.
+    broken: Vec<(SeqId, Fault)>,
+    /// Started by the first constrained choice.
+    masks: Option<MaskThread>,
     seen: Seen,
     /// The last turn could plan nothing though requests wait.
     stuck: bool,
@@ -83,6 +89,8 @@ struct SampleJob {
     /// Whose end tokens may not be chosen now.
     banned: Option<Arc<How>>,
     logprobs: Option<u32>,
+    constrained: Option<Constrained>,
+    mask: Option<Mask>,
     sampled: Option<Sampled>,
 }
 
@@ -106,8 +114,25 @@ impl LoopState {
             choices: HashMap::new(),
             kv_events: Vec::new(),
             jobs: Vec::new(),
+            broken: Vec::new(),
+            masks: None,
             seen: Seen::default(),
             stuck: false,
+        }
+    }
+
+    /// The masks of the rows to be sampled, which were made while the model computed. A choice whose constraint failed
+    /// is not sampled, and its request ends with the reason.
+    fn take_masks(&mut self) {
+        for job in &mut self.jobs {
+            let Some(constrained) = &mut job.constrained else { continue };
+            match constrained.mask() {
+                Ok(mask) => job.mask = Some(mask),
+                Err(error) => {
+                    job.sampler = None;
+                    self.broken.push((job.seq, error.into()));
+                }
+            }
         }
     }
 
@@ -128,6 +153,8 @@ impl LoopState {
                     banned: choice.banned_ends().cloned(),
                     logprobs: choice.logprobs(),
                     sampler: choice.sampler.take(),
+                    constrained: choice.constrained.take(),
+                    mask: None,
                     sampled: None,
                 });
             }
@@ -179,11 +206,15 @@ impl<E: Executor> StepLoop<E> {
         let failed = match executor.execute(plan) {
             Ok(logits) => {
                 let stride = logits.len() / sampled.max(1);
+                state.take_masks();
                 pool.run_rows(&mut state.jobs, 1, 1, &|_, jobs| {
                     for job in jobs {
                         let row = &logits[job.row * stride..(job.row + 1) * stride];
                         let banned = job.banned.as_ref().map_or(&[][..], |how| &how.end_tokens);
-                        job.sampled = job.sampler.as_mut().map(|s| s.choose(row, banned, job.logprobs));
+                        job.sampled = job
+                            .sampler
+                            .as_mut()
+                            .map(|s| s.choose(row, banned, job.mask.as_ref(), job.logprobs));
                     }
                 });
                 None
@@ -194,7 +225,14 @@ impl<E: Executor> StepLoop<E> {
             }
         };
         match failed {
-            None => self.apply_samples(),
+            None => {
+                for (seq, fault) in std::mem::take(&mut self.state.broken) {
+                    if let Some(&(request, _)) = self.state.choices.get(&seq) {
+                        self.fail(request, fault, FinishReason::Error);
+                    }
+                }
+                self.apply_samples();
+            }
             Some((seqs, fault)) => {
                 self.scheduler.on_step_failed();
                 self.state.jobs.clear();
@@ -335,6 +373,7 @@ impl<E: Executor> StepLoop<E> {
             let Some((id, choice)) = self.state.choices.get_mut(&job.seq) else { continue };
             let id = *id;
             choice.sampler = Some(sampler);
+            choice.constrained = job.constrained.take();
             match choice.last_token.replace(now) {
                 Some(last) => self.metrics.on_next_token(now.saturating_duration_since(last)),
                 None => choice.first_token = Some(now),
@@ -349,6 +388,7 @@ impl<E: Executor> StepLoop<E> {
                 self.scheduler.finish(job.seq);
             } else {
                 self.scheduler.on_token(job.seq, sampled.token);
+                self.follow(job.seq, sampled.token);
             }
             if let Some(delta) = advance.delta {
                 self.send(id, Event::Delta(delta));
@@ -362,6 +402,24 @@ impl<E: Executor> StepLoop<E> {
         }
         jobs.clear();
         self.state.jobs = jobs;
+    }
+
+    /// Has the mask behind `token` made, while the next step is computed.
+    fn follow(&mut self, seq: SeqId, token: TokenId) {
+        let Some((id, choice)) = self.state.choices.get_mut(&seq) else { return };
+        let Some(constrained) = &mut choice.constrained else { return };
+        if self.state.masks.is_none() {
+            match MaskThread::start() {
+                Ok(thread) => self.state.masks = Some(thread),
+                Err(error) => {
+                    let (id, fault) = (*id, Fault::internal(format!("no thread for constraints: {error}")));
+                    return self.fail(id, fault, FinishReason::Error);
+                }
+            }
+        }
+        if let Some(masks) = &self.state.masks {
+            masks.follow(constrained, token);
+        }
     }
 
     /// The first token of a choice: headers can leave, and it is known what the cache gave.

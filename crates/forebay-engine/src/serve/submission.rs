@@ -8,6 +8,8 @@ use forebay_types::{ConsumerName, Fault, TokenId};
 use forebay_wire::{Event, Sampling};
 use tokio::sync::mpsc;
 
+use super::constrain::Beginning;
+
 /// One request: prompts, and how to continue each of them.
 pub(crate) struct Submission {
     pub prompts: Vec<PromptAsk>,
@@ -42,6 +44,8 @@ pub(crate) struct How {
     pub end_tokens: Vec<TokenId>,
     pub min_tokens: u32,
     pub logprobs: Option<u32>,
+    /// What every choice has to match, at its beginning.
+    pub constrained: Option<Beginning>,
     pub cache_salt: Option<String>,
     pub priority: i32,
     pub tenant: ConsumerName,

@@ -1,6 +1,8 @@
 //! The engine through its stage, with an executor that has no model: order of events, accounting, refusals,
 //! cancellation, failures. No model, no HTTP.
 
+mod constrained;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,9 +12,10 @@ use forebay_observe::{Registry, Trace, TraceContext};
 use forebay_quota::Ledger;
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{TextModel, TokenType, Tokenizer, Vocab};
-use forebay_types::{Code, Fault, FinishReason, Retry, Usage};
+use forebay_types::{Blame, Code, Fault, FinishReason, Retry, Usage};
 use forebay_wire::{
-    Api, Ask, ChatMessage, Chunk, Content, Event, Generate, Need, Prompt, Sampling, Tokenize, TokenizeInput,
+    Api, Ask, ChatMessage, Chunk, Constraint, Content, Event, Generate, Need, Prompt, Sampling, Tokenize,
+    TokenizeInput,
 };
 use futures_util::StreamExt;
 

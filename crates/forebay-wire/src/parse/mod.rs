@@ -9,6 +9,7 @@
 
 mod chat;
 mod completion;
+mod constraint;
 mod error;
 mod field;
 mod sampling;

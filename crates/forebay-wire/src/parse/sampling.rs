@@ -6,7 +6,7 @@ use bytes::Bytes;
 use forebay_types::TokenId;
 
 use super::field::{Fields, Kind, kind_of, read};
-use super::{ParseError, required_model};
+use super::{ParseError, constraint, required_model};
 use crate::{Api, Generate, Need, Prompt, Sampling};
 
 /// OpenAI's limit on `n`.
@@ -25,11 +25,6 @@ pub(super) const LOGPROBS_MAX: i64 = 20;
 
 /// Fields of vLLM and OpenAI that change the answer, with the values that change nothing.
 const NEEDS: &[(&str, &[&str], &str)] = &[
-    ("guided_json", &[], CONSTRAINED),
-    ("guided_regex", &[], CONSTRAINED),
-    ("guided_choice", &[], CONSTRAINED),
-    ("guided_grammar", &[], CONSTRAINED),
-    ("structured_outputs", &[], CONSTRAINED),
     ("allowed_token_ids", &["[]"], CONSTRAINED),
     ("bad_words", &["[]"], CONSTRAINED),
     ("use_beam_search", &["false"], "the engine samples, it has no beam search"),
@@ -40,7 +35,7 @@ const NEEDS: &[(&str, &[&str], &str)] = &[
     ("thinking_token_budget", &[], "limit the output with 'max_tokens'"),
 ];
 
-const CONSTRAINED: &str = "the output can't be constrained to a grammar or a set of tokens yet";
+const CONSTRAINED: &str = "the output can't be held to a set of tokens yet";
 
 /// Everything of a call but its prompt-specific fields.
 pub(super) fn parse(
@@ -55,7 +50,7 @@ pub(super) fn parse(
     for (name, harmless, what) in NEEDS {
         needs.extend(fields.need(name, harmless, what));
     }
-    needs.extend(response_format(fields)?);
+    let constraint = constraint::parse(fields, &mut needs)?;
 
     let n = fields.integer("n", 1..=N_MAX)?.unwrap_or(1) as u32;
     if prompt.count() * n as usize > CHOICES_MAX {
@@ -89,6 +84,7 @@ pub(super) fn parse(
         user: fields.string("user")?,
         cache_salt: cache_salt(fields)?,
         priority: fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0) as i32,
+        constraint,
         needs,
         body: body.clone(),
         ..Generate::new(api, model, prompt)
@@ -115,24 +111,6 @@ fn stream_options(fields: &Fields<'_>, stream: bool) -> Result<(bool, bool), Par
     }
     let on = |option| Ok(options.boolean(option)?.unwrap_or(false));
     Ok((on("include_usage")?, on("continuous_usage_stats")?))
-}
-
-fn response_format(fields: &Fields<'_>) -> Result<Option<Need>, ParseError> {
-    let Some(format) = fields.inner("response_format", "response_format.")? else { return Ok(None) };
-    match format.string("type")?.as_deref() {
-        None => Err(ParseError::Missing { param: "response_format.type".into() }),
-        Some("text") => Ok(None),
-        Some("json_object" | "json_schema") => Ok(Some(Need {
-            param: "response_format".into(),
-            what: "output can't be constrained to JSON yet; ask for JSON in the prompt and use type 'text'",
-        })),
-        // vLLM's.
-        Some("structural_tag") => Ok(Some(Need { param: "response_format".into(), what: CONSTRAINED })),
-        Some(_) => Err(ParseError::value(
-            "response_format.type",
-            "Supported values are: 'text', 'json_object' and 'json_schema'",
-        )),
-    }
 }
 
 fn sampling(fields: &Fields<'_>) -> Result<Sampling, ParseError> {

@@ -452,8 +452,7 @@ fn what_is_beyond_text_is_noted_not_ignored() {
     assert_eq!(messages[0].content, Content::Parts(vec!["a".into()]));
     for (rest, params) in [
         ("", &[][..]),
-        (r#","response_format":{"type":"json_object"}"#, &["response_format"]),
-        (r#","response_format":{"type":"json_schema","json_schema":{}}"#, &["response_format"]),
+        (r#","response_format":{"type":"json_object"}"#, &[]),
         (r#","response_format":{"type":"structural_tag"}"#, &["response_format"]),
         (r#","tools":[{}]"#, &["tools"]),
         (r#","tools":[{}],"tool_choice":"auto""#, &["tools"]),
@@ -467,7 +466,8 @@ fn what_is_beyond_text_is_noted_not_ignored() {
         (r#","modalities":["text","audio"]"#, &["modalities"]),
         (r#","modalities":["text"]"#, &[]),
         (r#","guided_json":{}"#, &["guided_json"]),
-        (r#","structured_outputs":{"json":{}}"#, &["structured_outputs"]),
+        (r#","structured_outputs":{"json":{}}"#, &[]),
+        (r#","structured_outputs":{"structural_tag":"{}"}"#, &["structured_outputs.structural_tag"]),
         (r#","bad_words":["x"]"#, &["bad_words"]),
         (r#","use_beam_search":true"#, &["use_beam_search"]),
         (r#","use_beam_search":false"#, &[]),

@@ -1,0 +1,88 @@
+//! Constrained choices: the masks of their next tokens, made on a thread of their own.
+//!
+//! When a token of such a choice is known, the thread is told, and works while the step loop goes on and the model
+//! computes the next logits. The step loop asks for the mask only before it samples that row.
+
+use std::sync::mpsc;
+
+use forebay_grammar::{GrammarError, Mask, Matcher};
+use forebay_types::TokenId;
+
+/// Where one choice stands in its constraint.
+pub(crate) struct Constrained(State);
+
+enum State {
+    Here(Matcher, Mask),
+    /// The thread has it.
+    Away(mpsc::Receiver<Result<(Matcher, Mask), GrammarError>>),
+    Failed(GrammarError),
+}
+
+/// The beginning of a constraint, which all choices of a request share.
+pub(crate) struct Beginning(Matcher, Mask);
+
+impl Beginning {
+    /// Computes the first mask, so call it off the step thread.
+    pub(crate) fn new(mut matcher: Matcher) -> Result<Self, GrammarError> {
+        let mask = matcher.mask()?;
+        Ok(Self(matcher, mask))
+    }
+
+    pub(crate) fn choice(&self) -> Constrained {
+        Constrained(State::Here(self.0.fork(), self.1.clone()))
+    }
+}
+
+impl Constrained {
+    /// The tokens that may come next. Waits for the thread where it is not done.
+    pub(crate) fn mask(&mut self) -> Result<Mask, GrammarError> {
+        if let State::Away(answer) = &self.0 {
+            let lost = GrammarError::Matching("the thread that follows constraints has ended".to_owned());
+            self.0 = match answer.recv().unwrap_or(Err(lost)) {
+                Ok((matcher, mask)) => State::Here(matcher, mask),
+                Err(error) => State::Failed(error),
+            };
+        }
+        match &self.0 {
+            State::Here(_, mask) => Ok(mask.clone()),
+            State::Failed(error) => Err(error.clone()),
+            State::Away(_) => unreachable!("answered above"),
+        }
+    }
+}
+
+/// The thread that follows constraints; ends with this value.
+pub(crate) struct MaskThread(mpsc::Sender<Work>);
+
+struct Work {
+    matcher: Matcher,
+    token: TokenId,
+    answer: mpsc::SyncSender<Result<(Matcher, Mask), GrammarError>>,
+}
+
+impl MaskThread {
+    pub(crate) fn start() -> std::io::Result<Self> {
+        // No more in it than constrained choices run: each has one piece of work at a time.
+        let (sender, works) = mpsc::channel::<Work>();
+        std::thread::Builder::new().name("forebay-grammar".into()).spawn(move || {
+            for Work { mut matcher, token, answer } in works {
+                let done = matcher.accept(token).and_then(|()| matcher.mask());
+                // Nobody waits where the client has left.
+                let _ = answer.send(done.map(|mask| (matcher, mask)));
+            }
+        })?;
+        Ok(Self(sender))
+    }
+
+    /// Begins to work on what comes behind `token`.
+    pub(crate) fn follow(&self, constrained: &mut Constrained, token: TokenId) {
+        let (answer, receiver) = mpsc::sync_channel(1);
+        let before = std::mem::replace(&mut constrained.0, State::Away(receiver));
+        match before {
+            State::Here(matcher, _) => {
+                let _ = self.0.send(Work { matcher, token, answer });
+            }
+            other => constrained.0 = other,
+        }
+    }
+}

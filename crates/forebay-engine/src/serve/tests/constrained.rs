@@ -1,0 +1,100 @@
+//! Output that is held to a constraint, whatever the model would rather say.
+
+use serde_json::json;
+
+use super::*;
+
+fn constrained(prompt: &str, constraint: Constraint) -> Generate {
+    Generate { constraint: Some(constraint), max_tokens: Some(64), ..greedy(prompt) }
+}
+
+fn choices(of: &[&str]) -> Constraint {
+    Constraint::Choice(of.iter().map(|&choice| choice.to_owned()).collect())
+}
+
+#[tokio::test]
+async fn the_model_says_only_what_is_allowed() {
+    let bench = bench(says("go", "whatever"), |_| {});
+    let check = async |constraint: Constraint, matches: &dyn Fn(&str) -> bool| {
+        for seed in 0..8 {
+            let sampling = Sampling { temperature: 1.5, seed: Some(seed), ..Sampling::default() };
+            let call = Generate { sampling, ..constrained("go", constraint.clone()) };
+            let events = bench.events(call).await.unwrap();
+            assert_eq!(reason(&events, 0), Some(FinishReason::Stop), "{constraint:?}");
+            let said = text(&events, 0);
+            assert!(matches(&said), "{constraint:?}: {said:?}");
+        }
+    };
+    check(choices(&["yes", "no"]), &|said| said == "yes" || said == "no").await;
+    check(Constraint::Regex("[0-9]{4}".into()), &|said| said.len() == 4 && said.parse::<u32>().is_ok()).await;
+    let schema = json!({"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": false});
+    check(Constraint::JsonSchema(schema), &|said| {
+        serde_json::from_str::<serde_json::Value>(said).is_ok_and(|value| value["n"] == 1 || value["n"] == 22)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_model_chooses_where_it_may() {
+    let bench = bench(says("go", "no"), |_| {});
+    let events = bench.events(constrained("go", choices(&["yes", "no"]))).await.unwrap();
+    assert_eq!(text(&events, 0), "no");
+}
+
+#[tokio::test]
+async fn an_end_comes_where_it_must_and_not_before() {
+    let bench = bench(says("go", ""), |_| {});
+    // It would end at once.
+    let call = constrained("go", choices(&["ab"]));
+    let events = bench.events(call.clone()).await.unwrap();
+    assert_eq!((text(&events, 0).as_str(), reason(&events, 0)), ("ab", Some(FinishReason::Stop)));
+    // Neither can make more of it than there is.
+    for call in [Generate { ignore_eos: true, ..call.clone() }, Generate { min_tokens: 10, ..call.clone() }] {
+        let events = bench.events(call).await.unwrap();
+        assert_eq!((text(&events, 0).as_str(), reason(&events, 0)), ("ab", Some(FinishReason::Stop)));
+    }
+    let events = bench.events(Generate { max_tokens: Some(1), ..call }).await.unwrap();
+    assert_eq!((text(&events, 0).as_str(), reason(&events, 0)), ("a", Some(FinishReason::Length)));
+}
+
+#[tokio::test]
+async fn each_choice_has_a_constraint_of_its_own() {
+    let bench = bench(says("go", "whatever"), |_| {});
+    let sampling = Sampling { seed: Some(5), ..Sampling::default() };
+    let of = ["red", "green", "blue", "cyan"];
+    let call = Generate { n: 8, sampling, ..constrained("go", choices(&of)) };
+    let events = bench.events(call).await.unwrap();
+    let said: Vec<String> = (0..8).map(|n| text(&events, n)).collect();
+    assert!(said.iter().all(|said| of.contains(&said.as_str())), "{said:?}");
+    assert!(said.iter().any(|one| *one != said[0]), "not all the same: {said:?}");
+}
+
+#[tokio::test]
+async fn a_free_request_is_not_touched_by_its_neighbours() {
+    let bench = bench(says("go", "one two three"), |_| {});
+    let sampling = Sampling { temperature: 0.9, seed: Some(3), ..Sampling::default() };
+    let regex = Generate { sampling, ..constrained("go", Constraint::Regex("[a-f]{12}".into())) };
+    let alone = text(&bench.events(regex.clone()).await.unwrap(), 0);
+    let (free, one, two) = tokio::join!(
+        bench.events(greedy("go")),
+        bench.events(regex.clone()),
+        bench.events(constrained("go", choices(&["a long one that takes a while"]))),
+    );
+    assert_eq!(text(&free.unwrap(), 0), "one two three");
+    assert_eq!(text(&one.unwrap(), 0), alone, "the same in a batch");
+    assert_eq!(text(&two.unwrap(), 0), "a long one that takes a while");
+}
+
+#[tokio::test]
+async fn a_constraint_that_can_not_be_compiled_is_the_clients_mistake() {
+    let bench = bench(says("go", "x"), |_| {});
+    let check = async |constraint: Constraint, param: &str| {
+        let fault = bench.start(constrained("go", constraint)).await.unwrap_err();
+        assert_eq!((fault.class.code, fault.class.blame), (Code::BadRequest, Blame::Client));
+        assert_eq!(fault.param.as_deref(), Some(param), "{fault:?}");
+    };
+    check(Constraint::JsonSchema(json!({"type": 7})), "response_format").await;
+    check(Constraint::Regex("[".into()), "structured_outputs").await;
+    check(Constraint::Grammar("start: (".into()), "structured_outputs").await;
+    assert_eq!(text(&bench.events(greedy("go")).await.unwrap(), 0), "x");
+}
