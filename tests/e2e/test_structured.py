@@ -137,3 +137,21 @@ def test_what_can_not_be_done_is_refused_by_name(sdk, options, param):
     with pytest.raises(openai.BadRequestError) as refused:
         say(sdk, **options)
     assert refused.value.param == param
+
+
+def test_bad_words_and_allowed_ids(server, sdk):
+    question = user("What is the capital of France? Answer in one word.")
+    assert "Paris" in say(sdk, question, max_tokens=8).choices[0].message.content
+    text = say(sdk, question, max_tokens=24, extra_body={"bad_words": ["Paris"]}).choices[0].message.content
+    assert text and "Paris" not in text
+    with server.http() as http:
+        prompt = {"model": MODEL, "prompt": " yes no", "add_special_tokens": False}
+        ids = http.post("/tokenize", json=prompt).json()["tokens"]
+        words = {http.post("/detokenize", json={"model": MODEL, "tokens": [i]}).json()["prompt"] for i in ids}
+    text = say(sdk, question, max_tokens=6, extra_body={"allowed_token_ids": ids}).choices[0].message.content
+    for word in words:
+        text = text.replace(word, "")
+    assert text == ""
+    with pytest.raises(openai.BadRequestError) as refused:
+        say(sdk, extra_body={"allowed_token_ids": [10**6]})
+    assert refused.value.param == "allowed_token_ids"

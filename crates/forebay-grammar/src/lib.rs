@@ -154,7 +154,6 @@ impl Matcher {
         for &end in self.ends.iter().filter(|_| may_end) {
             mask.allow(end);
         }
-        mask.find_only_ends(&self.ends);
         Ok(mask)
     }
 

@@ -6,12 +6,11 @@ use forebay_types::TokenId;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mask {
     words: Vec<u32>,
-    only_ends: bool,
 }
 
 impl Mask {
     pub(crate) fn from_words(words: Vec<u32>) -> Self {
-        Self { words, only_ends: false }
+        Self { words }
     }
 
     /// Exactly these tokens.
@@ -26,9 +25,12 @@ impl Mask {
         word & (1 << (token % 32)) != 0
     }
 
-    /// Whether nothing may come but the end of the text.
-    pub fn only_ends(&self) -> bool {
-        self.only_ends
+    /// Leaves only what is also in `other`. False where nothing is left.
+    pub fn intersect(&mut self, other: &Self) -> bool {
+        for (n, word) in self.words.iter_mut().enumerate() {
+            *word &= other.words.get(n).copied().unwrap_or(0);
+        }
+        self.words.iter().any(|&word| word != 0)
     }
 
     /// Makes every logit of a token that may not come minus infinity.
@@ -50,10 +52,5 @@ impl Mask {
         if let Some(word) = self.words.get_mut(token as usize / 32) {
             *word |= 1 << (token % 32);
         }
-    }
-
-    pub(crate) fn find_only_ends(&mut self, ends: &[TokenId]) {
-        let set: u32 = self.words.iter().map(|word| word.count_ones()).sum();
-        self.only_ends = set > 0 && set as usize == ends.iter().filter(|&&end| self.allows(end)).count();
     }
 }

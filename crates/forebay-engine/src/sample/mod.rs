@@ -81,6 +81,12 @@ impl Sampler {
             self.scratch.clear();
             self.scratch.extend_from_slice(logits);
             self.shape_logits(banned, mask);
+            // Where the bans leave nothing, they give way: something has to come.
+            if !banned.is_empty() && self.scratch.iter().all(|&logit| logit == f32::NEG_INFINITY) {
+                self.scratch.clear();
+                self.scratch.extend_from_slice(logits);
+                self.shape_logits(&[], mask);
+            }
             if greedy { argmax(&self.scratch) } else { self.draw() }
         };
         if self.counts_output() {
@@ -135,8 +141,6 @@ impl Sampler {
         if let Some(mask) = mask {
             mask.apply(logits);
         }
-        // Where nothing but an end may come, it may come early.
-        let banned = if mask.is_some_and(Mask::only_ends) { &[] } else { banned };
         for &token in banned {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit = f32::NEG_INFINITY;

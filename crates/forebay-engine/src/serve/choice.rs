@@ -24,6 +24,8 @@ pub(crate) struct ChoiceState {
     pub constrained: Option<Constrained>,
     pub generated: u32,
     max_tokens: u32,
+    /// The latest tokens, as many as the longest bad word needs.
+    recent: Vec<TokenId>,
     how: Arc<How>,
     tokenizer: Tokenizer,
     detokenizer: Detokenizer,
@@ -63,6 +65,7 @@ impl ChoiceState {
             constrained: how.constrained.as_ref().map(Beginning::choice),
             generated: 0,
             max_tokens,
+            recent: Vec::new(),
             detokenizer: Detokenizer::new(tokenizer.clone(), true),
             stop,
             tokenizer,
@@ -80,6 +83,18 @@ impl ChoiceState {
         (self.generated < self.how.min_tokens).then_some(&self.how)
     }
 
+    /// Tokens that would complete a bad word.
+    pub fn bad_now(&self) -> Vec<TokenId> {
+        let mut banned = Vec::new();
+        self.how.bad_words.ban(&self.recent, &mut banned);
+        banned
+    }
+
+    /// The only tokens that may come, where the request says so.
+    pub fn allowed(&self) -> Option<&Arc<How>> {
+        self.how.allowed.is_some().then_some(&self.how)
+    }
+
     pub fn logprobs(&self) -> Option<u32> {
         self.how.logprobs
     }
@@ -89,6 +104,7 @@ impl ChoiceState {
         let token = sampled.token;
         self.generated += 1;
         self.held.tokens += 1;
+        self.remember(token);
         // Under a constraint an end comes only where it has to: `ignore_eos` would go on with nothing.
         let ends = self.how.end_tokens.contains(&token)
             || (self.how.constrained.is_some() && self.tokenizer.is_eog(token));
@@ -109,6 +125,17 @@ impl ChoiceState {
         let delta =
             if self.held.text.is_empty() && self.held.logprobs.is_empty() { None } else { self.take() };
         Advance { delta, finished: None }
+    }
+
+    fn remember(&mut self, token: TokenId) {
+        let reach = self.how.bad_words.reach();
+        if reach == 0 {
+            return;
+        }
+        if self.recent.len() == reach {
+            self.recent.remove(0);
+        }
+        self.recent.push(token);
     }
 
     /// Lets go of everything held back.

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use forebay_flow::{Flow, Placed, PromptIds, Reply, ReplyForm, Stage};
-use forebay_grammar::{GrammarError, Grammars};
+use forebay_grammar::{GrammarError, Grammars, Mask};
 use forebay_kernels::{Isa, Pool};
 use forebay_observe::{Layer, Trace};
 use forebay_schedule::{Scheduler, SchedulerConfig};
@@ -22,6 +22,7 @@ use super::prompt;
 use super::step_loop::{LoopState, StepLoop};
 use super::submission::{How, PromptAsk, Submission};
 use super::text::{TextError, text_model};
+use super::words::BadWords;
 use crate::config::{EngineConfig, EngineConfigError};
 use crate::exec::{BuildError, CpuExecutor, CpuOptions, Executor};
 use crate::kv_events::{KvEventsError, Publisher};
@@ -318,7 +319,10 @@ impl Engine {
             },
         };
         let asks = self.prompt_asks(&call, prompts)?;
-        self.check_logit_bias(&call)?;
+        self.check_ids(&call)?;
+        let allowed = call.sampling.allowed_token_ids.as_deref().map(|ids| Mask::of(ids, self.vocab_size));
+        let bad_words = BadWords::new(&call.bad_words, self.text.tokenizer())
+            .map_err(|error| Fault::from(error).param("bad_words"))?;
         let seed = call.sampling.seed.map_or_else(fresh_seed, Ok)?;
         let constrained = self.constrain(call.constraint.as_ref()).await?;
         let matcher = StopMatcher::new(&call.stop, call.include_stop_str_in_output)?;
@@ -337,6 +341,8 @@ impl Engine {
                 min_tokens: call.min_tokens,
                 logprobs: call.logprobs,
                 constrained,
+                allowed,
+                bad_words,
                 cache_salt: call.cache_salt.clone(),
                 priority: call.priority,
                 tenant: stage.caller.consumer.clone(),
@@ -456,11 +462,13 @@ impl Engine {
     }
 
     /// A bias on a token that isn't there would do nothing, silently.
-    fn check_logit_bias(&self, call: &Generate) -> Result<(), Fault> {
-        let unknown = call.sampling.logit_bias.iter().find(|(id, _)| *id as usize >= self.vocab_size);
-        unknown.map_or(Ok(()), |(id, _)| {
+    fn check_ids(&self, call: &Generate) -> Result<(), Fault> {
+        let biased = call.sampling.logit_bias.iter().map(|(id, _)| (*id, "logit_bias"));
+        let allowed = call.sampling.allowed_token_ids.iter().flatten().map(|id| (*id, "allowed_token_ids"));
+        let unknown = biased.chain(allowed).find(|(id, _)| *id as usize >= self.vocab_size);
+        unknown.map_or(Ok(()), |(id, param)| {
             let message = format!("token id {id} is out of the vocabulary of {} tokens", self.vocab_size);
-            Err(Fault::bad_request(message).param("logit_bias"))
+            Err(Fault::bad_request(message).param(param))
         })
     }
 

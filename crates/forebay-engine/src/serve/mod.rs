@@ -12,6 +12,7 @@ mod prompt;
 mod step_loop;
 mod submission;
 mod text;
+mod words;
 
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forebay_grammar::Mask;
+use forebay_grammar::{GrammarError, Mask};
 use forebay_kernels::Pool;
 use forebay_kv::CacheSalt;
 use forebay_kv::KvEvent;
@@ -88,10 +88,26 @@ struct SampleJob {
     sampler: Option<Sampler>,
     /// Whose end tokens may not be chosen now.
     banned: Option<Arc<How>>,
+    /// Tokens that would complete a bad word.
+    bad: Vec<TokenId>,
+    /// Whose allowed tokens are the only ones.
+    allowed: Option<Arc<How>>,
     logprobs: Option<u32>,
     constrained: Option<Constrained>,
     mask: Option<Mask>,
     sampled: Option<Sampled>,
+}
+
+impl SampleJob {
+    /// Does nothing where the sampler was taken away.
+    fn sample(&mut self, row: &[f32]) {
+        let Some(sampler) = &mut self.sampler else { return };
+        let allowed = self.allowed.as_ref().and_then(|how| how.allowed.as_ref());
+        if let Some(ends) = &self.banned {
+            self.bad.extend_from_slice(&ends.end_tokens);
+        }
+        self.sampled = Some(sampler.choose(row, &self.bad, self.mask.as_ref().or(allowed), self.logprobs));
+    }
 }
 
 /// What a turn did.
@@ -126,7 +142,14 @@ impl LoopState {
     fn take_masks(&mut self) {
         for job in &mut self.jobs {
             let Some(constrained) = &mut job.constrained else { continue };
-            match constrained.mask() {
+            let allowed = job.allowed.as_ref().and_then(|how| how.allowed.as_ref());
+            let mask = constrained.mask().and_then(|mut mask| match allowed {
+                Some(allowed) if !mask.intersect(allowed) => Err(GrammarError::Matching(
+                    "none of `allowed_token_ids` may come next in the constraint".to_owned(),
+                )),
+                _ => Ok(mask),
+            });
+            match mask {
                 Ok(mask) => job.mask = Some(mask),
                 Err(error) => {
                     job.sampler = None;
@@ -151,6 +174,8 @@ impl LoopState {
                     seq,
                     row,
                     banned: choice.banned_ends().cloned(),
+                    bad: choice.bad_now(),
+                    allowed: choice.allowed().cloned(),
                     logprobs: choice.logprobs(),
                     sampler: choice.sampler.take(),
                     constrained: choice.constrained.take(),
@@ -210,11 +235,7 @@ impl<E: Executor> StepLoop<E> {
                 pool.run_rows(&mut state.jobs, 1, 1, &|_, jobs| {
                     for job in jobs {
                         let row = &logits[job.row * stride..(job.row + 1) * stride];
-                        let banned = job.banned.as_ref().map_or(&[][..], |how| &how.end_tokens);
-                        job.sampled = job
-                            .sampler
-                            .as_mut()
-                            .map(|s| s.choose(row, banned, job.mask.as_ref(), job.logprobs));
+                        job.sample(row);
                     }
                 });
                 None

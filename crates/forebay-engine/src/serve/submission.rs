@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use forebay_grammar::Mask;
 use forebay_tokens::StopMatcher;
 use forebay_types::{ConsumerName, Fault, TokenId};
 use forebay_wire::{Event, Sampling};
 use tokio::sync::mpsc;
 
 use super::constrain::Beginning;
+use super::words::BadWords;
 
 /// One request: prompts, and how to continue each of them.
 pub(crate) struct Submission {
@@ -46,6 +48,9 @@ pub(crate) struct How {
     pub logprobs: Option<u32>,
     /// What every choice has to match, at its beginning.
     pub constrained: Option<Beginning>,
+    /// Only these tokens may come, as vLLM's `allowed_token_ids`.
+    pub allowed: Option<Mask>,
+    pub bad_words: BadWords,
     pub cache_salt: Option<String>,
     pub priority: i32,
     pub tenant: ConsumerName,

@@ -19,14 +19,14 @@ const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 1024;
 const STOP_IDS_MAX: usize = 256;
 const LOGIT_BIAS_MAX: usize = 1024;
+const ALLOWED_IDS_MAX: usize = 16_384;
+const BAD_WORDS_MAX: usize = 128;
 /// vLLM's limit.
 const SALT_CHARS_MAX: usize = 1024;
 pub(super) const LOGPROBS_MAX: i64 = 20;
 
 /// Fields of vLLM and OpenAI that change the answer, with the values that change nothing.
 const NEEDS: &[(&str, &[&str], &str)] = &[
-    ("allowed_token_ids", &["[]"], CONSTRAINED),
-    ("bad_words", &["[]"], CONSTRAINED),
     ("use_beam_search", &["false"], "the engine samples, it has no beam search"),
     ("prompt_logprobs", &[], "log-probabilities are given for the output only"),
     ("truncate_prompt_tokens", &[], "send a prompt that fits the model's context"),
@@ -34,8 +34,6 @@ const NEEDS: &[(&str, &[&str], &str)] = &[
     ("return_tokens_as_token_ids", &["false"], "tokens are returned as text"),
     ("thinking_token_budget", &[], "limit the output with 'max_tokens'"),
 ];
-
-const CONSTRAINED: &str = "the output can't be held to a set of tokens yet";
 
 /// Everything of a call but its prompt-specific fields.
 pub(super) fn parse(
@@ -85,6 +83,7 @@ pub(super) fn parse(
         cache_salt: cache_salt(fields)?,
         priority: fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0) as i32,
         constraint,
+        bad_words: bad_words(fields)?,
         needs,
         body: body.clone(),
         ..Generate::new(api, model, prompt)
@@ -142,7 +141,7 @@ fn sampling(fields: &Fields<'_>) -> Result<Sampling, ParseError> {
             .number("frequency_penalty", -2.0..=2.0)?
             .unwrap_or(default.frequency_penalty),
         logit_bias: logit_bias(fields)?,
-        allowed_token_ids: None,
+        allowed_token_ids: allowed_token_ids(fields)?,
     })
 }
 
@@ -200,6 +199,32 @@ fn stop(fields: &Fields<'_>) -> Result<Vec<String>, ParseError> {
         return Err(ParseError::value("stop", what));
     }
     Ok(stops)
+}
+
+fn allowed_token_ids(fields: &Fields<'_>) -> Result<Option<Vec<TokenId>>, ParseError> {
+    let ids = fields.token_ids("allowed_token_ids", ALLOWED_IDS_MAX)?;
+    match &ids {
+        Some(ids) if ids.is_empty() => {
+            Err(ParseError::value("allowed_token_ids", "empty array. Expected at least one token id"))
+        }
+        _ => Ok(ids),
+    }
+}
+
+fn bad_words(fields: &Fields<'_>) -> Result<Vec<String>, ParseError> {
+    let items = fields.array("bad_words", BAD_WORDS_MAX)?.unwrap_or_default();
+    let word = |(i, raw): (usize, &serde_json::value::RawValue)| {
+        let param = format!("bad_words[{i}]");
+        let word = match kind_of(raw) {
+            Kind::String => read::<String>(&param, raw.get())?,
+            got => return Err(ParseError::Type { param, expected: "a string", got }),
+        };
+        if word.trim().is_empty() || word.len() > STOP_BYTES_MAX {
+            return Err(ParseError::value(param, format!("expected 1 to {STOP_BYTES_MAX} bytes")));
+        }
+        Ok(word)
+    };
+    items.into_iter().enumerate().map(word).collect()
 }
 
 fn cache_salt(fields: &Fields<'_>) -> Result<Option<String>, ParseError> {

@@ -468,7 +468,7 @@ fn what_is_beyond_text_is_noted_not_ignored() {
         (r#","guided_json":{}"#, &["guided_json"]),
         (r#","structured_outputs":{"json":{}}"#, &[]),
         (r#","structured_outputs":{"structural_tag":"{}"}"#, &["structured_outputs.structural_tag"]),
-        (r#","bad_words":["x"]"#, &["bad_words"]),
+        (r#","bad_words":["x"],"allowed_token_ids":[1]"#, &[]),
         (r#","use_beam_search":true"#, &["use_beam_search"]),
         (r#","use_beam_search":false"#, &[]),
         (r#","continue_final_message":true"#, &["continue_final_message"]),
@@ -593,4 +593,20 @@ proptest! {
         let _ = parse(&Method::GET, &path, None, &Bytes::new());
         let _ = parse(&Method::GET, &format!("/v1/models/{path}"), None, &Bytes::new());
     }
+}
+
+#[test]
+fn words_and_ids_that_hold_the_output() {
+    let call = generate(COMPLETIONS, &completion(r#","bad_words":["x y","z"],"allowed_token_ids":[7,9]"#));
+    assert_eq!(call.bad_words, ["x y", "z"]);
+    assert_eq!(call.sampling.allowed_token_ids, Some(vec![7, 9]));
+    let check = |rest: &str, param: &str| {
+        let error = post(COMPLETIONS, &completion(rest)).expect_err("is refused");
+        assert_eq!(error.param(), Some(param), "{rest}");
+    };
+    check(r#","allowed_token_ids":[]"#, "allowed_token_ids");
+    check(r#","allowed_token_ids":7"#, "allowed_token_ids");
+    check(r#","bad_words":"x""#, "bad_words");
+    check(r#","bad_words":["a"," "]"#, "bad_words[1]");
+    check(r#","bad_words":[7]"#, "bad_words[0]");
 }

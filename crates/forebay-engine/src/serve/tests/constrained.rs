@@ -98,3 +98,37 @@ async fn a_constraint_that_can_not_be_compiled_is_the_clients_mistake() {
     check(Constraint::Grammar("start: (".into()), "structured_outputs").await;
     assert_eq!(text(&bench.events(greedy("go")).await.unwrap(), 0), "x");
 }
+
+#[tokio::test]
+async fn bad_words_do_not_come() {
+    let bench = bench(says("go", "one two three"), |_| {});
+    let without = async |words: &[&str]| {
+        let bad_words = words.iter().map(|&word| word.to_owned()).collect();
+        text(&bench.events(Generate { bad_words, ..greedy("go") }).await.unwrap(), 0)
+    };
+    assert_eq!(without(&["four"]).await, "one two three");
+    let said = without(&["two"]).await;
+    assert!(said.starts_with("one tw") && !said.contains("two"), "{said:?}");
+    assert!(!without(&["e"]).await.contains('e'));
+}
+
+#[tokio::test]
+async fn only_allowed_tokens_come() {
+    let bench = bench(says("go", "one two three"), |_| {});
+    let call = |ids: &[u32]| {
+        let sampling =
+            Sampling { temperature: 0.0, allowed_token_ids: Some(ids.to_vec()), ..Sampling::default() };
+        Generate { sampling, max_tokens: Some(12), ..greedy("go") }
+    };
+    let allowed = [b'o', b'n', b'x'].map(u32::from);
+    let said = text(&bench.events(call(&allowed)).await.unwrap(), 0);
+    assert!(said.starts_with("on") && said.bytes().all(|b| allowed.contains(&u32::from(b))), "{said:?}");
+    // What is banned and the only one allowed comes all the same.
+    let both = Generate { bad_words: vec!["x".into()], ..call(&[u32::from(b'x')]) };
+    assert_eq!(text(&bench.events(both).await.unwrap(), 0), "x".repeat(12));
+    let fault = bench.start(call(&[9999])).await.unwrap_err();
+    assert_eq!(fault.param.as_deref(), Some("allowed_token_ids"));
+    // A constraint in which none of them may come can't be followed.
+    let none = Generate { constraint: Some(choices(&["yes"])), ..call(&[u32::from(b'x')]) };
+    assert_eq!(bench.start(none).await.unwrap_err().class.code, Code::BadRequest);
+}
