@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,20 @@ import httpx
 import openai
 import pytest
 
-from harness import MODEL, Forebay, Worker, data_lines, engine_config, eventually, free_port, get, status_of, user
+from harness import (
+    MODEL,
+    Forebay,
+    Worker,
+    data_lines,
+    engine_config,
+    eventually,
+    forebay,
+    free_port,
+    get,
+    model_file,
+    status_of,
+    user,
+)
 
 ALIAS = "house-model"
 CAPITAL = "What is the capital of France? Answer in one word."
@@ -379,3 +393,31 @@ def test_a_stream_that_is_cut_over_a_replica_is_counted_exactly(start, workers, 
     record = next(record for record in audit_records(tmp_path) if record["cut"])
     assert (record["prompt_tokens"], record["estimated"]) == (prompt, False)
     assert record["completion_tokens"] >= 5
+
+
+def test_a_worker_takes_the_command_line_of_vllm(start):
+    port = free_port()
+    events = json.dumps({"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{port}"})
+    flags = ["--max_model_len=512", "--dtype", "bfloat16", "--enforce-eager", "-O3", "-tp", "1"]
+    worker = start(Worker, *flags, "--served_model_name", "m", "--kv-events-config", events)
+    card = get(f"{worker.url}/v1/models").json()["data"][0]
+    assert (card["id"], card["max_model_len"]) == ("m", 512)
+    assert "--dtype has no effect" in worker.log() and "-O has no effect" in worker.log()
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as greeting:
+        assert greeting.recv(1) == b"\xff", "a ZeroMQ socket greets"
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["-tp", "2"], "-tp is not supported"),
+        (["--enable-lora"], "--enable-lora is not supported"),
+        (["--api-key", "sk-not-shown"], "--api-key is not supported"),
+        (["--max-modle-len", "5"], "--max-model-len"),
+        (["--kv-events-config", "{"], "--kv-events-config"),
+    ],
+)
+def test_what_a_worker_can_not_do_is_said_before_anything_is_loaded(flags, says):
+    done = forebay("worker", str(model_file()), *flags)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr and "sk-not-shown" not in done.stderr

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use forebay_config::{ByteSize, HumanDuration};
+use forebay_engine::KvEventsConfig;
 
 /// The LLM serving stack in one program: edge, gateway, proxy, router and inference engine.
 #[derive(Parser)]
@@ -67,12 +68,15 @@ pub(crate) enum LogFormat {
 
 #[derive(Args)]
 #[command(
-    after_help = "Example:\n  forebay worker --model smollm2-135m-instruct --port 8001 --max-num-seqs 32"
+    after_help = "Examples:\n  forebay worker smollm2-135m-instruct --port 8001 --max-num-seqs 32\n  forebay worker --model ./m.gguf --kv-events-config '{\"endpoint\": \"tcp://*:5557\"}'\n\nOther flags of `vllm serve` are accepted where they change nothing here (a line says so), and refused with the reason\nwhere they would."
 )]
 pub(crate) struct Worker {
     /// Known name, path to a GGUF file, or hf:ORG/REPO
+    #[arg(value_name = "MODEL", required_unless_present = "model", conflicts_with = "model")]
+    pub model_tag: Option<String>,
+    /// The same as a flag
     #[arg(long)]
-    pub model: String,
+    pub model: Option<String>,
     /// Name that clients use; the model's own where absent
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
@@ -110,11 +114,64 @@ pub(crate) struct Worker {
     pub enable_prefix_caching: bool,
     #[arg(long, overrides_with = "enable_prefix_caching")]
     pub no_enable_prefix_caching: bool,
+    /// Publish KV events: vLLM's JSON with `endpoint`, and as wanted `replay_endpoint`, `topic`, `buffer_steps`
+    #[arg(long, value_name = "JSON", value_parser = kv_events)]
+    pub kv_events_config: Option<KvEventsFlag>,
     /// Compute threads; the machine's cores where absent
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
     #[command(flatten)]
     pub log: Log,
+}
+
+/// `None` where the JSON turns them off.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct KvEventsFlag(pub Option<KvEventsConfig>);
+
+/// vLLM's `KVEventsConfig`.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VllmKvEvents {
+    enable_kv_cache_events: Option<bool>,
+    publisher: Option<String>,
+    #[serde(default = "vllm_endpoint")]
+    endpoint: String,
+    replay_endpoint: Option<String>,
+    #[serde(default)]
+    topic: String,
+    buffer_steps: Option<u32>,
+    /// ZeroMQ's high-water mark and the queue before it: ours are fixed.
+    #[serde(rename = "hwm")]
+    _hwm: Option<u32>,
+    #[serde(rename = "max_queue_size")]
+    _max_queue_size: Option<u32>,
+}
+
+fn vllm_endpoint() -> String {
+    "tcp://*:5557".to_owned()
+}
+
+fn kv_events(text: &str) -> Result<KvEventsFlag, String> {
+    let given: VllmKvEvents = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    match given.publisher.as_deref() {
+        None | Some("zmq") => {}
+        Some("null") => return Ok(KvEventsFlag(None)),
+        Some(other) => return Err(format!("publisher `{other}` is not known; `zmq` and `null` are")),
+    }
+    if given.enable_kv_cache_events == Some(false) {
+        return Ok(KvEventsFlag(None));
+    }
+    // The section's own reader knows which endpoints are good.
+    let mut section = serde_json::json!({"endpoint": given.endpoint, "topic": given.topic});
+    if let Some(replay) = given.replay_endpoint {
+        section["replay-endpoint"] = replay.into();
+    }
+    if let Some(steps) = given.buffer_steps {
+        section["buffer-steps"] = steps.into();
+    }
+    serde_json::from_value(section)
+        .map(|config| KvEventsFlag(Some(config)))
+        .map_err(|error| error.to_string())
 }
 
 /// vLLM writes bytes, people write 512MiB.
@@ -224,4 +281,27 @@ pub(crate) struct Bench {
 pub(crate) enum Api {
     Chat,
     Completions,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kv_events_in_vllms_json() {
+        let on = |text: &str| kv_events(text).expect("is right").0.expect("is on");
+        let all = on(r#"{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:6000",
+                         "replay_endpoint": "tcp://*:6001", "topic": "kv@a@m", "buffer_steps": 7, "hwm": 5}"#);
+        assert_eq!((all.endpoint.to_string().as_str(), all.topic.as_str()), ("tcp://*:6000", "kv@a@m"));
+        assert_eq!(
+            (all.replay_endpoint.map(|at| at.to_string()), all.buffer_steps),
+            (Some("tcp://*:6001".into()), 7)
+        );
+        assert_eq!(on("{}").endpoint.to_string(), "tcp://*:5557");
+        assert_eq!(kv_events(r#"{"enable_kv_cache_events": false}"#), Ok(KvEventsFlag(None)));
+        assert_eq!(kv_events(r#"{"publisher": "null"}"#), Ok(KvEventsFlag(None)));
+        for wrong in ["", "[]", r#"{"endpoint": "nowhere"}"#, r#"{"publisher": "kafka"}"#, r#"{"port": 1}"#] {
+            assert!(kv_events(wrong).is_err(), "{wrong}");
+        }
+    }
 }

@@ -29,7 +29,8 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
     crate::log::init(args.log);
     let defaults = EngineConfig::default();
     let engine = EngineConfig {
-        model: args.model.clone(),
+        // The parser wants one of the two.
+        model: args.model.clone().or_else(|| args.model_tag.clone()).unwrap_or_default(),
         served_model_name: args.served_model_name.clone(),
         max_model_len: args.max_model_len,
         kv_cache_memory: args.kv_cache_memory_bytes.unwrap_or(defaults.kv_cache_memory),
@@ -40,6 +41,7 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         max_num_queued_tokens: args.max_num_queued_tokens.unwrap_or(defaults.max_num_queued_tokens),
         enable_prefix_caching: !args.no_enable_prefix_caching,
         threads: args.threads,
+        kv_events: args.kv_events_config.clone().and_then(|flag| flag.0),
         ..defaults
     };
     let listen = |port: u16| -> anyhow::Result<ListenAddr> {
@@ -81,6 +83,7 @@ fn in_flags(message: &str) -> String {
         ("engine.max-num-queued-reqs", "--max-num-queued-reqs"),
         ("engine.max-num-queued-tokens", "--max-num-queued-tokens"),
         ("engine.threads", "--threads"),
+        ("engine.kv-events", "--kv-events-config"),
     ];
     FLAGS
         .iter()

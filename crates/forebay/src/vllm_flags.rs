@@ -1,0 +1,249 @@
+//! Flags of `vllm serve` that `forebay worker` does not have as its own: those that change nothing here are accepted
+//! with a word, those that would are refused with the reason. Nothing is swallowed in silence. Pure.
+
+/// What of vLLM's command line is left for our own parser, and what to say about the rest.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Sifted {
+    pub args: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+/// A flag of vLLM's.
+struct Flag {
+    name: &'static str,
+    value: bool,
+    what: What,
+}
+
+enum What {
+    /// Accepted.
+    NoEffect(&'static str),
+    /// Refused, but for values that ask for what is done anyway.
+    Refused { unless: &'static [&'static str], why: &'static str },
+}
+
+const fn idle(name: &'static str, value: bool, why: &'static str) -> Flag {
+    Flag { name, value, what: What::NoEffect(why) }
+}
+
+const fn refused(
+    name: &'static str,
+    value: bool,
+    unless: &'static [&'static str],
+    why: &'static str,
+) -> Flag {
+    Flag { name, value, what: What::Refused { unless, why } }
+}
+
+const GPU: &str = "there is no GPU";
+const GATEWAY: &str = "put `forebay serve` with a `gateway` section in front";
+const EDGE: &str = "use `forebay serve`, whose `edge` section has it";
+
+/// vLLM 0.33's names.
+const FLAGS: &[Flag] = &[
+    idle("--tokenizer-mode", true, "the model's own tokenizer is used"),
+    idle("--dtype", true, "weights are computed in the precision of their file"),
+    idle("--seed", true, "a request without a `seed` gets a fresh one; give requests their own"),
+    idle("--load-format", true, "the format is told by the file"),
+    idle("--download-dir", true, "set FOREBAY_CACHE_DIR"),
+    idle("--trust-remote-code", false, "no code of models is run"),
+    idle("--generation-config", true, "a request's own values and OpenAI's defaults count"),
+    idle("--chat-template-content-format", true, "templates get texts"),
+    idle("--max-logprobs", true, "requests get 20 at most"),
+    idle("--enforce-eager", false, "nothing is compiled"),
+    idle("--distributed-executor-backend", true, "everything runs in one process"),
+    idle("--gpu-memory-utilization", true, "--kv-cache-memory-bytes is the size of the KV cache"),
+    idle("--swap-space", true, "--kv-cache-memory-bytes is the size of the KV cache"),
+    idle("--prefix-caching-hash-algo", true, "blocks are hashed as `sha256_cbor`"),
+    idle("--enable-chunked-prefill", false, "prefill is always chunked"),
+    idle("--no-enable-chunked-prefill", false, "prefill is always chunked"),
+    idle(
+        "--scheduling-policy",
+        true,
+        "a request's `priority` always counts; equal ones go first come, first served",
+    ),
+    idle("--scheduler-reserve-full-isl", false, "a prompt is admitted only where all of it fits"),
+    idle("--no-scheduler-reserve-full-isl", false, "a prompt is admitted only where all of it fits"),
+    idle("--watermark", true, "1 % of the blocks is kept free"),
+    idle("--async-scheduling", false, "planning takes microseconds"),
+    idle("--no-async-scheduling", false, "planning takes microseconds"),
+    idle("--compilation-config", true, "nothing is compiled"),
+    idle("-O", true, "nothing is compiled"),
+    idle("--structured-outputs-config", true, "constraints are followed by llguidance"),
+    idle("--disable-log-stats", false, "numbers are on /metrics, not in the log"),
+    idle("--enable-log-requests", false, "the log level shows requests: RUST_LOG=forebay=debug"),
+    idle("--disable-log-requests", false, "the log level shows requests: RUST_LOG=forebay=debug"),
+    idle("--no-enable-log-requests", false, "the log level shows requests: RUST_LOG=forebay=debug"),
+    idle("--uvicorn-log-level", true, "set RUST_LOG"),
+    idle("--disable-uvicorn-access-log", false, "set RUST_LOG"),
+    idle("--enable-prompt-tokens-details", false, "`cached_tokens` is always there"),
+    idle("--enable-request-id-headers", false, "`x-request-id` is always there"),
+    idle("--kv-cache-metrics", false, "blocks are not sampled"),
+    idle("--sse-keep-alive-interval", true, "idle streams get a comment now and then anyway"),
+    idle("--shutdown-timeout", true, "requests in flight are always given time to finish"),
+    refused("--tensor-parallel-size", true, &["1"], "a model runs in one rank"),
+    refused("-tp", true, &["1"], "a model runs in one rank"),
+    refused("--pipeline-parallel-size", true, &["1"], "a model runs in one rank"),
+    refused("-pp", true, &["1"], "a model runs in one rank"),
+    refused("--data-parallel-size", true, &["1"], "start more workers and list them in a router's fleet"),
+    refused("-dp", true, &["1"], "start more workers and list them in a router's fleet"),
+    refused("--nnodes", true, &["1"], "a model runs on one machine"),
+    refused("--node-rank", true, &["0"], "a model runs on one machine"),
+    refused("--enable-expert-parallel", false, &[], "a model runs in one rank"),
+    refused("--device-ids", true, &[], GPU),
+    refused("--tokenizer", true, &[], "the model's own tokenizer is used"),
+    refused("--revision", true, &["main"], "pull the revision's file and give its path"),
+    refused("--hf-overrides", true, &["{}"], "the model's file is taken as it is"),
+    refused("--override-generation-config", true, &["{}"], "give requests their own values"),
+    refused("--chat-template", true, &[], "the model's own chat template is used"),
+    refused("--quantization", true, &[], "give a file that is quantised already"),
+    refused("-q", true, &[], "give a file that is quantised already"),
+    refused("--num-gpu-blocks-override", true, &[], "--kv-cache-memory-bytes is the size of the KV cache"),
+    refused("--kv-cache-dtype", true, &["auto", "float16"], "the KV cache has 16-bit floats"),
+    refused("--kv-offloading-size", true, &[], "the KV cache is in the machine's memory already"),
+    refused("--cpu-offload-gb", true, &["0"], "weights are in the machine's memory already"),
+    refused("--max-num-active-seqs", true, &[], "--max-num-seqs is the limit"),
+    refused("--long-prefill-token-threshold", true, &["0"], "--max-num-batched-tokens bounds every step"),
+    refused("--prefill-schedule-interval", true, &["1"], "every step may have prefill"),
+    refused("--stream-interval", true, &["1"], "every token is sent when it is there"),
+    refused("--kv-transfer-config", true, &[], "KV blocks are not sent to other workers"),
+    refused("--speculative-config", true, &[], "there is no speculative decoding"),
+    refused("--enable-lora", false, &[], "adapters can't be loaded; merge them into the model"),
+    refused("--lora-modules", true, &[], "adapters can't be loaded; merge them into the model"),
+    refused("--max-loras", true, &[], "adapters can't be loaded; merge them into the model"),
+    refused("--max-lora-rank", true, &[], "adapters can't be loaded; merge them into the model"),
+    refused("--enable-auto-tool-choice", false, &[], "tools can't be called yet"),
+    refused("--tool-call-parser", true, &[], "tools can't be called yet"),
+    refused("--reasoning-parser", true, &[], "reasoning is part of the text"),
+    refused("--api-key", true, &[], GATEWAY),
+    refused("--ssl-keyfile", true, &[], EDGE),
+    refused("--ssl-certfile", true, &[], EDGE),
+    refused("--root-path", true, &[""], EDGE),
+    refused("--allowed-origins", true, &["[\"*\"]"], "no CORS headers are sent"),
+    refused("--uds", true, &[], "listen on a port"),
+    refused("--grpc-port", true, &[], "there is no gRPC"),
+    refused(
+        "--enable-server-load-tracking",
+        false,
+        &[],
+        "there is no /load; /metrics has vllm:num_requests_running",
+    ),
+    refused("--enable-force-include-usage", false, &[], "clients ask for `stream_options.include_usage`"),
+    refused("--return-tokens-as-token-ids", false, &[], "tokens are returned as text"),
+    refused("--enable-tokenizer-info-endpoint", false, &[], "there is no /tokenizer_info"),
+    refused(
+        "--otlp-traces-endpoint",
+        true,
+        &[],
+        "traces are not exported; /api/requests of the admin port has them",
+    ),
+];
+
+/// Goes through the arguments behind `worker`.
+///
+/// As in vLLM, `--max_model_len` is `--max-model-len`. Flags that vLLM does not have are left in place.
+///
+/// # Errors
+/// The flag and why it can't be done.
+pub(crate) fn sift(args: impl IntoIterator<Item = String>) -> Result<Sifted, String> {
+    let mut sifted = Sifted { args: Vec::new(), warnings: Vec::new() };
+    let mut args = args.into_iter();
+    while let Some(arg) = args.next() {
+        let (name, inline) = split(&arg);
+        let Some(flag) = FLAGS.iter().find(|flag| flag.name == name) else {
+            sifted.args.push(match inline {
+                Some(value) if arg.starts_with("--") => format!("{name}={value}"),
+                None if arg.starts_with("--") => name,
+                _ => arg,
+            });
+            continue;
+        };
+        let value = match (flag.value, inline) {
+            (true, None) => args.next().ok_or_else(|| format!("{name} needs a value"))?,
+            (true, Some(value)) => value,
+            (false, _) => String::new(),
+        };
+        match &flag.what {
+            What::NoEffect(why) => sifted.warnings.push(format!("{name} has no effect: {why}")),
+            What::Refused { unless, .. } if flag.value && unless.contains(&value.as_str()) => {}
+            // Not the value: it may be a key.
+            What::Refused { why, .. } => return Err(format!("{name} is not supported: {why}")),
+        }
+    }
+    Ok(sifted)
+}
+
+/// `--a_b=c` is `--a-b` with `c`; `-O3` is `-O` with `3`.
+fn split(arg: &str) -> (String, Option<String>) {
+    if let Some(level) = arg.strip_prefix("-O").filter(|level| !level.is_empty()) {
+        return ("-O".to_owned(), Some(level.to_owned()));
+    }
+    if !arg.starts_with("--") {
+        return (arg.to_owned(), None);
+    }
+    match arg.split_once('=') {
+        Some((name, value)) => (name.replace('_', "-"), Some(value.to_owned())),
+        None => (arg.replace('_', "-"), None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn sifted(args: &str) -> Result<Sifted, String> {
+        sift(args.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn our_own_flags_pass() {
+        let check = |args: &str, expect: &str| {
+            let left = sifted(args).expect("nothing is refused");
+            assert_eq!((left.args.join(" "), left.warnings), (expect.to_owned(), Vec::new()), "{args}");
+        };
+        check("--model m --port 8001", "--model m --port 8001");
+        check("m --max_model_len=64 --max_num_seqs 4", "m --max-model-len=64 --max-num-seqs 4");
+        check("--served-model-name my_model", "--served-model-name my_model");
+        check("--nonsense_flag x", "--nonsense-flag x");
+        check("-h", "-h");
+        // They ask for what is done anyway.
+        check("m -tp 1 --kv-cache-dtype=auto --stream_interval 1", "m");
+    }
+
+    #[test]
+    fn what_changes_nothing_is_said() {
+        let left = sifted("m --dtype bfloat16 --enforce-eager -O3 --gpu_memory_utilization=0.9 --port 1");
+        let left = left.expect("nothing is refused");
+        assert_eq!(left.args, ["m", "--port", "1"]);
+        let starts: Vec<&str> = left.warnings.iter().filter_map(|text| text.split(" has").next()).collect();
+        assert_eq!(starts, ["--dtype", "--enforce-eager", "-O", "--gpu-memory-utilization"]);
+    }
+
+    #[test]
+    fn what_would_change_something_is_refused() {
+        let check = |args: &str, expect: &str| {
+            let error = sifted(args).expect_err("is refused");
+            assert!(error.starts_with(expect), "{error}");
+        };
+        check("m --tensor-parallel-size 2", "--tensor-parallel-size is not supported: ");
+        check("m -tp 2", "-tp is not supported: ");
+        check("m --enable-lora", "--enable-lora is not supported: ");
+        check("m --quantization", "--quantization needs a value");
+        let error = sifted("m --api-key sk-secret").expect_err("is refused");
+        assert!(!error.contains("sk-secret"), "{error}");
+    }
+
+    #[test]
+    fn no_flag_stands_twice_and_none_is_our_own() {
+        let command = crate::cli::Cli::command();
+        let worker = command.find_subcommand("worker").expect("is there");
+        let own: Vec<String> =
+            worker.get_arguments().filter_map(|arg| arg.get_long()).map(|long| format!("--{long}")).collect();
+        for (n, flag) in FLAGS.iter().enumerate() {
+            assert!(FLAGS[..n].iter().all(|other| other.name != flag.name), "{} twice", flag.name);
+            assert!(!own.iter().any(|own| own == flag.name), "{} is ours", flag.name);
+        }
+    }
+}
