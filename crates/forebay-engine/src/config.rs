@@ -24,6 +24,8 @@ pub struct EngineConfig {
     pub block_size: u32,
     /// Tokens computed in one step at most: prefill chunks are cut to it; larger raises prefill speed and the inter-token latency of others.
     pub max_num_batched_tokens: u32,
+    /// Longest step in which others decode, and so about the longest pause between two tokens: prefill is cut to fit; larger raises prefill speed.
+    pub itl_slo: HumanDuration,
     /// Sequences computed in one step at most; more raises throughput and memory.
     pub max_num_seqs: u32,
     /// Sequences (choices of requests) that may wait; a request that goes over it is refused with 503.
@@ -105,6 +107,7 @@ impl EngineConfig {
             ("max-num-queued-reqs", self.max_num_queued_reqs == 0),
             ("max-num-queued-tokens", self.max_num_queued_tokens == 0),
             ("threads", self.threads == Some(0)),
+            ("itl-slo", self.itl_slo.get().is_zero()),
             ("request-timeout", self.request_timeout.get().is_zero()),
         ] {
             if zero {
@@ -125,6 +128,7 @@ impl Default for EngineConfig {
             kv_cache_memory: ByteSize::mib(512),
             block_size: 16,
             max_num_batched_tokens: 512,
+            itl_slo: HumanDuration::from_millis(200),
             max_num_seqs: 64,
             max_num_queued_reqs: 1024,
             max_num_queued_tokens: 1_000_000,

@@ -29,6 +29,9 @@ pub struct SchedulerConfig {
     pub chunk_tokens_min: u32,
     /// Prefill tokens of one sequence in one step. Below `step_tokens_max` it lets short prompts pass long ones.
     pub chunk_tokens_max: u32,
+    /// What a step may take in which sequences decode: prefill beside them is cut to fit, by what earlier steps took, but
+    /// not below `chunk_tokens_min`. `None`: only `step_tokens_max` bounds it.
+    pub itl_slo: Option<Duration>,
     /// Thousandths of the blocks that admission leaves free for those who decode already.
     pub watermark_permille: u32,
     /// How long a wait outweighs one level of priority: arrivals are ordered by `arrival - priority × ageing`, so
@@ -51,6 +54,7 @@ impl Default for SchedulerConfig {
             kv_events: false,
             chunk_tokens_min: 64,
             chunk_tokens_max: u32::MAX,
+            itl_slo: None,
             watermark_permille: 10,
             ageing: Some(Duration::from_secs(5)),
         }

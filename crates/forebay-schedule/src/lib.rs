@@ -7,6 +7,7 @@
 //!     scheduler.try_add(now, …)               // arrivals
 //!     let plan = scheduler.plan_step(now);    // what to compute
 //!     executor.run(plan)?                     // else scheduler.on_step_failed()
+//!     scheduler.on_step_done(elapsed);        // how long it took, for bounds in time
 //!     scheduler.on_token(seq, token)          // one per entry of plan.logit_tokens
 //!     scheduler.finish(seq)                   // stop reached; abort(seq) when the client left
 //!     scheduler.drain_events(&mut events)     // for whoever indexes this cache
@@ -20,13 +21,16 @@
 //!
 //! **Invariant:** the scheduler doesn't know models, text, sampling or HTTP. A sequence is token ids and limits.
 //!
-//! Deliberately absent: swapping to host memory, speculative tokens, sliding-window attention, budgets in
-//! milliseconds, reserving for expected output. Each would show up in `step` only.
+//! - `pace`: what steps take, so that prefill beside decodes can be bounded in time.
+//!
+//! Deliberately absent: swapping to host memory, speculative tokens, sliding-window attention, reserving for expected
+//! output. Each would show up in `step` only.
 
 mod config;
 mod error;
 mod events;
 mod invariants;
+mod pace;
 mod plan;
 mod pool;
 mod queue;

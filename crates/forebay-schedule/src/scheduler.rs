@@ -8,6 +8,7 @@ use std::time::Duration;
 use forebay_kv::{BlockHasher, KvEvent};
 use forebay_types::{BlockHash, TokenId};
 
+use crate::pace::Pace;
 use crate::pool::FullBlock;
 use crate::queue::{WaitingQueue, rank};
 use crate::seq::{Phase, Seq};
@@ -79,6 +80,9 @@ pub struct Scheduler {
     /// Slots that hold blocks, in order of admission.
     pub(crate) running: Vec<u32>,
     pub(crate) plan: StepPlan,
+    /// Tokens of the plan that is being made, at most.
+    pub(crate) step_tokens: u32,
+    pub(crate) pace: Pace,
     /// The next block of each sequence that is computing blocks others could use; valid within one `plan_step`.
     pub(crate) frontiers: Vec<BlockHash>,
     pub(crate) arrivals: u64,
@@ -114,6 +118,8 @@ impl Scheduler {
             waiting: WaitingQueue::with_capacity(reserve),
             running: Vec::with_capacity((config.running_max as usize).min(4096)),
             plan: StepPlan::default(),
+            step_tokens: config.step_tokens_max,
+            pace: Pace::default(),
             frontiers: Vec::new(),
             arrivals: 0,
             preemptions: 0,
@@ -220,6 +226,16 @@ impl Scheduler {
     /// executed is computed for the cache only. `None` if there is none.
     pub fn abort(&mut self, id: SeqId) -> Option<SeqInfo> {
         self.finish(id)
+    }
+
+    /// The last plan was executed, and took `elapsed`. What [`SchedulerConfig::itl_slo`] is kept by; without it, no call
+    /// is needed.
+    pub fn on_step_done(&mut self, elapsed: Duration) {
+        if self.plan.is_empty() {
+            return;
+        }
+        let decodes = (0..self.plan.rows()).filter(|&row| self.plan.row(row).len() == 1).count();
+        self.pace.learn(decodes, self.plan.tokens() - decodes, elapsed);
     }
 
     /// The last plan was not executed: nothing of it counts as computed, and the next plan contains it again. Call

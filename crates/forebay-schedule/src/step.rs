@@ -20,6 +20,9 @@ const LOOKED_AT_MAX: usize = 64;
 /// A sequence preempted this often is a victim only after all who were not: everybody gets to the end.
 const PREEMPTIONS_FAIR: u32 = 2;
 
+/// Prefill beside decodes is cut to multiples of this.
+const PREFILL_STEP: u32 = 32;
+
 impl Scheduler {
     /// Plans one forward pass. Pure: same calls before, same `now`, same plan.
     ///
@@ -127,6 +130,7 @@ impl Scheduler {
     /// Rows for all that run. `running_max <= step_tokens_max`, so there is at least one token for each.
     fn plan_running(&mut self) {
         let mut prefills = 0;
+        self.step_tokens = self.config.step_tokens_max;
         for i in 0..self.running.len() {
             let slot = self.running[i];
             match self.seqs[slot as usize].missing() {
@@ -135,6 +139,7 @@ impl Scheduler {
                 _ => prefills += 1,
             }
         }
+        self.bound_prefill(prefills);
         if prefills == 0 {
             return;
         }
@@ -149,8 +154,22 @@ impl Scheduler {
         }
     }
 
+    /// Cuts the prefill that may stand beside the decodes planned so far to what fits into the time for a step. Each of
+    /// the `prefills` that run has its token whatever that is.
+    fn bound_prefill(&mut self, prefills: u32) {
+        let decodes = self.plan.tokens() as u32;
+        let Some(slo) = self.config.itl_slo.filter(|_| decodes > 0) else { return };
+        let config = &self.config;
+        // Before anything is known, a cautious step brings the knowledge.
+        let fits = self.pace.prefill_tokens(slo).unwrap_or(2 * config.chunk_tokens_min);
+        // Whole multiples compute faster, and blocks end with them.
+        let fits = fits / PREFILL_STEP * PREFILL_STEP;
+        let bound = fits.max(config.chunk_tokens_min).max(prefills);
+        self.step_tokens = config.step_tokens_max.min(decodes.saturating_add(bound));
+    }
+
     fn tokens_left(&self) -> u32 {
-        self.config.step_tokens_max - self.plan.tokens() as u32
+        self.step_tokens.saturating_sub(self.plan.tokens() as u32)
     }
 
     /// Tokens to compute of a sequence that may have `budget` of them. A chunk that is not the last ends with a full

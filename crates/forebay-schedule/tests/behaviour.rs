@@ -433,3 +433,77 @@ fn debug_hides_prompt_and_salt() {
     let text = format!("{:?}", salted(1, [4711, 4712], 5, "salty"));
     assert!(text.contains("prompt_tokens: 2") && !text.contains("4711") && !text.contains("salty"), "{text}");
 }
+
+/// A machine on which a step takes 2 ms, 0.25 ms more per token, and more the longer the context is: a prompt of 8,000
+/// tokens takes four times as long per token at its end as at its beginning.
+fn takes(plan: &StepPlan) -> Duration {
+    let context: f64 = plan.positions.iter().map(|&position| f64::from(position)).sum();
+    Duration::from_secs_f64(0.002 + 0.00025 * plan.tokens() as f64 + 0.000_000_1 * context)
+}
+
+/// What steps took while four sequences decoded, alone and beside a long prefill.
+fn decode_beside_prefill(itl_slo: Option<Duration>) -> (Vec<f64>, Vec<f64>) {
+    let config = SchedulerConfig {
+        block_size: 16,
+        blocks: 2000,
+        step_tokens_max: 2048,
+        chunk_tokens_min: 64,
+        model_len_max: 16_000,
+        itl_slo,
+        ..SchedulerConfig::default()
+    };
+    let mut scheduler = Scheduler::new(config);
+    for name in 1..=4 {
+        scheduler.try_add(Duration::ZERO, seq(name, prompt(name as u32, 20), 4000)).expect("is admitted");
+    }
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    let mut now = Duration::ZERO;
+    for step in 0..4000 {
+        if step == 20 {
+            scheduler.try_add(now, seq(9, prompt(9, 8000), 1)).expect("is admitted");
+        }
+        let plan = scheduler.plan_step(now).clone();
+        let elapsed = takes(&plan);
+        now += elapsed;
+        scheduler.on_step_done(elapsed);
+        let prefills = (0..plan.rows()).any(|row| plan.row(row).len() > 1);
+        if step > 0 {
+            if prefills { &mut beside } else { &mut alone }.push(elapsed.as_secs_f64());
+        }
+        for row in 0..plan.rows() {
+            let last = plan.row(row).end as u32 - 1;
+            if plan.logit_tokens.contains(&last) {
+                scheduler.on_token(plan.seqs[row], 1);
+            }
+            if plan.seqs[row] == SeqId(9) && plan.logit_tokens.contains(&last) {
+                return (alone, beside);
+            }
+        }
+    }
+    panic!("the prompt was never done: {:?}", scheduler.stats());
+}
+
+#[test]
+fn prefill_beside_decodes_keeps_to_the_time_for_a_step() {
+    let quantile = |steps: &[f64], q: f64| {
+        let mut sorted = steps.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        sorted[((sorted.len() - 1) as f64 * q) as usize]
+    };
+    let slo = Duration::from_millis(80);
+    let (_, beside) = decode_beside_prefill(Some(slo));
+    let (p50, p99) = (quantile(&beside, 0.5), quantile(&beside, 0.99));
+    assert!(p99 <= 2.0 * p50, "p50 {p50:.3}, p99 {p99:.3}");
+    assert!(beside.iter().all(|&step| step <= 1.5 * slo.as_secs_f64()), "{beside:?}");
+    // And the time is used.
+    assert!(p50 > 0.5 * slo.as_secs_f64(), "p50 {p50:.3}");
+    // Without a bound, everybody waits for what fits into a step by tokens alone.
+    let (_, unbound) = decode_beside_prefill(None);
+    assert!(unbound.iter().any(|&step| step > 5.0 * slo.as_secs_f64()), "{unbound:?}");
+}
+
+#[test]
+fn prefill_goes_on_under_a_bound_that_can_not_be_kept() {
+    let (_, beside) = decode_beside_prefill(Some(Duration::from_micros(1)));
+    assert_eq!(beside.len(), 8000 / 64, "the smallest chunks there are");
+}

@@ -40,34 +40,47 @@ fn arrival() -> impl Strategy<Value = Arrival> {
 }
 
 fn config() -> impl Strategy<Value = SchedulerConfig> {
-    (1u32..6, 1u32..40, 1u32..8, any::<bool>(), 1u32..20, 1u32..40, 0u32..100, any::<bool>()).prop_map(
-        |(
-            block_size,
-            step_tokens_max,
-            running_max,
-            prefix_cache,
-            chunk_min,
-            chunk_max,
-            watermark,
-            ageing,
-        )| {
-            SchedulerConfig {
+    (
+        1u32..6,
+        1u32..40,
+        1u32..8,
+        any::<bool>(),
+        1u32..20,
+        1u32..40,
+        0u32..100,
+        any::<bool>(),
+        prop::option::of(0u64..60),
+    )
+        .prop_map(
+            |(
                 block_size,
-                blocks: 1, // set by the test
                 step_tokens_max,
                 running_max,
-                waiting_max: 1000,
-                waiting_tokens_max: 1_000_000,
-                model_len_max: 1000,
                 prefix_cache,
-                kv_events: true,
-                chunk_tokens_min: chunk_min,
-                chunk_tokens_max: chunk_max,
-                watermark_permille: watermark,
-                ageing: ageing.then_some(Duration::from_millis(100)),
-            }
-        },
-    )
+                chunk_min,
+                chunk_max,
+                watermark,
+                ageing,
+                itl_slo,
+            )| {
+                SchedulerConfig {
+                    block_size,
+                    blocks: 1, // set by the test
+                    step_tokens_max,
+                    running_max,
+                    waiting_max: 1000,
+                    waiting_tokens_max: 1_000_000,
+                    model_len_max: 1000,
+                    prefix_cache,
+                    kv_events: true,
+                    chunk_tokens_min: chunk_min,
+                    chunk_tokens_max: chunk_max,
+                    itl_slo: itl_slo.map(Duration::from_millis),
+                    watermark_permille: watermark,
+                    ageing: ageing.then_some(Duration::from_millis(100)),
+                }
+            },
+        )
 }
 
 proptest! {

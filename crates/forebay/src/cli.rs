@@ -97,6 +97,9 @@ pub(crate) struct Worker {
     /// Tokens computed in one step at most
     #[arg(long, value_name = "TOKENS")]
     pub max_num_batched_tokens: Option<u32>,
+    /// Longest step in which others decode, in milliseconds; prefill is cut to fit
+    #[arg(long, value_name = "MS")]
+    pub itl_slo_ms: Option<u32>,
     /// Requests that may wait
     #[arg(long, value_name = "N")]
     pub max_num_queued_reqs: Option<u32>,

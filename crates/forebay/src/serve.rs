@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context;
 use forebay_app::check::{problems, warnings};
 use forebay_app::{AdminConfig, Config, StartError, Summary, prepare};
-use forebay_config::{ListenAddr, Loaded, OneOrMany, RealEnvironment, Source};
+use forebay_config::{HumanDuration, ListenAddr, Loaded, OneOrMany, RealEnvironment, Source};
 use forebay_edge::{EdgeConfig, Switch};
 use forebay_engine::EngineConfig;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -36,6 +36,7 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         kv_cache_memory: args.kv_cache_memory_bytes.unwrap_or(defaults.kv_cache_memory),
         block_size: args.block_size.unwrap_or(defaults.block_size),
         max_num_batched_tokens: args.max_num_batched_tokens.unwrap_or(defaults.max_num_batched_tokens),
+        itl_slo: args.itl_slo_ms.map_or(defaults.itl_slo, |ms| HumanDuration::from_millis(ms.into())),
         max_num_seqs: args.max_num_seqs.unwrap_or(defaults.max_num_seqs),
         max_num_queued_reqs: args.max_num_queued_reqs.unwrap_or(defaults.max_num_queued_reqs),
         max_num_queued_tokens: args.max_num_queued_tokens.unwrap_or(defaults.max_num_queued_tokens),
@@ -83,6 +84,7 @@ fn in_flags(message: &str) -> String {
         ("engine.max-num-queued-reqs", "--max-num-queued-reqs"),
         ("engine.max-num-queued-tokens", "--max-num-queued-tokens"),
         ("engine.threads", "--threads"),
+        ("engine.itl-slo", "--itl-slo-ms"),
         ("engine.kv-events", "--kv-events-config"),
     ];
     FLAGS

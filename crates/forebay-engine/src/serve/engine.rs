@@ -155,6 +155,7 @@ impl Engine {
             model_len_max: positions_max as u32,
             prefix_cache: config.enable_prefix_caching,
             kv_events: kv_sink.is_some(),
+            itl_slo: Some(config.itl_slo.get()),
             ..SchedulerConfig::default()
         });
         let kv = KvInfo {

@@ -247,6 +247,7 @@ impl<E: Executor> StepLoop<E> {
         };
         match failed {
             None => {
+                self.scheduler.on_step_done(now.elapsed());
                 for (seq, fault) in std::mem::take(&mut self.state.broken) {
                     if let Some(&(request, _)) = self.state.choices.get(&seq) {
                         self.fail(request, fault, FinishReason::Error);

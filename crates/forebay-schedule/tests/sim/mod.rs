@@ -108,6 +108,8 @@ impl Sim {
         for r in 0..plan.rows() {
             self.check_kv(plan, r, plan.positions[plan.row(r).end - 1] + 1);
         }
+        // A millisecond a token, so that bounds in time are sometimes kept and sometimes can't be.
+        self.scheduler.on_step_done(Duration::from_millis(plan.tokens() as u64));
         for &t in &plan.logit_tokens {
             let r = plan.row_starts.partition_point(|start| *start <= t) - 1;
             self.sample(plan.seqs[r]);
