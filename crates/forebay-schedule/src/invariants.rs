@@ -32,7 +32,12 @@ impl Scheduler {
         let mut holders = vec![0u32; self.pool.blocks() as usize];
         for (&id, &slot) in &self.slots {
             let seq = &self.seqs[slot as usize];
-            let queued = self.waiting.iter().filter(|(rank, s)| *s == slot && *rank == seq.rank).count();
+            let queued = self.waiting.rings().map(|(tenant, ring)| {
+                ring.iter()
+                    .filter(|(rank, s)| *s == slot && *rank == seq.rank && tenant == seq.tenant)
+                    .count()
+            });
+            let queued: usize = queued.sum();
             let running = self.running.iter().filter(|s| **s == slot).count();
             let expect = match seq.phase {
                 crate::seq::Phase::Waiting => (1, 0),
@@ -59,9 +64,13 @@ impl Scheduler {
                 return Err(BrokenInvariant::References { block, refs: self.pool.refs(block), holders });
             }
         }
-        let tokens: u64 = self.waiting.iter().map(|(_, s)| u64::from(self.seqs[s as usize].tokens())).sum();
-        let in_order = self.waiting.iter().zip(self.waiting.iter().skip(1)).all(|(a, b)| a.0 < b.0);
-        if !in_order || tokens != self.waiting.tokens() {
+        let tokens: u64 = self
+            .waiting
+            .rings()
+            .flat_map(|(_, ring)| ring)
+            .map(|(_, s)| u64::from(self.seqs[*s as usize].tokens()))
+            .sum();
+        if !self.waiting.is_consistent() || tokens != self.waiting.tokens() {
             return Err(BrokenInvariant::WaitingOrder);
         }
         if self.waiting.len() + self.running.len() != self.slots.len() {

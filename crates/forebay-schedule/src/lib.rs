@@ -16,7 +16,7 @@
 //!
 //! - `plan`: the contract with executors, plain data.
 //! - `pool`: KV blocks: reference counts, the prefix cache, LRU reuse.
-//! - `queue`: who is next. Fairness between tenants belongs in its `rank`, and nowhere else.
+//! - `queue`: who is next: priority, fairness between tenants, ageing.
 //! - `scheduler`, `step`: sequences' lives, and the planning of one step.
 //!
 //! **Invariant:** the scheduler doesn't know models, text, sampling or HTTP. A sequence is token ids and limits.

@@ -6,18 +6,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_kv::{BlockHasher, KvEvent};
-use forebay_types::{BlockHash, TokenId};
+use forebay_types::{BlockHash, ConsumerName, TokenId};
 
 use crate::pace::Pace;
 use crate::pool::FullBlock;
-use crate::queue::{WaitingQueue, rank};
+use crate::queue::{OUTPUT_WEIGHT, WaitingQueue, rank};
 use crate::seq::{Phase, Seq};
 use crate::{AddError, BlockPool, NewSeq, SchedulerConfig, SeqId, SeqInfo, StepPlan};
 
 /// A sequence was queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Added {
-    /// Sequences that are before it in the queue.
+    /// Sequences of the same tenant that are before it in the queue.
     pub ahead: u32,
 }
 
@@ -115,7 +115,7 @@ impl Scheduler {
             seqs: Vec::with_capacity(reserve),
             slots_free: Vec::with_capacity(reserve),
             slots: HashMap::with_capacity(reserve),
-            waiting: WaitingQueue::with_capacity(reserve),
+            waiting: WaitingQueue::default(),
             running: Vec::with_capacity((config.running_max as usize).min(4096)),
             plan: StepPlan::default(),
             step_tokens: config.step_tokens_max,
@@ -147,6 +147,7 @@ impl Scheduler {
         let max_new_tokens = self.check(&new)?;
         let rank = rank(&self.config, &new, now, self.arrivals);
         self.arrivals += 1;
+        let tenant = self.waiting.enter(&new.tenant);
 
         let slot = match self.slots_free.pop() {
             Some(slot) => slot,
@@ -157,6 +158,8 @@ impl Scheduler {
         };
         let seq = &mut self.seqs[slot as usize];
         seq.id = new.id;
+        seq.tenant = tenant;
+        seq.charged = 0;
         seq.phase = Phase::Waiting;
         seq.priority = new.priority;
         seq.rank = rank;
@@ -179,7 +182,7 @@ impl Scheduler {
         seq.prompt = new.prompt;
         let tokens = seq.tokens();
         self.slots.insert(new.id, slot);
-        let ahead = self.waiting.insert(rank, slot, tokens) as u32;
+        let ahead = self.waiting.insert(tenant, rank, slot, tokens) as u32;
         Ok(Added { ahead })
     }
 
@@ -195,6 +198,7 @@ impl Scheduler {
             return TokenOutcome::Ignored;
         }
         seq.generated.push(token);
+        self.waiting.charge(seq.tenant, OUTPUT_WEIGHT);
         seq.info.generated_tokens += 1;
         if self.config.prefix_cache {
             seq.hasher.push(token);
@@ -213,10 +217,11 @@ impl Scheduler {
             }
             Phase::Waiting => {
                 let seq = &self.seqs[slot as usize];
-                self.waiting.remove(seq.rank, seq.tokens());
+                self.waiting.remove(seq.tenant, seq.rank, seq.tokens());
             }
         }
         let seq = &mut self.seqs[slot as usize];
+        self.waiting.leave(seq.tenant);
         seq.prompt = Arc::new([]); // the prompt goes now, not when the slot is reused
         self.slots_free.push(slot);
         Some(seq.info)
@@ -270,6 +275,12 @@ impl Scheduler {
         &self.pool
     }
 
+    /// What a tenant was given: prompt tokens computed for it, and twice the tokens generated. A tenant that comes back
+    /// to the queue is lifted to the least served one there. `None` where it is not known, or not any more.
+    pub fn served(&self, tenant: &ConsumerName) -> Option<u64> {
+        self.waiting.served(tenant)
+    }
+
     pub fn stats(&self) -> SchedulerStats {
         SchedulerStats {
             running: self.running.len() as u32,
@@ -321,6 +332,7 @@ impl Scheduler {
             phase: Phase::Waiting,
             priority: new.priority,
             rank,
+            tenant: 0,
             prompt: Arc::new([]),
             generated: Vec::new(),
             max_new_tokens: 0,
@@ -331,6 +343,7 @@ impl Scheduler {
             sealed: 0,
             seen_cached: 0,
             computed_max: 0,
+            charged: 0,
             info: SeqInfo {
                 prompt_tokens: 0,
                 generated_tokens: 0,

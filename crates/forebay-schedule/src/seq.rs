@@ -67,6 +67,8 @@ pub(crate) struct Seq {
     pub(crate) phase: Phase,
     pub(crate) priority: i32,
     pub(crate) rank: Rank,
+    /// The queue's number for its tenant.
+    pub(crate) tenant: u32,
     pub(crate) prompt: Arc<[TokenId]>,
     pub(crate) generated: Vec<TokenId>,
     pub(crate) max_new_tokens: u32,
@@ -79,6 +81,8 @@ pub(crate) struct Seq {
     pub(crate) scheduled: u32,
     /// The most that `computed` has been; after a preemption, more than `computed`.
     pub(crate) computed_max: u32,
+    /// Prompt tokens that its tenant has been charged for, or that were cached.
+    pub(crate) charged: u32,
     /// Leading blocks that are in the prefix cache.
     pub(crate) sealed: u32,
     /// While waiting: leading blocks seen in the cache, so that looking again starts there.

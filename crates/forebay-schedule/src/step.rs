@@ -11,6 +11,7 @@
 use std::cmp::Reverse;
 use std::time::Duration;
 
+use crate::queue::Standing;
 use crate::seq::{Phase, Seq};
 use crate::{Scheduler, StepPlan};
 
@@ -109,7 +110,7 @@ impl Scheduler {
         let seq = &mut self.seqs[slot as usize];
         seq.phase = Phase::Waiting;
         seq.info.preemptions += 1;
-        self.waiting.insert(seq.rank, slot, seq.tokens());
+        self.waiting.insert(seq.tenant, seq.rank, slot, seq.tokens());
         self.preemptions += 1;
     }
 
@@ -187,18 +188,24 @@ impl Scheduler {
         }
     }
 
-    /// Admits in order of rank while there are tokens, places and blocks.
+    /// Admits in the queue's order while there are tokens, places and blocks.
     ///
     /// A sequence is admitted when its whole prompt fits, now: otherwise it would hold blocks and be preempted before
     /// it brings anything. The first that doesn't fit ends admission, else small ones would pass it for ever. One
     /// whose next block is being computed by another is passed over instead; it waits as long as the other prefills.
     fn admit(&mut self, now: Duration) {
         let mut passed_over = 0;
+        self.waiting.begin_step();
         while self.running.len() < self.config.running_max as usize && passed_over < LOOKED_AT_MAX {
-            let Some(slot) = self.waiting.get(passed_over) else {
+            let standing = |slot: u32| {
+                let seq = &self.seqs[slot as usize];
+                Standing { priority: seq.priority, waited: now.saturating_sub(seq.info.arrived) }
+            };
+            let Some(slot) = self.waiting.next(self.config.ageing, standing) else {
                 break;
             };
             if self.seqs[slot as usize].at_limit() || self.awaits_prefix(slot) {
+                self.waiting.pass_over(self.seqs[slot as usize].tenant);
                 passed_over += 1;
                 continue;
             }
@@ -253,7 +260,7 @@ impl Scheduler {
         }
 
         let tokens = seq.tokens();
-        self.waiting.remove(seq.rank, tokens);
+        self.waiting.remove(seq.tenant, seq.rank, tokens);
         self.running.push(slot);
         let seq = &mut self.seqs[slot as usize];
         seq.phase = Phase::Running;
@@ -285,6 +292,10 @@ impl Scheduler {
         let seq = &mut self.seqs[slot as usize];
         let (start, end) = (seq.computed, seq.computed + tokens);
         seq.scheduled = tokens;
+        // Neither what is computed again after a preemption nor a failed step's second try is the tenant's fault.
+        let charge_to = end.min(seq.prompt.len() as u32);
+        self.waiting.charge(seq.tenant, u64::from(charge_to.saturating_sub(start.max(seq.charged))));
+        seq.charged = seq.charged.max(charge_to);
 
         let plan = &mut self.plan;
         plan.seqs.push(seq.id);
