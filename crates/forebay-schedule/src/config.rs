@@ -34,6 +34,9 @@ pub struct SchedulerConfig {
     pub itl_slo: Option<Duration>,
     /// Thousandths of the blocks that admission leaves free for those who decode already.
     pub watermark_permille: u32,
+    /// Admission also leaves free what the running sequences and the newcomer will probably write: up to the mean length
+    /// of outputs that ended before. Fewer preemptions, fewer sequences at once.
+    pub reserve_output: bool,
     /// How long a wait outweighs one level of priority: arrivals are ordered by `arrival - priority × ageing`, so
     /// nobody starves. `None` is strict: a lower priority waits as long as a higher one has work.
     pub ageing: Option<Duration>,
@@ -56,6 +59,7 @@ impl Default for SchedulerConfig {
             chunk_tokens_max: u32::MAX,
             itl_slo: None,
             watermark_permille: 10,
+            reserve_output: true,
             ageing: Some(Duration::from_secs(5)),
         }
     }

@@ -23,8 +23,8 @@
 //!
 //! - `pace`: what steps take, so that prefill beside decodes can be bounded in time.
 //!
-//! Deliberately absent: swapping to host memory, speculative tokens, sliding-window attention, reserving for expected
-//! output. Each would show up in `step` only.
+//! Deliberately absent: swapping to host memory, speculative tokens, sliding-window attention. Each would show up in
+//! `step` only.
 
 mod config;
 mod error;

@@ -115,7 +115,11 @@ impl WaitingQueue {
             Some(&tenant) => tenant,
             None => self.new_tenant(name),
         };
-        self.tenants[tenant as usize].alive += 1;
+        let state = &mut self.tenants[tenant as usize];
+        state.alive += 1;
+        // Preemption may bring all of them back, in the middle of a step.
+        state.ring.reserve(state.alive as usize - state.ring.len());
+        self.active.reserve(self.tenants.len() - self.active.len());
         tenant
     }
 

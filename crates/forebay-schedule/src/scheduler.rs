@@ -14,6 +14,9 @@ use crate::queue::{OUTPUT_WEIGHT, WaitingQueue, rank};
 use crate::seq::{Phase, Seq};
 use crate::{AddError, BlockPool, NewSeq, SchedulerConfig, SeqId, SeqInfo, StepPlan};
 
+/// Weight of the newest output in their mean length: about the last twenty count.
+const OUTPUT_NEWEST: f64 = 0.1;
+
 /// A sequence was queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Added {
@@ -76,6 +79,8 @@ pub struct Scheduler {
     pub(crate) seqs: Vec<Seq>,
     pub(crate) slots_free: Vec<u32>,
     pub(crate) slots: HashMap<SeqId, u32>,
+    /// What a free slot holds: one for all, as an empty one allocates, too.
+    pub(crate) no_prompt: Arc<[TokenId]>,
     pub(crate) waiting: WaitingQueue,
     /// Slots that hold blocks, in order of admission.
     pub(crate) running: Vec<u32>,
@@ -85,6 +90,10 @@ pub struct Scheduler {
     pub(crate) pace: Pace,
     /// The next block of each sequence that is computing blocks others could use; valid within one `plan_step`.
     pub(crate) frontiers: Vec<BlockHash>,
+    /// Mean output length of the sequences that finished, the latest weighing most; 0 before the first.
+    pub(crate) output_mean: f64,
+    /// Blocks that admission leaves to the running sequences' expected output; valid within one `plan_step`.
+    pub(crate) growth: u32,
     pub(crate) arrivals: u64,
     pub(crate) preemptions: u64,
     pub(crate) prefix_query_tokens: u64,
@@ -115,12 +124,15 @@ impl Scheduler {
             seqs: Vec::with_capacity(reserve),
             slots_free: Vec::with_capacity(reserve),
             slots: HashMap::with_capacity(reserve),
+            no_prompt: Arc::new([]),
             waiting: WaitingQueue::default(),
             running: Vec::with_capacity((config.running_max as usize).min(4096)),
             plan: StepPlan::default(),
             step_tokens: config.step_tokens_max,
             pace: Pace::default(),
             frontiers: Vec::new(),
+            output_mean: 0.0,
+            growth: 0,
             arrivals: 0,
             preemptions: 0,
             prefix_query_tokens: 0,
@@ -208,6 +220,16 @@ impl Scheduler {
 
     /// Ends a sequence: its blocks are free at once, its full blocks stay in the cache. `None` if there is none.
     pub fn finish(&mut self, id: SeqId) -> Option<SeqInfo> {
+        let info = self.abort(id)?;
+        let generated = f64::from(info.generated_tokens);
+        let weight = if self.output_mean > 0.0 { OUTPUT_NEWEST } else { 1.0 };
+        self.output_mean += weight * (generated - self.output_mean);
+        Some(info)
+    }
+
+    /// Ends a sequence whose client has left; the next plan doesn't contain it. Its row of a plan that is being
+    /// executed is computed for the cache only. `None` if there is none.
+    pub fn abort(&mut self, id: SeqId) -> Option<SeqInfo> {
         let slot = self.slots.remove(&id)?;
         match self.seqs[slot as usize].phase {
             Phase::Running => {
@@ -222,15 +244,9 @@ impl Scheduler {
         }
         let seq = &mut self.seqs[slot as usize];
         self.waiting.leave(seq.tenant);
-        seq.prompt = Arc::new([]); // the prompt goes now, not when the slot is reused
+        seq.prompt = self.no_prompt.clone(); // the prompt goes now, not when the slot is reused
         self.slots_free.push(slot);
         Some(seq.info)
-    }
-
-    /// Ends a sequence whose client has left; the next plan doesn't contain it. Its row of a plan that is being
-    /// executed is computed for the cache only. `None` if there is none.
-    pub fn abort(&mut self, id: SeqId) -> Option<SeqInfo> {
-        self.finish(id)
     }
 
     /// The last plan was executed, and took `elapsed`. What [`SchedulerConfig::itl_slo`] is kept by; without it, no call
@@ -333,7 +349,7 @@ impl Scheduler {
             priority: new.priority,
             rank,
             tenant: 0,
-            prompt: Arc::new([]),
+            prompt: self.no_prompt.clone(),
             generated: Vec::new(),
             max_new_tokens: 0,
             hasher: BlockHasher::new(self.config.block_size as usize, None),

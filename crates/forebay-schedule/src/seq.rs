@@ -114,6 +114,20 @@ impl Seq {
         self.tokens().div_ceil(block_size).saturating_sub(self.blocks.len() as u32)
     }
 
+    /// Blocks more than its known tokens need, when its output becomes `output_mean` tokens long, or what it may have.
+    pub(crate) fn growth(&self, output_mean: f64, block_size: u32) -> u32 {
+        let output = self.max_new_tokens.min(output_mean as u32);
+        // The last token is never computed.
+        let end = self.prompt.len() as u32 + output.saturating_sub(1);
+        end.div_ceil(block_size).saturating_sub(self.tokens().div_ceil(block_size))
+    }
+
+    /// Whether at most a tenth of its output is missing, if it becomes as long as it may.
+    pub(crate) fn near_end(&self) -> bool {
+        let left = self.max_new_tokens.saturating_sub(self.generated.len() as u32);
+        left <= self.max_new_tokens / 10
+    }
+
     /// The known tokens of `range`, in two pieces: prompt, then generated.
     pub(crate) fn token_range(&self, range: Range<u32>) -> [&[TokenId]; 2] {
         let (start, end) = (range.start as usize, range.end as usize);

@@ -237,6 +237,49 @@ fn the_watermark_is_left_to_those_who_run() {
     assert_eq!(admitted(101), 1, "2 of 10 blocks stay free");
 }
 
+#[test]
+fn admission_leaves_room_for_the_output_to_be_expected() {
+    let run = |reserve_output, learn: u32, max_new| {
+        let config = SchedulerConfig { blocks: 10, reserve_output, step_tokens_max: 64, ..config() };
+        let mut sim = Sim::new(config);
+        sim.try_add(seq(1, prompt(1, 4), learn)).unwrap();
+        sim.run(100);
+        sim.try_add(seq(2, prompt(2, 16), max_new)).unwrap();
+        sim.try_add(seq(3, prompt(3, 16), max_new)).unwrap();
+        let admitted = sim.step().rows();
+        sim.run(200);
+        (admitted, sim.scheduler.stats().preemptions > 0)
+    };
+    assert_eq!(run(false, 17, 17), (2, true), "4 + 4 of 10 blocks, and 4 + 4 more later");
+    assert_eq!(run(true, 17, 17), (1, false));
+    assert_eq!(run(true, 17, 5), (2, false), "no more than what it may have: 5 + 5");
+    assert_eq!(run(true, 5, 17), (2, true), "what ended before was short");
+}
+
+#[test]
+fn an_idle_engine_admits_whatever_fits() {
+    let mut sim = Sim::new(SchedulerConfig { blocks: 10, step_tokens_max: 64, ..config() });
+    sim.try_add(seq(1, prompt(1, 4), 30)).unwrap();
+    sim.run(100);
+    sim.try_add(seq(2, prompt(2, 36), 5)).unwrap();
+    assert_eq!(rows(&sim.step()), [(2, 36)]);
+    sim.run(100);
+}
+
+#[test]
+fn an_aborted_output_tells_nothing_about_length() {
+    let mut sim = Sim::new(SchedulerConfig { blocks: 10, step_tokens_max: 64, ..config() });
+    sim.try_add(seq(1, prompt(1, 4), 30)).unwrap();
+    for _ in 0..20 {
+        sim.step();
+    }
+    sim.abort(SeqId(1));
+    sim.try_add(seq(2, prompt(2, 16), 17)).unwrap();
+    sim.try_add(seq(3, prompt(3, 16), 17)).unwrap();
+    assert_eq!(sim.step().rows(), 2);
+    sim.run(200);
+}
+
 /// Sequences that decode until they need one block more than there is; and who then had to go.
 fn pressed(blocks: u32, seqs: &[NewSeq]) -> (Sim, Vec<u64>) {
     let mut sim = Sim::new(SchedulerConfig { blocks, step_tokens_max: 64, ..config() });
@@ -271,6 +314,24 @@ fn the_victim_is_the_least_important_then_the_cheapest() {
 }
 
 #[test]
+fn who_is_near_its_end_is_spared() {
+    let victims = |max_new| {
+        let mut sim = Sim::new(SchedulerConfig { blocks: 8, step_tokens_max: 64, ..config() });
+        sim.try_add(seq(1, prompt(1, 4), max_new)).unwrap(); // the cheaper
+        sim.try_add(seq(2, prompt(2, 8), 23)).unwrap();
+        while sim.scheduler.stats().preemptions == 0 {
+            sim.step();
+        }
+        let preempted = |id| sim.scheduler.info(SeqId(id)).is_some_and(|info| info.preemptions > 0);
+        let victims = (preempted(1), preempted(2));
+        sim.run(200);
+        victims
+    };
+    assert_eq!(victims(20), (true, false));
+    assert_eq!(victims(10), (false, true), "it has 9 of 10 tokens");
+}
+
+#[test]
 fn what_others_hold_too_is_not_lost_by_preemption() {
     // 1 and 2 share three blocks; each alone would recompute 16 tokens or more, but only 4 of them are its own.
     let shared = [prompt(1, 12), vec![5, 6, 7, 8]].concat();
@@ -302,6 +363,7 @@ fn a_low_priority_is_preempted_twice_and_then_spared() {
     let config = SchedulerConfig {
         blocks: 8,
         step_tokens_max: 64,
+        reserve_output: false,                  // admit what will have to be preempted
         ageing: Some(Duration::from_millis(1)), // it comes back to the front of the queue each time
         ..config()
     };

@@ -50,6 +50,7 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
         0u32..100,
         any::<bool>(),
         prop::option::of(0u64..60),
+        any::<bool>(),
     )
         .prop_map(
             |(
@@ -62,6 +63,7 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
                 watermark,
                 ageing,
                 itl_slo,
+                reserve_output,
             )| {
                 SchedulerConfig {
                     block_size,
@@ -77,6 +79,7 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
                     chunk_tokens_max: chunk_max,
                     itl_slo: itl_slo.map(Duration::from_millis),
                     watermark_permille: watermark,
+                    reserve_output,
                     ageing: ageing.then_some(Duration::from_millis(100)),
                 }
             },
