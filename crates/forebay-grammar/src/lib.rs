@@ -5,7 +5,7 @@
 //! (guidance-ai), which vLLM and SGLang use too: lexer by regex derivatives, Earley parser, masks over a token trie.
 //!
 //! Pure CPU work, without I/O. Compiling takes milliseconds to a second, a mask some 50 µs: neither belongs on the
-//! thread that steps the model. All limits are [`LIMITS`]; what goes beyond them is an error, not a long wait.
+//! thread that steps the model. There are limits on all of it; what goes beyond them is an error, not a long wait.
 
 mod mask;
 
