@@ -4,8 +4,10 @@ use bytes::{Bytes, BytesMut};
 use forebay_types::{Blame, Class, Classify, Code, FinishReason, Usage};
 
 use crate::json::{put, put_raw, put_usage};
-use crate::render::{RenderSpec, put_chat_logprobs, put_completion_logprobs, put_identity};
-use crate::{Api, Event, TokenLogprob};
+use crate::render::{
+    RenderSpec, put_call, put_chat_logprobs, put_completion_logprobs, put_identity, put_reasoning,
+};
+use crate::{Api, Event, TokenLogprob, ToolCallDelta};
 
 /// Why the events make no whole reply.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -30,8 +32,42 @@ impl Classify for CollectError {
 #[derive(Debug, Default)]
 struct Choice {
     text: String,
+    reasoning: String,
+    calls: Vec<ToolCallDelta>,
     logprobs: Vec<TokenLogprob>,
     reason: Option<FinishReason>,
+}
+
+impl Choice {
+    /// A piece of a call joins the pieces before it.
+    fn on_call(&mut self, piece: ToolCallDelta) {
+        match self.calls.iter_mut().find(|call| call.index == piece.index) {
+            Some(call) => call.arguments.push_str(&piece.arguments),
+            None => self.calls.push(piece),
+        }
+    }
+
+    /// `"role":…,"content":…` and what else the message has. `content` is null where there are only calls.
+    fn put_message(&self, out: &mut BytesMut) {
+        put_raw(out, "\"role\":\"assistant\",\"content\":");
+        if self.text.is_empty() && !self.calls.is_empty() {
+            put_raw(out, "null");
+        } else {
+            put(out, &self.text);
+        }
+        put_raw(out, ",\"refusal\":null");
+        if !self.reasoning.is_empty() {
+            put_raw(out, ",");
+            put_reasoning(out, &self.reasoning);
+        }
+        for (i, call) in self.calls.iter().enumerate() {
+            put_raw(out, if i > 0 { ",{" } else { ",\"tool_calls\":[{" });
+            put_call(out, call);
+        }
+        if !self.calls.is_empty() {
+            put_raw(out, "]");
+        }
+    }
 }
 
 /// Folds the events of one call. Memory is bounded by what the call may generate.
@@ -68,6 +104,8 @@ impl Collector {
                     } else {
                         choice.text.push_str(&delta.text);
                     }
+                    choice.reasoning.push_str(&delta.reasoning);
+                    delta.tool_calls.into_iter().for_each(|piece| choice.on_call(piece));
                     choice.logprobs.extend(delta.logprobs);
                 }
             }
@@ -111,9 +149,9 @@ impl Collector {
             put(&mut out, &index);
             match self.spec.api {
                 Api::ChatCompletions => {
-                    put_raw(&mut out, ",\"message\":{\"role\":\"assistant\",\"content\":");
-                    put(&mut out, &choice.text);
-                    put_raw(&mut out, ",\"refusal\":null},\"logprobs\":");
+                    put_raw(&mut out, ",\"message\":{");
+                    choice.put_message(&mut out);
+                    put_raw(&mut out, "},\"logprobs\":");
                     put_chat_logprobs(&mut out, &choice.logprobs);
                 }
                 Api::Completions => {

@@ -8,7 +8,7 @@ use bytes::BytesMut;
 use forebay_types::{FinishReason, ModelName, Usage};
 
 use crate::json::{put, put_logprob, put_raw, put_usage};
-use crate::{Api, Delta, Event, Generate, TokenLogprob};
+use crate::{Api, Delta, Event, Generate, TokenLogprob, ToolCallDelta};
 
 /// What rendering needs to know of the call: small enough to travel with the reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,7 +113,8 @@ impl Renderer {
         if let Some(usage) = &mut self.so_far {
             usage.completion_tokens = usage.completion_tokens.saturating_add(delta.tokens);
         }
-        if delta.text.is_empty() && delta.logprobs.is_empty() {
+        let calls = !delta.reasoning.is_empty() || !delta.tool_calls.is_empty();
+        if delta.text.is_empty() && delta.logprobs.is_empty() && !calls {
             return;
         }
         put_raw(out, &self.head);
@@ -121,8 +122,8 @@ impl Renderer {
         put(out, &delta.choice);
         match self.api {
             Api::ChatCompletions => {
-                put_raw(out, ",\"delta\":{\"content\":");
-                put(out, &delta.text);
+                put_raw(out, ",\"delta\":{");
+                put_chat_delta(out, delta);
                 put_raw(out, "},\"logprobs\":");
                 put_chat_logprobs(out, &delta.logprobs);
             }
@@ -185,6 +186,58 @@ pub(crate) fn put_identity(out: &mut BytesMut, id: &str, created_unix: u64, spec
     put(out, &created_unix);
     put_raw(out, ",\"model\":");
     put(out, spec.model.as_str());
+}
+
+/// The members of a chat delta. `content` is there unless only reasoning or calls are new.
+fn put_chat_delta(out: &mut BytesMut, delta: &Delta) {
+    let mut comma = "";
+    if !delta.reasoning.is_empty() {
+        put_reasoning(out, &delta.reasoning);
+        comma = ",";
+    }
+    if !delta.text.is_empty() || (delta.reasoning.is_empty() && delta.tool_calls.is_empty()) {
+        put_raw(out, comma);
+        put_raw(out, "\"content\":");
+        put(out, &delta.text);
+        comma = ",";
+    }
+    if !delta.tool_calls.is_empty() {
+        put_raw(out, comma);
+        put_raw(out, "\"tool_calls\":[");
+        for (i, call) in delta.tool_calls.iter().enumerate() {
+            put_raw(out, if i > 0 { ",{\"index\":" } else { "{\"index\":" });
+            put(out, &call.index);
+            put_raw(out, ",");
+            put_call(out, call);
+        }
+        put_raw(out, "]");
+    }
+}
+
+/// `"reasoning":…,"reasoning_content":…`: the second is the name that DeepSeek's API and older vLLM have for it.
+pub(crate) fn put_reasoning(out: &mut BytesMut, reasoning: &str) {
+    put_raw(out, "\"reasoning\":");
+    put(out, reasoning);
+    put_raw(out, ",\"reasoning_content\":");
+    put(out, reasoning);
+}
+
+/// `"id":…,"type":"function","function":{"name":…,"arguments":…}}`; what the piece doesn't have is left out.
+pub(crate) fn put_call(out: &mut BytesMut, call: &ToolCallDelta) {
+    if let Some(id) = &call.id {
+        put_raw(out, "\"id\":");
+        put(out, id);
+        put_raw(out, ",\"type\":\"function\",");
+    }
+    put_raw(out, "\"function\":{");
+    if let Some(name) = &call.name {
+        put_raw(out, "\"name\":");
+        put(out, name);
+        put_raw(out, ",");
+    }
+    put_raw(out, "\"arguments\":");
+    put(out, &call.arguments);
+    put_raw(out, "}}");
 }
 
 /// Where the next token's text begins, per choice, in characters of that choice's output. As in vLLM, it counts the

@@ -4,7 +4,7 @@ use forebay_types::{FinishReason, Usage};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{CollectError, Collector, TopLogprob};
+use crate::{CollectError, Collector, ToolCallDelta, TopLogprob};
 
 fn spec(api: Api, choices: u32, include_usage: bool) -> RenderSpec {
     RenderSpec { api, model: "m".into(), choices, stream: true, include_usage, continuous_usage: false }
@@ -246,4 +246,87 @@ fn our_frames_scan() {
         let Event::Done { usage: expect } = DONE else { unreachable!() };
         assert_eq!((deltas, usage, done), (2, Some(expect), true));
     }
+}
+
+/// A piece of call `index`; the first one has a name.
+fn call(index: u32, name: Option<&str>, arguments: &str) -> Event {
+    let piece = ToolCallDelta {
+        index,
+        id: name.map(|_| format!("call_{index}")),
+        name: name.map(Into::into),
+        arguments: arguments.into(),
+    };
+    Event::Delta(Delta { tokens: 1, tool_calls: vec![piece], ..Delta::default() })
+}
+
+#[test]
+fn tool_calls_and_reasoning() {
+    let reasoning = Event::Delta(Delta { reasoning: "hm".into(), tokens: 1, ..Delta::default() });
+    let events = [
+        STARTED,
+        reasoning,
+        call(0, Some("f"), ""),
+        call(0, None, r#"{"a":"#),
+        call(0, None, "1}"),
+        call(1, Some("g"), "{}"),
+        finished(0, FinishReason::ToolCalls),
+        DONE,
+    ];
+    let spec = spec(Api::ChatCompletions, 1, false);
+    let frames = frames(&stream(&spec, &events));
+    let deltas: Vec<_> = frames[1..].iter().map(|frame| frame["choices"][0]["delta"].clone()).collect();
+    let first = |index: u32, name: &str, arguments: &str| {
+        let function = json!({"name": name, "arguments": arguments});
+        let call =
+            json!({"index": index, "id": format!("call_{index}"), "type": "function", "function": function});
+        json!({"tool_calls": [call]})
+    };
+    let more = |arguments: &str| json!({"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]});
+    assert_eq!(
+        deltas,
+        [
+            json!({"reasoning": "hm", "reasoning_content": "hm"}),
+            first(0, "f", ""),
+            more(r#"{"a":"#),
+            more("1}"),
+            first(1, "g", "{}"),
+            json!({}),
+        ]
+    );
+    assert_eq!(frames[6]["choices"][0]["finish_reason"], "tool_calls");
+
+    let body: Value = serde_json::from_str(&collect(&spec, &events).unwrap()).unwrap();
+    let whole = |id: &str, name: &str, arguments: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+    assert_eq!(
+        body["choices"][0]["message"],
+        json!({
+            "role": "assistant",
+            "content": null,
+            "refusal": null,
+            "reasoning": "hm",
+            "reasoning_content": "hm",
+            "tool_calls": [whole("call_0", "f", r#"{"a":1}"#), whole("call_1", "g", "{}")],
+        })
+    );
+}
+
+#[test]
+fn text_beside_a_call_is_content() {
+    let both = Event::Delta(Delta {
+        text: "so".into(),
+        tool_calls: vec![ToolCallDelta {
+            id: Some("call_0".into()),
+            name: Some("f".into()),
+            ..ToolCallDelta::default()
+        }],
+        tokens: 1,
+        ..Delta::default()
+    });
+    let events = [STARTED, both, finished(0, FinishReason::ToolCalls), DONE];
+    let spec = spec(Api::ChatCompletions, 1, false);
+    let delta = frames(&stream(&spec, &events))[1]["choices"][0]["delta"].clone();
+    assert_eq!(delta["content"], "so");
+    assert_eq!(delta["tool_calls"][0]["function"], json!({"name": "f", "arguments": ""}));
+    let body: Value = serde_json::from_str(&collect(&spec, &events).unwrap()).unwrap();
+    assert_eq!(body["choices"][0]["message"]["content"], "so");
 }
