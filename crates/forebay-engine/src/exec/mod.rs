@@ -4,6 +4,7 @@
 //! cached and who runs next is the scheduler's. It knows no request, no text and no sampling.
 
 mod check;
+mod collective;
 mod cpu;
 mod fake;
 
@@ -11,6 +12,7 @@ use forebay_schedule::StepPlan;
 use forebay_types::{Blame, Class, Classify, Code};
 
 pub use check::PlanError;
+pub use collective::{Collective, CollectiveError, ThreadCollective};
 pub use cpu::{BuildError, CpuExecutor, CpuOptions};
 pub use fake::FakeExecutor;
 
