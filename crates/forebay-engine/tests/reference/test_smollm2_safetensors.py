@@ -1,7 +1,7 @@
 """The converted directory loads in transformers and computes what SmolLM2 does.
 
 By hand (CI doesn't have these packages): `pip install gguf transformers safetensors jinja2 pytest`, then
-`FOREBAY_TEST_MODEL=smollm2.gguf python -m pytest tests/reference`.
+`FOREBAY_TEST_MODEL=smollm2.gguf python -m pytest crates/forebay-engine/tests/reference`.
 """
 
 import json
@@ -77,8 +77,9 @@ def logits(config: dict, w: dict[str, np.ndarray], ids: list[int]) -> np.ndarray
 def test_the_model_knows_paris(directory, tokenizer):
     config = json.loads((directory / "config.json").read_text())
     ids = tokenizer.encode("The capital of France is")
+    assert ids == [504, 3575, 282, 4649, 314], "as in tests/smollm2.rs, which reads the GGUF"
     best = int(logits(config, read(directory), ids).argmax())
-    assert tokenizer.decode([best]) == " Paris"
+    assert (best, tokenizer.decode([best])) == (7042, " Paris")
 
 
 def test_the_library_reads_every_tensor(directory):

@@ -36,7 +36,7 @@ def hf_name(name: str) -> str:
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection, from llama.cpp's order (pairs of a rotation are neighbours) to Hugging Face's (half a head apart)."""
+    """Rows of a query or key projection in Hugging Face's order: a rotation pairs rows half a head apart; llama.cpp has them side by side."""
     dim = rows.shape[0] // heads
     return rows.reshape(heads, dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
