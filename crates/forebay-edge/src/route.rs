@@ -115,7 +115,7 @@ pub(crate) fn without_mount<'a>(mount: &str, path: &'a str) -> &'a str {
 }
 
 /// Paths of an LLM route that are not below `/v1`, as vLLM has them.
-const OUTSIDE_V1: [&str; 5] = ["/health", "/version", "/metrics", "/tokenize", "/detokenize"];
+const OUTSIDE_V1: [&str; 6] = ["/health", "/ping", "/version", "/metrics", "/tokenize", "/detokenize"];
 
 /// The path that the stack below is asked for.
 pub(crate) fn llm_path(mount: &str, v1_optional: bool, path: &str) -> String {
@@ -209,6 +209,7 @@ mod tests {
         check("/llm/", "/llm/v1", "/v1");
         check("/llm/", "/llm/v1x", "/v1/v1x");
         check("/llm/", "/llm/health", "/health");
+        check("/llm/", "/llm/ping", "/ping");
         // Elsewhere nothing is made up.
         check("/", "/chat/completions", "/chat/completions");
         check("/api/v1/chat/", "/api/v1/chat/completions", "/v1/chat/completions");

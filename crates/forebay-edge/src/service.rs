@@ -123,16 +123,20 @@ fn no_route(parts: &http::request::Parts) -> Response<Content> {
     answer::fault(&Fault::new(Class::new(Code::RouteNotFound, Blame::Client), message))
 }
 
-/// `/health`, `/version` and, where it is configured, `/metrics`: what the edge answers itself on LLM routes.
+/// `/health`, `/ping`, `/version` and, where it is configured, `/metrics`: what the edge answers itself on LLM routes.
+///
+/// `/ping` is `/health` under the name that SageMaker asks for; like vLLM's it also takes POST.
 fn own_answer(shared: &Shared, method: &Method, path: &str) -> Option<Response<Content>> {
     let scraped = shared.scraped.as_ref().filter(|_| path == "/metrics");
-    if !matches!(path, "/health" | "/version") && scraped.is_none() {
+    if !matches!(path, "/health" | "/ping" | "/version") && scraped.is_none() {
         return None;
     }
-    if !matches!(*method, Method::GET | Method::HEAD) {
+    let posted = *method == Method::POST && path == "/ping";
+    if !posted && !matches!(*method, Method::GET | Method::HEAD) {
         let class = Class::new(Code::MethodNotAllowed, Blame::Client);
-        let message = format!("{path} is for GET and HEAD");
-        return Some(answer::fault(&Fault::new(class, message).header("allow", "GET, HEAD")));
+        let allow = if path == "/ping" { "GET, HEAD, POST" } else { "GET, HEAD" };
+        let message = format!("{path} is for {allow}, not for {method}");
+        return Some(answer::fault(&Fault::new(class, message).header("allow", allow)));
     }
     if let Some(registry) = scraped {
         let mut answer = answer::json(StatusCode::OK, registry.render());

@@ -42,6 +42,18 @@ async fn health_and_version_are_the_edges_own() {
 }
 
 #[tokio::test]
+async fn ping_is_health_for_get_and_post() {
+    let edge = Running::start(EdgeConfig::default(), Some(echo())).await;
+    for ask in [get("/ping"), post("/ping", ""), post("/ping", "{}")] {
+        let ping = edge.raw(ask).await;
+        assert_eq!((status(&ping), body(&ping)), (200, r#"{"status":"ok","reasons":[]}"#));
+    }
+    let wrong =
+        edge.raw("PUT /ping HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").await;
+    assert_eq!((status(&wrong), header(&wrong, "allow")), (405, Some("GET, HEAD, POST")), "{wrong}");
+}
+
+#[tokio::test]
 async fn metrics_are_shown_only_where_they_are_asked_for() {
     let check = async |config: EdgeConfig, shown: bool| {
         let edge = Running::start(config, Some(echo())).await;
