@@ -74,15 +74,17 @@ impl MaskThread {
         Ok(Self(sender))
     }
 
-    /// Begins to work on what comes behind `token`.
-    pub(crate) fn follow(&self, constrained: &mut Constrained, token: TokenId) {
+    /// Begins to work on what comes behind `token`. False where the thread has died: this choice fails, and another
+    /// thread is to be started for the next.
+    pub(crate) fn follow(&self, constrained: &mut Constrained, token: TokenId) -> bool {
         let (answer, receiver) = mpsc::sync_channel(1);
         let before = std::mem::replace(&mut constrained.0, State::Away(receiver));
         match before {
-            State::Here(matcher, _) => {
-                let _ = self.0.send(Work { matcher, token, answer });
+            State::Here(matcher, _) => self.0.send(Work { matcher, token, answer }).is_ok(),
+            other => {
+                constrained.0 = other;
+                true
             }
-            other => constrained.0 = other,
         }
     }
 }

@@ -439,8 +439,10 @@ impl<E: Executor> StepLoop<E> {
                 }
             }
         }
-        if let Some(masks) = &self.state.masks {
-            masks.follow(constrained, token);
+        if let Some(masks) = &self.state.masks
+            && !masks.follow(constrained, token)
+        {
+            self.state.masks = None;
         }
     }
 
