@@ -244,16 +244,21 @@ def test_a_full_cache_preempts_and_changes_no_answer(start):
     small = {"kv-cache-memory": "8MiB", "max-model-len": 256, "enable-prefix-caching": False}
     server: Forebay = start({"engine": engine_config(**small)})
 
-    def ask(n: int) -> str | None:
+    def ask(n: int, max_tokens: int = 90) -> str | None:
         with server.sdk() as sdk:
-            options = {"temperature": 0, "max_tokens": 90, "extra_body": {"ignore_eos": True}}
+            options = {"temperature": 0, "max_tokens": max_tokens, "extra_body": {"ignore_eos": True}}
             reply = sdk.chat.completions.create(model=MODEL, messages=user(f"Tell me about the number {n}."), **options)
             return reply.choices[0].message.content
 
     alone = [ask(n) for n in range(6)]
-    assert server.metrics().value("vllm:num_preemptions_total") == 0
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(ask, range(6))) == alone
+    assert server.metrics().value("vllm:num_preemptions_total") == 0, "room is kept for outputs as long as the last ones"
+    for n in range(40):
+        ask(n, max_tokens=1)
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, range(6))) == alone
+    # Outputs were short of late, and these are not.
     assert server.metrics().value("vllm:num_preemptions_total") > 0
     server.wait_idle()
     assert server.metrics().value("vllm:kv_cache_usage_perc") == 0
