@@ -160,12 +160,15 @@ impl<E: Loaded> Slot<E> {
         let undo = Undo(self);
         match (self.loader)().await {
             Ok(engine) => {
+                tracing::info!(model = %self.model, "model loaded");
                 *self.state.write() = State::Loaded(Arc::new(engine));
                 std::mem::forget(undo);
                 Ok(())
             }
             Err(error) => {
-                *self.state.write() = State::Failed(one_line(&error));
+                let why = one_line(&error);
+                tracing::warn!(model = %self.model, why, "the model can't be loaded");
+                *self.state.write() = State::Failed(why);
                 std::mem::forget(undo);
                 Err(error)
             }
@@ -188,6 +191,7 @@ impl<E: Loaded> Slot<E> {
                 }
             }
         };
+        tracing::info!(model = %self.model, "model is unloaded: requests that run are finished first");
         // Calls hold it until their first token, and no new one gets it.
         let engine = loop {
             match Arc::try_unwrap(engine) {
@@ -200,6 +204,7 @@ impl<E: Loaded> Slot<E> {
             tracing::error!(model = %self.model, "the engine panicked while it was stopped");
         }
         (self.forget)();
+        tracing::info!(model = %self.model, "model unloaded");
         *self.state.write() = State::Unloaded;
         Ok(())
     }

@@ -98,13 +98,10 @@ impl Grammars {
             return Ok(kept);
         }
         let grammar = grammar(constraint)?;
-        let parser = self
-            .factory
-            .create_parser(grammar)
-            .map_err(|e| GrammarError::Constraint(first_line(&e.to_string())))?;
+        let parser = self.factory.create_parser(grammar).map_err(|e| GrammarError::Constraint(reason(&e)))?;
         let mut inner = llguidance::Matcher::new(Ok(parser));
         // The first mask finds what the compiler leaves for later.
-        inner.compute_mask().map_err(|e| GrammarError::Constraint(first_line(&e.to_string())))?;
+        inner.compute_mask().map_err(|e| GrammarError::Constraint(reason(&e)))?;
         let matcher = Matcher { inner: Box::new(inner), ends: Arc::clone(&self.ends) };
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() >= KEPT_MAX {
@@ -145,10 +142,7 @@ impl Matcher {
     /// The tokens that may come next. Where the text may end here, every token that ends a text is among them; where it
     /// must, they are the only ones.
     pub fn mask(&mut self) -> Result<Mask, GrammarError> {
-        let found = self
-            .inner
-            .compute_mask_or_eos()
-            .map_err(|e| GrammarError::Matching(first_line(&e.to_string())))?;
+        let found = self.inner.compute_mask_or_eos().map_err(|e| GrammarError::Matching(reason(&e)))?;
         let mut mask = Mask::from_words(found.as_slice().to_vec());
         let may_end = self.ends.iter().any(|&end| mask.allows(end));
         for &end in self.ends.iter().filter(|_| may_end) {
@@ -159,7 +153,7 @@ impl Matcher {
 
     /// Goes on behind a token that [`mask`](Self::mask) allowed and that does not end the text.
     pub fn accept(&mut self, token: TokenId) -> Result<(), GrammarError> {
-        self.inner.consume_token(token).map_err(|e| GrammarError::Matching(first_line(&e.to_string())))
+        self.inner.consume_token(token).map_err(|e| GrammarError::Matching(reason(&e)))
     }
 }
 
@@ -195,7 +189,6 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
             return Err(wrong("the grammar is in EBNF (`::=`); write it in Lark's notation, `start: ...`"));
         }
         Constraint::Grammar(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
-        Constraint::StructuralTag(_) => return Err(wrong("structural tags are not supported")),
     })
 }
 
@@ -217,10 +210,15 @@ fn with_whitespace(schema: Value) -> Result<Value, GrammarError> {
     Ok(Value::Object(fields))
 }
 
-/// What is wrong, without the parser's state below it.
-fn first_line(text: &str) -> String {
+/// What llguidance says is wrong, on one line: a regular expression's mistake is told in several.
+fn reason(error: &impl std::fmt::Display) -> String {
     const CHARS_MAX: usize = 300;
-    text.lines().next().unwrap_or_default().chars().take(CHARS_MAX).collect()
+    let text = error.to_string();
+    if text.contains("NoExtensionBias") {
+        return "no text matches it".to_owned();
+    }
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.join(" ").chars().take(CHARS_MAX).collect()
 }
 
 #[cfg(test)]

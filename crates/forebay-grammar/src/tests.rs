@@ -170,10 +170,10 @@ fn what_can_not_be_compiled_says_why() {
     check(Constraint::JsonSchema(json!({"type": "nonsense"})), "nonsense");
     check(Constraint::JsonSchema(json!({"$ref": "#/nowhere"})), "nowhere");
     check(Constraint::JsonSchema(json!([])), "an object");
-    check(Constraint::Regex("(".into()), "");
+    check(Constraint::Regex("a(".into()), "unclosed group");
     check(Constraint::Grammar("start: missing".into()), "missing");
     check(Constraint::Grammar("root ::= \"a\"".into()), "Lark");
-    check(Constraint::StructuralTag(json!({})), "not supported");
+    check(Constraint::Grammar("start: start".into()), "no text matches it");
 }
 
 /// It may be refused or be slow to follow, but not hang or take the machine's memory.

@@ -111,10 +111,8 @@ pub enum Constraint {
     Regex(String),
     /// One of these texts, at least one, none empty.
     Choice(Vec<String>),
-    /// A context-free grammar, in Lark's or in EBNF (GBNF) notation.
+    /// A context-free grammar in Lark's notation.
     Grammar(String),
-    /// vLLM's structural tags: free text with constrained parts between tags. As it came.
-    StructuralTag(Value),
 }
 
 /// OpenAI's `tool_choice`.

