@@ -1,6 +1,6 @@
 //! The engine as the rest of the program sees it: a stage that turns a placed request into events.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -8,84 +8,34 @@ use std::time::{Duration, Instant};
 use forebay_flow::{Flow, Placed, PromptIds, Reply, ReplyForm, Stage};
 use forebay_grammar::{GrammarError, Grammars, Mask};
 use forebay_kernels::{Isa, Pool};
-use forebay_observe::{Layer, Trace};
+use forebay_observe::Layer;
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{StopMatcher, TextModel};
 use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, TokenizerId};
-use forebay_wire::{Api, Ask, Chunk, Constraint, Event, Generate, Prompt, TokenizeInput};
+use forebay_wire::{Ask, Constraint, Event, Generate, Prompt, TokenizeInput};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::KvSink;
 use super::constrain::Beginning;
+use super::events::{EventStream, stopped};
+use super::layout::Layout;
 use super::memory::check_memory;
 use super::prompt;
+use super::start_error::StartError;
 use super::step_loop::{LoopState, StepLoop};
-use super::submission::{How, PromptAsk, Submission};
-use super::text::{TextError, text_model};
+use super::submission::{How, Submission};
+use super::text::text_model;
 use super::words::BadWords;
-use crate::config::{EngineConfig, EngineConfigError};
-use crate::exec::{BuildError, CpuExecutor, CpuOptions, Executor};
-use crate::kv_events::{KvEventsError, Publisher};
+use crate::config::EngineConfig;
+use crate::exec::{CpuExecutor, CpuOptions, Executor};
+use crate::kv_events::Publisher;
 use crate::metrics::{EngineMetrics, KvInfo};
-use crate::model::{ModelFile, ModelSpec, OpenError, SpecError};
+use crate::model::ModelFile;
 
 /// Submissions on their way to the step thread. It takes them between steps, so this bounds what arrives during one.
 pub(super) const INBOX_MAX: usize = 1024;
-/// Prompts (times choices) of one request: OpenAI's limit of `n`, and of a batch of prompts.
-const CHOICES_MAX: usize = 2048;
-/// `max_tokens` of the completions API where the request has none.
-const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 /// Tells a client when to come back where the queue is full: about one long answer.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(2);
-
-/// Why an engine could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    #[error(transparent)]
-    Config(#[from] EngineConfigError),
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    #[error("the model in {} can't be served", path.display())]
-    Spec { path: PathBuf, source: SpecError },
-    #[error("the model in {} can't be served", path.display())]
-    Text { path: PathBuf, source: TextError },
-    #[error("the model in {} can't be loaded", path.display())]
-    Build { path: PathBuf, source: BuildError },
-    #[error(
-        "`engine.kv-cache-memory` ({given}) is less than one block of this model: give it {needed} or more"
-    )]
-    KvTooSmall { given: forebay_config::ByteSize, needed: forebay_config::ByteSize },
-    #[error(
-        "`engine.max-model-len` is {asked}, but the model was trained for {trained} tokens; lower it or leave it out"
-    )]
-    ModelLen { asked: u32, trained: usize },
-    #[error(
-        "not enough memory: the model needs about {weights} and `engine.kv-cache-memory` is {kv}, but only {available} \
-         is available; lower `engine.kv-cache-memory` or use a smaller model"
-    )]
-    Memory {
-        weights: forebay_config::ByteSize,
-        kv: forebay_config::ByteSize,
-        available: forebay_config::ByteSize,
-    },
-    #[error(transparent)]
-    KvEvents(#[from] KvEventsError),
-    #[error("the engine's thread can't be started")]
-    Thread(#[source] std::io::Error),
-}
-
-impl StartError {
-    /// The configuration key that is at fault, or is closest to it.
-    pub fn at(&self) -> &'static str {
-        match self {
-            Self::Open(_) | Self::Spec { .. } | Self::Text { .. } | Self::Build { .. } => "engine.model",
-            Self::KvTooSmall { .. } | Self::Memory { .. } => "engine.kv-cache-memory",
-            Self::ModelLen { .. } => "engine.max-model-len",
-            Self::KvEvents(_) => "engine.kv-events",
-            Self::Config(_) | Self::Thread(_) => "engine",
-        }
-    }
-}
 
 /// What an engine needs beside its configuration.
 pub struct EngineDeps<'a> {
@@ -99,7 +49,7 @@ pub struct EngineDeps<'a> {
 /// A running engine. Dropping it ends its thread once all requests are done.
 pub struct Engine {
     model: ModelName,
-    text: TextModel,
+    pub(super) text: TextModel,
     inbox: mpsc::Sender<Submission>,
     /// Made by the first request that needs it.
     grammars: Arc<OnceLock<Result<Grammars, GrammarError>>>,
@@ -107,8 +57,8 @@ pub struct Engine {
     encoding: Arc<Semaphore>,
     /// Bytes of the longest token.
     token_bytes_max: usize,
-    vocab_size: usize,
-    model_len: u32,
+    pub(super) vocab_size: usize,
+    pub(super) model_len: u32,
     request_timeout: Duration,
     load_time: Duration,
     summary: String,
@@ -259,24 +209,6 @@ impl Engine {
         (self.model_len as usize).saturating_mul(self.token_bytes_max)
     }
 
-    /// Refuses prompts that can't fit, by their size alone. One that passes may still be too long.
-    pub fn fits(&self, prompt: &Prompt) -> Result<(), Fault> {
-        let param = if matches!(prompt, Prompt::Chat { .. }) { "messages" } else { "prompt" };
-        self.fit_bytes(prompt.bytes_max(), param)
-    }
-
-    fn fit_bytes(&self, bytes: usize, param: &str) -> Result<(), Fault> {
-        let (tokens, limit) = (self.model_len, self.prompt_bytes_max());
-        if bytes <= limit {
-            return Ok(());
-        }
-        let message = format!(
-            "This model's maximum context length is {tokens} tokens, which is {limit} bytes of text at most. However, your \
-             {param} resulted in {bytes} bytes. Please reduce the length of the {param}."
-        );
-        Err(Fault::new(Class::new(Code::ContextLengthExceeded, Blame::Client), message).param(param))
-    }
-
     pub fn load_time(&self) -> Duration {
         self.load_time
     }
@@ -407,117 +339,6 @@ impl Engine {
         });
         done.await.map_err(|error| Fault::internal(format!("the tokenizer task failed: {error}")))?
     }
-
-    /// Checks each prompt against the model and fixes how much may be generated for it.
-    fn prompt_asks(&self, call: &Generate, prompts: Vec<Arc<[TokenId]>>) -> Result<Vec<PromptAsk>, Fault> {
-        if call.echo && call.logprobs.is_some() {
-            // The prompt's own log-probabilities would be missing: refused rather than answered by half.
-            let class = Class::new(Code::NotSupported, Blame::Client);
-            let message = "`echo` together with `logprobs` is not supported; ask for one of them";
-            return Err(Fault::new(class, message).param("echo"));
-        }
-        let choices = prompts.len().saturating_mul(call.n as usize);
-        if choices > CHOICES_MAX {
-            let message = format!(
-                "the request asks for {choices} choices (prompts times `n`); the limit is {CHOICES_MAX}"
-            );
-            return Err(Fault::bad_request(message).param("n"));
-        }
-        let param = match call.api {
-            Api::ChatCompletions => "messages",
-            Api::Completions => "prompt",
-        };
-        prompts
-            .into_iter()
-            .enumerate()
-            .map(|(p, ids)| {
-                if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
-                    let message = format!("token id {id} is out of the vocabulary of {} tokens", self.vocab_size);
-                    return Err(Fault::bad_request(message).param(param));
-                }
-                if ids.is_empty() {
-                    return Err(Fault::bad_request("the prompt is empty: it has no tokens").param(param));
-                }
-                let prompt_tokens = ids.len() as u32;
-                let left = self.model_len.saturating_sub(prompt_tokens);
-                let max_tokens = match (call.max_tokens, call.api) {
-                    (Some(asked), _) if asked <= left => asked,
-                    (None, Api::Completions) if left > 0 => COMPLETION_TOKENS_DEFAULT.min(left),
-                    (None, Api::ChatCompletions) if left > 0 => left,
-                    (asked, _) => return Err(self.too_long(prompt_tokens, asked, param)),
-                };
-                if call.min_tokens > max_tokens {
-                    let message = format!(
-                        "min_tokens is {}, but only {max_tokens} tokens may be generated; raise max_tokens or lower it",
-                        call.min_tokens
-                    );
-                    return Err(Fault::bad_request(message).param("min_tokens"));
-                }
-                let echo = call.echo.then(|| match &call.prompt {
-                    Prompt::Text(texts) => texts.get(p).cloned().unwrap_or_default(),
-                    _ => self.text.tokenizer().decode(&ids, false),
-                });
-                Ok(PromptAsk { ids, max_tokens, echo })
-            })
-            .collect()
-    }
-
-    /// A bias on a token that isn't there would do nothing, silently.
-    fn check_ids(&self, call: &Generate) -> Result<(), Fault> {
-        let biased = call.sampling.logit_bias.iter().map(|(id, _)| (*id, "logit_bias"));
-        let allowed = call.sampling.allowed_token_ids.iter().flatten().map(|id| (*id, "allowed_token_ids"));
-        let unknown = biased.chain(allowed).find(|(id, _)| *id as usize >= self.vocab_size);
-        unknown.map_or(Ok(()), |(id, param)| {
-            let message = format!("token id {id} is out of the vocabulary of {} tokens", self.vocab_size);
-            Err(Fault::bad_request(message).param(param))
-        })
-    }
-
-    fn too_long(&self, prompt_tokens: u32, asked: Option<u32>, param: &str) -> Fault {
-        let limit = self.model_len;
-        let message = match asked {
-            Some(asked) if prompt_tokens < limit => format!(
-                "This model's maximum context length is {limit} tokens. However, you requested {} tokens ({prompt_tokens} in \
-                 the {param}, {asked} in the completion). Please reduce the length of the {param} or completion.",
-                u64::from(prompt_tokens) + u64::from(asked),
-            ),
-            _ => format!(
-                "This model's maximum context length is {limit} tokens. However, your {param} resulted in {prompt_tokens} \
-                 tokens. Please reduce the length of the {param}."
-            ),
-        };
-        Fault::new(Class::new(Code::ContextLengthExceeded, Blame::Client), message).param(param)
-    }
-}
-
-/// How much of what a model file and a configuration give.
-struct Layout {
-    spec: ModelSpec,
-    block_size: usize,
-    blocks: usize,
-    positions_max: usize,
-}
-
-impl Layout {
-    fn plan(config: &EngineConfig, file: &ModelFile, path: &Path) -> Result<Self, StartError> {
-        let spec = ModelSpec::from_gguf(file.gguf())
-            .map_err(|source| StartError::Spec { path: path.into(), source })?;
-        let block_size = config.block_size as usize;
-        let wanted = spec.blocks_for_memory(config.kv_cache_memory.bytes(), block_size);
-        if wanted == 0 {
-            let needed = forebay_config::ByteSize::new(spec.memory_for_blocks(1, block_size));
-            return Err(StartError::KvTooSmall { given: config.kv_cache_memory, needed });
-        }
-        if let Some(asked) = config.max_model_len
-            && asked as usize > spec.context_len
-        {
-            return Err(StartError::ModelLen { asked, trained: spec.context_len });
-        }
-        let positions_max = config.max_model_len.map_or(spec.context_len, |n| n as usize);
-        // No more blocks than all running sequences could fill.
-        let useful = positions_max.div_ceil(block_size).saturating_mul(config.max_num_seqs as usize);
-        Ok(Self { spec, block_size, blocks: wanted.min(useful), positions_max })
-    }
 }
 
 impl Stage<Placed> for Engine {
@@ -553,65 +374,12 @@ fn both(here: Option<KvSink>, elsewhere: Option<KvSink>) -> Option<KvSink> {
     }
 }
 
-/// The events of one request. Dropping it closes the channel, which is how the step loop learns that the client left.
-struct EventStream {
-    first: Option<Event>,
-    receiver: mpsc::Receiver<Result<Event, Fault>>,
-    trace: Trace,
-    begun: Instant,
-    ended: bool,
-}
-
-impl futures_util::Stream for EventStream {
-    type Item = Result<Chunk, Fault>;
-
-    fn poll_next(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Self::Item>> {
-        use std::task::Poll;
-        if let Some(first) = self.first.take() {
-            return Poll::Ready(Some(Ok(Chunk::Event(first))));
-        }
-        let item = std::task::ready!(self.receiver.poll_recv(context));
-        match item {
-            Some(Ok(event)) => {
-                if let Event::Done { usage } = &event {
-                    self.ended = true;
-                    let why = format!("{} tokens", usage.completion_tokens);
-                    self.trace.note(Layer::Engine, "decode", self.begun, why);
-                }
-                Poll::Ready(Some(Ok(Chunk::Event(event))))
-            }
-            Some(Err(fault)) => {
-                self.ended = true;
-                Poll::Ready(Some(Err(fault)))
-            }
-            // The step thread is gone in the middle of an answer.
-            None if !self.ended => {
-                self.ended = true;
-                // Something has reached the client: the same request elsewhere would repeat it.
-                let mut fault = stopped();
-                fault.class.retry = Retry::Never;
-                Poll::Ready(Some(Err(fault)))
-            }
-            None => Poll::Ready(None),
-        }
-    }
-}
-
 fn overloaded() -> Fault {
     let class = Class::new(Code::Overloaded, Blame::Us).retry(Retry::After(RETRY_AFTER));
     Fault::new(
         class,
         format!("the engine's inbox is full: {INBOX_MAX} requests arrived within one step; try again later"),
     )
-}
-
-fn stopped() -> Fault {
-    let class = Class::new(Code::ModelUnavailable, Blame::Us).retry(Retry::Elsewhere);
-    Fault::new(class, "the engine has stopped")
-        .detail("the step thread has ended; an earlier log line says why")
 }
 
 fn fresh_seed() -> Result<u64, Fault> {

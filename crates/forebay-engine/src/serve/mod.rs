@@ -4,11 +4,16 @@
 //! reached through one bounded channel. **Invariant:** nothing in here knows HTTP or JSON of a generation; the only
 //! JSON is that of `/tokenize` and `/detokenize`.
 
+mod checks;
 mod choice;
 mod constrain;
 mod engine;
+mod events;
+mod layout;
 mod memory;
 mod prompt;
+mod sampling;
+mod start_error;
 mod step_loop;
 mod submission;
 mod text;
@@ -21,7 +26,8 @@ use std::sync::Arc;
 
 use forebay_kv::KvEvent;
 
-pub use engine::{Engine, EngineDeps, StartError};
+pub use engine::{Engine, EngineDeps};
+pub use start_error::StartError;
 pub use text::TextError;
 
 /// Gets the KV events of an engine, in order, on the step thread: must be quick.

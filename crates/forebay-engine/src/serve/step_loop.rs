@@ -8,11 +8,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forebay_grammar::{GrammarError, Mask};
 use forebay_kernels::Pool;
 use forebay_kv::CacheSalt;
 use forebay_kv::KvEvent;
-use forebay_schedule::{AddError, NewSeq, Scheduler, SeqId, StepPlan};
+use forebay_schedule::{AddError, NewSeq, Scheduler, SeqId};
 use forebay_tokens::Tokenizer;
 use forebay_types::{Blame, Class, Code, Fault, FinishReason, Retry, TokenId, Usage};
 use forebay_wire::{Delta, Event};
@@ -20,13 +19,13 @@ use tokio::sync::mpsc;
 
 use crate::exec::Executor;
 use crate::metrics::{ModelMetrics, Rejection, RequestRecord, StepRecord};
-use crate::sample::{Choice as Sampled, Sampler};
 
 use super::KvSink;
 use super::choice::ChoiceState;
-use super::constrain::{Constrained, MaskThread};
+use super::constrain::MaskThread;
 use super::engine::INBOX_MAX;
-use super::submission::{How, Submission};
+use super::sampling::SampleJob;
+use super::submission::Submission;
 
 /// How long the loop sleeps where work waits but nothing can be planned: only a defect of the scheduler leads here,
 /// and it must not become a busy loop.
@@ -51,11 +50,11 @@ pub(crate) struct LoopState {
     next_seq: u64,
     next_request: u64,
     requests: HashMap<u64, Request>,
-    choices: HashMap<SeqId, (u64, ChoiceState)>,
+    pub(super) choices: HashMap<SeqId, (u64, ChoiceState)>,
     kv_events: Vec<KvEvent>,
-    jobs: Vec<SampleJob>,
+    pub(super) jobs: Vec<SampleJob>,
     /// Choices whose constraint could not be followed in this turn.
-    broken: Vec<(SeqId, Fault)>,
+    pub(super) broken: Vec<(SeqId, Fault)>,
     /// Started by the first constrained choice.
     masks: Option<MaskThread>,
     seen: Seen,
@@ -82,34 +81,6 @@ struct Request {
     completion_tokens: u32,
 }
 
-struct SampleJob {
-    seq: SeqId,
-    row: usize,
-    sampler: Option<Sampler>,
-    /// Whose end tokens may not be chosen now.
-    banned: Option<Arc<How>>,
-    /// Tokens that would complete a bad word.
-    bad: Vec<TokenId>,
-    /// Whose allowed tokens are the only ones.
-    allowed: Option<Arc<How>>,
-    logprobs: Option<u32>,
-    constrained: Option<Constrained>,
-    mask: Option<Mask>,
-    sampled: Option<Sampled>,
-}
-
-impl SampleJob {
-    /// Does nothing where the sampler was taken away.
-    fn sample(&mut self, row: &[f32]) {
-        let Some(sampler) = &mut self.sampler else { return };
-        let allowed = self.allowed.as_ref().and_then(|how| how.allowed.as_ref());
-        if let Some(ends) = &self.banned {
-            self.bad.extend_from_slice(&ends.end_tokens);
-        }
-        self.sampled = Some(sampler.choose(row, &self.bad, self.mask.as_ref().or(allowed), self.logprobs));
-    }
-}
-
 /// What a turn did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Turn {
@@ -134,55 +105,6 @@ impl LoopState {
             masks: None,
             seen: Seen::default(),
             stuck: false,
-        }
-    }
-
-    /// The masks of the rows to be sampled, which were made while the model computed. A choice whose constraint failed
-    /// is not sampled, and its request ends with the reason.
-    fn take_masks(&mut self) {
-        for job in &mut self.jobs {
-            let Some(constrained) = &mut job.constrained else { continue };
-            let allowed = job.allowed.as_ref().and_then(|how| how.allowed.as_ref());
-            let mask = constrained.mask().and_then(|mut mask| match allowed {
-                Some(allowed) if !mask.intersect(allowed) => Err(GrammarError::Matching(
-                    "none of `allowed_token_ids` may come next in the constraint".to_owned(),
-                )),
-                _ => Ok(mask),
-            });
-            match mask {
-                Ok(mask) => job.mask = Some(mask),
-                Err(error) => {
-                    job.sampler = None;
-                    self.broken.push((job.seq, error.into()));
-                }
-            }
-        }
-    }
-
-    /// Takes the samplers of the rows that want a token out of their choices, so that rows can be sampled in
-    /// parallel.
-    fn line_up(&mut self, plan: &StepPlan, now: Instant) {
-        self.jobs.clear();
-        let mut wanted = plan.logit_tokens.iter().enumerate().peekable();
-        for (r, &seq) in plan.seqs.iter().enumerate() {
-            let range = plan.row(r);
-            let row = wanted.next_if(|&(_, &t)| range.contains(&(t as usize))).map(|(row, _)| row);
-            let Some((_, choice)) = self.choices.get_mut(&seq) else { continue };
-            choice.first_scheduled.get_or_insert(now);
-            if let Some(row) = row {
-                self.jobs.push(SampleJob {
-                    seq,
-                    row,
-                    banned: choice.banned_ends().cloned(),
-                    bad: choice.bad_now(),
-                    allowed: choice.allowed().cloned(),
-                    logprobs: choice.logprobs(),
-                    sampler: choice.sampler.take(),
-                    constrained: choice.constrained.take(),
-                    mask: None,
-                    sampled: None,
-                });
-            }
         }
     }
 }

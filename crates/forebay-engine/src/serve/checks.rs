@@ -1,0 +1,119 @@
+//! What a request may ask of this model: lengths, counts and ids.
+
+use std::sync::Arc;
+
+use forebay_types::{Blame, Class, Code, Fault, TokenId};
+use forebay_wire::{Api, Generate, Prompt};
+
+use super::engine::Engine;
+use super::submission::PromptAsk;
+
+/// Prompts (times choices) of one request: OpenAI's limit of `n`, and of a batch of prompts.
+const CHOICES_MAX: usize = 2048;
+/// `max_tokens` of the completions API where the request has none.
+const COMPLETION_TOKENS_DEFAULT: u32 = 16;
+
+impl Engine {
+    /// Refuses prompts that can't fit, by their size alone. One that passes may still be too long.
+    pub fn fits(&self, prompt: &Prompt) -> Result<(), Fault> {
+        let param = if matches!(prompt, Prompt::Chat { .. }) { "messages" } else { "prompt" };
+        self.fit_bytes(prompt.bytes_max(), param)
+    }
+
+    pub(super) fn fit_bytes(&self, bytes: usize, param: &str) -> Result<(), Fault> {
+        let (tokens, limit) = (self.model_len, self.prompt_bytes_max());
+        if bytes <= limit {
+            return Ok(());
+        }
+        let message = format!(
+            "This model's maximum context length is {tokens} tokens, which is {limit} bytes of text at most. However, your \
+             {param} resulted in {bytes} bytes. Please reduce the length of the {param}."
+        );
+        Err(Fault::new(Class::new(Code::ContextLengthExceeded, Blame::Client), message).param(param))
+    }
+
+    /// Checks each prompt against the model and fixes how much may be generated for it.
+    pub(super) fn prompt_asks(
+        &self,
+        call: &Generate,
+        prompts: Vec<Arc<[TokenId]>>,
+    ) -> Result<Vec<PromptAsk>, Fault> {
+        if call.echo && call.logprobs.is_some() {
+            // The prompt's own log-probabilities would be missing: refused rather than answered by half.
+            let class = Class::new(Code::NotSupported, Blame::Client);
+            let message = "`echo` together with `logprobs` is not supported; ask for one of them";
+            return Err(Fault::new(class, message).param("echo"));
+        }
+        let choices = prompts.len().saturating_mul(call.n as usize);
+        if choices > CHOICES_MAX {
+            let message = format!(
+                "the request asks for {choices} choices (prompts times `n`); the limit is {CHOICES_MAX}"
+            );
+            return Err(Fault::bad_request(message).param("n"));
+        }
+        let param = match call.api {
+            Api::ChatCompletions => "messages",
+            Api::Completions => "prompt",
+        };
+        prompts
+            .into_iter()
+            .enumerate()
+            .map(|(p, ids)| {
+                if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+                    let message = format!("token id {id} is out of the vocabulary of {} tokens", self.vocab_size);
+                    return Err(Fault::bad_request(message).param(param));
+                }
+                if ids.is_empty() {
+                    return Err(Fault::bad_request("the prompt is empty: it has no tokens").param(param));
+                }
+                let prompt_tokens = ids.len() as u32;
+                let left = self.model_len.saturating_sub(prompt_tokens);
+                let max_tokens = match (call.max_tokens, call.api) {
+                    (Some(asked), _) if asked <= left => asked,
+                    (None, Api::Completions) if left > 0 => COMPLETION_TOKENS_DEFAULT.min(left),
+                    (None, Api::ChatCompletions) if left > 0 => left,
+                    (asked, _) => return Err(self.too_long(prompt_tokens, asked, param)),
+                };
+                if call.min_tokens > max_tokens {
+                    let message = format!(
+                        "min_tokens is {}, but only {max_tokens} tokens may be generated; raise max_tokens or lower it",
+                        call.min_tokens
+                    );
+                    return Err(Fault::bad_request(message).param("min_tokens"));
+                }
+                let echo = call.echo.then(|| match &call.prompt {
+                    Prompt::Text(texts) => texts.get(p).cloned().unwrap_or_default(),
+                    _ => self.text.tokenizer().decode(&ids, false),
+                });
+                Ok(PromptAsk { ids, max_tokens, echo })
+            })
+            .collect()
+    }
+
+    /// A bias on a token that isn't there would do nothing, silently.
+    pub(super) fn check_ids(&self, call: &Generate) -> Result<(), Fault> {
+        let biased = call.sampling.logit_bias.iter().map(|(id, _)| (*id, "logit_bias"));
+        let allowed = call.sampling.allowed_token_ids.iter().flatten().map(|id| (*id, "allowed_token_ids"));
+        let unknown = biased.chain(allowed).find(|(id, _)| *id as usize >= self.vocab_size);
+        unknown.map_or(Ok(()), |(id, param)| {
+            let message = format!("token id {id} is out of the vocabulary of {} tokens", self.vocab_size);
+            Err(Fault::bad_request(message).param(param))
+        })
+    }
+
+    fn too_long(&self, prompt_tokens: u32, asked: Option<u32>, param: &str) -> Fault {
+        let limit = self.model_len;
+        let message = match asked {
+            Some(asked) if prompt_tokens < limit => format!(
+                "This model's maximum context length is {limit} tokens. However, you requested {} tokens ({prompt_tokens} in \
+                 the {param}, {asked} in the completion). Please reduce the length of the {param} or completion.",
+                u64::from(prompt_tokens) + u64::from(asked),
+            ),
+            _ => format!(
+                "This model's maximum context length is {limit} tokens. However, your {param} resulted in {prompt_tokens} \
+                 tokens. Please reduce the length of the {param}."
+            ),
+        };
+        Fault::new(Class::new(Code::ContextLengthExceeded, Blame::Client), message).param(param)
+    }
+}

@@ -1,0 +1,92 @@
+//! The rows of a step that want a token: what each needs from its choice, so that they can be sampled in parallel.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use forebay_grammar::{GrammarError, Mask};
+use forebay_schedule::{SeqId, StepPlan};
+use forebay_types::TokenId;
+
+use super::constrain::Constrained;
+use super::step_loop::LoopState;
+use super::submission::How;
+use crate::sample::{Choice as Sampled, Sampler};
+
+pub(super) struct SampleJob {
+    pub seq: SeqId,
+    pub row: usize,
+    pub sampler: Option<Sampler>,
+    /// Whose end tokens may not be chosen now.
+    pub banned: Option<Arc<How>>,
+    /// Tokens that would complete a bad word.
+    pub bad: Vec<TokenId>,
+    /// Whose allowed tokens are the only ones.
+    pub allowed: Option<Arc<How>>,
+    pub logprobs: Option<u32>,
+    pub constrained: Option<Constrained>,
+    pub mask: Option<Mask>,
+    pub sampled: Option<Sampled>,
+}
+
+impl SampleJob {
+    /// Does nothing where the sampler was taken away.
+    pub(super) fn sample(&mut self, row: &[f32]) {
+        let Some(sampler) = &mut self.sampler else { return };
+        let allowed = self.allowed.as_ref().and_then(|how| how.allowed.as_ref());
+        if let Some(ends) = &self.banned {
+            self.bad.extend_from_slice(&ends.end_tokens);
+        }
+        self.sampled = Some(sampler.choose(row, &self.bad, self.mask.as_ref().or(allowed), self.logprobs));
+    }
+}
+
+impl LoopState {
+    /// The masks of the rows to be sampled, which were made while the model computed. A choice whose constraint failed
+    /// is not sampled, and its request ends with the reason.
+    pub(super) fn take_masks(&mut self) {
+        for job in &mut self.jobs {
+            let Some(constrained) = &mut job.constrained else { continue };
+            let allowed = job.allowed.as_ref().and_then(|how| how.allowed.as_ref());
+            let mask = constrained.mask().and_then(|mut mask| match allowed {
+                Some(allowed) if !mask.intersect(allowed) => Err(GrammarError::Matching(
+                    "none of `allowed_token_ids` may come next in the constraint".to_owned(),
+                )),
+                _ => Ok(mask),
+            });
+            match mask {
+                Ok(mask) => job.mask = Some(mask),
+                Err(error) => {
+                    job.sampler = None;
+                    self.broken.push((job.seq, error.into()));
+                }
+            }
+        }
+    }
+
+    /// Takes the samplers of the rows that want a token out of their choices, so that rows can be sampled in
+    /// parallel.
+    pub(super) fn line_up(&mut self, plan: &StepPlan, now: Instant) {
+        self.jobs.clear();
+        let mut wanted = plan.logit_tokens.iter().enumerate().peekable();
+        for (r, &seq) in plan.seqs.iter().enumerate() {
+            let range = plan.row(r);
+            let row = wanted.next_if(|&(_, &t)| range.contains(&(t as usize))).map(|(row, _)| row);
+            let Some((_, choice)) = self.choices.get_mut(&seq) else { continue };
+            choice.first_scheduled.get_or_insert(now);
+            if let Some(row) = row {
+                self.jobs.push(SampleJob {
+                    seq,
+                    row,
+                    banned: choice.banned_ends().cloned(),
+                    bad: choice.bad_now(),
+                    allowed: choice.allowed().cloned(),
+                    logprobs: choice.logprobs(),
+                    sampler: choice.sampler.take(),
+                    constrained: choice.constrained.take(),
+                    mask: None,
+                    sampled: None,
+                });
+            }
+        }
+    }
+}

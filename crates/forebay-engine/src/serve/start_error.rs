@@ -1,0 +1,58 @@
+//! Why an engine can't be started.
+
+use std::path::PathBuf;
+
+use super::text::TextError;
+use crate::config::EngineConfigError;
+use crate::exec::BuildError;
+use crate::kv_events::KvEventsError;
+use crate::model::{OpenError, SpecError};
+
+/// Why an engine could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Config(#[from] EngineConfigError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("the model in {} can't be served", path.display())]
+    Spec { path: PathBuf, source: SpecError },
+    #[error("the model in {} can't be served", path.display())]
+    Text { path: PathBuf, source: TextError },
+    #[error("the model in {} can't be loaded", path.display())]
+    Build { path: PathBuf, source: BuildError },
+    #[error(
+        "`engine.kv-cache-memory` ({given}) is less than one block of this model: give it {needed} or more"
+    )]
+    KvTooSmall { given: forebay_config::ByteSize, needed: forebay_config::ByteSize },
+    #[error(
+        "`engine.max-model-len` is {asked}, but the model was trained for {trained} tokens; lower it or leave it out"
+    )]
+    ModelLen { asked: u32, trained: usize },
+    #[error(
+        "not enough memory: the model needs about {weights} and `engine.kv-cache-memory` is {kv}, but only {available} \
+         is available; lower `engine.kv-cache-memory` or use a smaller model"
+    )]
+    Memory {
+        weights: forebay_config::ByteSize,
+        kv: forebay_config::ByteSize,
+        available: forebay_config::ByteSize,
+    },
+    #[error(transparent)]
+    KvEvents(#[from] KvEventsError),
+    #[error("the engine's thread can't be started")]
+    Thread(#[source] std::io::Error),
+}
+
+impl StartError {
+    /// The configuration key that is at fault, or is closest to it.
+    pub fn at(&self) -> &'static str {
+        match self {
+            Self::Open(_) | Self::Spec { .. } | Self::Text { .. } | Self::Build { .. } => "engine.model",
+            Self::KvTooSmall { .. } | Self::Memory { .. } => "engine.kv-cache-memory",
+            Self::ModelLen { .. } => "engine.max-model-len",
+            Self::KvEvents(_) => "engine.kv-events",
+            Self::Config(_) | Self::Thread(_) => "engine",
+        }
+    }
+}
