@@ -6,6 +6,7 @@ pub mod gguf;
 mod kv_events;
 mod metrics;
 pub mod model;
+pub mod safetensors;
 pub mod sample;
 mod serve;
 
