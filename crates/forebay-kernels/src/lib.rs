@@ -2,8 +2,9 @@
 //!
 //! What a transformer's forward pass needs and nothing about any model: packed weight matrices in GGUF's
 //! quantised types ([`Matrix`]), activations quantised per 32 values ([`Activations`]), their product
-//! ([`matmul()`]), paged KV with causal attention ([`KvCache`], [`attention()`]), norms, rotary embedding, the
-//! threads to run it on ([`Pool`]) and a read-only file mapping ([`MappedFile`]).
+//! ([`matmul()`]), paged KV with causal attention ([`KvCache`], [`attention()`]), attention in both directions for
+//! encoders ([`full_attention()`]), norms, rotary embedding, the threads to run it on ([`Pool`]) and a read-only
+//! file mapping ([`MappedFile`]).
 //!
 //! **Invariant: same bits always.** A row of a result depends on its own input row only. Not on how many rows
 //! are computed with it, nor on the number of threads, the chunking of a prefill, the block tables, or the
@@ -27,6 +28,7 @@ mod activations;
 mod attention;
 mod buffer;
 mod elementwise;
+mod encoder;
 #[cfg(test)]
 mod fixtures;
 mod isa;
@@ -40,8 +42,9 @@ mod simd;
 mod tensor;
 
 pub use activations::Activations;
-pub use attention::{AttnRow, AttnShape, attention};
+pub use attention::{AttnRow, AttnShape, FullShape, attention, full_attention};
 pub use elementwise::{add_assign, argmax, gelu_tanh_mul, rms_norm, scale_in_place, silu_mul};
+pub use encoder::{gelu_erf_in_place, layer_norm_in_place};
 pub use isa::Isa;
 pub use kv_cache::{KvCache, KvError};
 pub use mapped::{MapError, MappedFile};

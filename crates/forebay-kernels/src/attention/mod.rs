@@ -8,6 +8,7 @@
 //! A unit of work is a few queries of one sequence and one KV head; its queries, times the heads that share
 //! that KV head, are the rows of the micro-tiles, so keys and values are loaded once for several of them.
 
+mod full;
 mod tile;
 
 use std::cell::RefCell;
@@ -17,6 +18,8 @@ use crate::Pool;
 use crate::buffer::SharedMut;
 use crate::kv_cache::KvCache;
 use crate::simd::{LANES, Simd, WithSimd};
+
+pub use full::{FullShape, full_attention};
 
 /// Tokens that are one softmax before merging. 256 scores of a row are 1 KiB; keys and values of a segment, at 64
 /// dimensions, 64 KiB: they stay in the L2 cache while all rows of a unit pass over them.
