@@ -4,16 +4,17 @@
 
 use std::sync::Arc;
 
-use driver::{Driver, Sequence, greedy, supported_isas};
+use driver::together::{Expected, bits, check_together, expected, prompt};
+use driver::{Driver, supported_isas};
 use forebay_engine::gguf::ElementType;
 use forebay_engine::model::ModelFile;
 use forebay_engine::model::tiny::TinyLlama;
 use forebay_kernels::Isa;
 use proptest::prelude::*;
 
-mod driver;
+use crate::driver::together::BLOCKS;
 
-const BLOCKS: u32 = 200;
+mod driver;
 
 /// An f32 model, two quantised ones (as SmolLM2's file is mixed: Q4_1 layers, a Q8_0 embedding and head), and one with
 /// a sliding window in every second layer.
@@ -33,64 +34,6 @@ fn models() -> Vec<Arc<ModelFile>> {
     tiny.iter().map(|t| Arc::new(ModelFile::from_bytes(t.to_gguf()).unwrap())).collect()
 }
 
-fn prompt(len: usize, seed: u32) -> Vec<u32> {
-    (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) ^ seed.wrapping_mul(40_503)) >> 7 & 0xff).collect()
-}
-
-/// What a sequence gives alone, in one prefill and then token by token, on one thread, in blocks 0, 1, 2, ...
-struct Expected {
-    prompt: Vec<u32>,
-    tokens: Vec<u32>,
-    logits: Vec<Vec<f32>>,
-}
-
-fn expected(model: &Arc<ModelFile>, isa: Isa, prompt: Vec<u32>, count: usize) -> Expected {
-    let mut driver = Driver::new(model, isa, 1, 16, (0..BLOCKS).rev().collect());
-    let (tokens, logits) = driver.generate(&prompt, count);
-    Expected { prompt, tokens, logits }
-}
-
-fn bits(logits: &[f32]) -> Vec<u32> {
-    logits.iter().map(|l| l.to_bits()).collect()
-}
-
-/// Runs all sequences together. Each pass gives every sequence its next chunk (sizes from `chunks`, round robin);
-/// a sequence joins at the pass that `arrivals` says. Asserts that each gives what is expected of it.
-fn check_together(driver: &mut Driver, all: &[Expected], chunks: &[usize], arrivals: &[usize]) {
-    let mut sequences: Vec<Sequence> = all.iter().map(|e| driver.sequence(&e.prompt)).collect();
-    let mut produced = vec![0; all.len()];
-    let mut chunk = chunks.iter().cycle();
-    for pass in 0.. {
-        let mut rows = Vec::new();
-        let mut which = Vec::new();
-        for (nth, sequence) in sequences.iter_mut().enumerate() {
-            if produced[nth] < all[nth].tokens.len() && arrivals[nth] <= pass {
-                let missing = sequence.tokens.len() - sequence.computed;
-                rows.push((sequence, missing.min(*chunk.next().unwrap())));
-                which.push(nth);
-            }
-        }
-        if rows.is_empty() && arrivals.iter().all(|&at| at <= pass) {
-            break;
-        }
-        if rows.is_empty() {
-            continue;
-        }
-        let logits = driver.step(&mut rows);
-        for (nth, logits) in which.into_iter().zip(logits) {
-            if sequences[nth].computed < sequences[nth].tokens.len() {
-                continue;
-            }
-            let at = produced[nth];
-            assert_eq!(bits(&logits), bits(&all[nth].logits[at]), "sequence {nth}, token {at}, pass {pass}");
-            assert_eq!(greedy(&logits), all[nth].tokens[at]);
-            sequences[nth].tokens.push(all[nth].tokens[at]);
-            produced[nth] += 1;
-        }
-    }
-    assert!(produced.iter().zip(all).all(|(done, e)| *done == e.tokens.len()));
-}
-
 #[test]
 fn a_batch_gives_every_sequence_what_it_gets_alone() {
     for model in models() {
@@ -104,7 +47,7 @@ fn a_batch_gives_every_sequence_what_it_gets_alone() {
                 // Every other block, from the end: nothing stands where the reference had it.
                 let order = (0..BLOCKS).map(|b| b * 37 % BLOCKS).collect();
                 let mut driver = Driver::new(&model, isa, threads, 16, order);
-                check_together(&mut driver, &all, &[usize::MAX], &[0; 7]);
+                check_together(&mut driver, &all, &[usize::MAX], &[0; 7], &[]);
             }
         }
     }
@@ -130,7 +73,7 @@ fn a_long_prompt_gives_the_same_in_any_chunks_and_block_sizes() {
             for (threads, block_size, chunk) in [(2, 16, 700), (1, 16, 256), (2, 32, 100), (1, 48, 33)] {
                 let blocks = 704 / block_size as u32 + 1;
                 let mut driver = Driver::new(&model, isa, threads, block_size, (0..blocks).collect());
-                check_together(&mut driver, &all, &[chunk], &[0]);
+                check_together(&mut driver, &all, &[chunk], &[0], &[]);
             }
         }
     }
@@ -144,6 +87,7 @@ proptest! {
         lens in prop::collection::vec(1usize..90, 1..7),
         chunks in prop::collection::vec(1usize..50, 1..6),
         arrivals in prop::collection::vec(0usize..6, 7),
+        preempted in prop::collection::vec((0usize..12, 0usize..7), 0..3),
         order in Just((0..BLOCKS).collect::<Vec<u32>>()).prop_shuffle(),
         threads in 1usize..3,
     ) {
@@ -152,6 +96,6 @@ proptest! {
         let all: Vec<Expected> =
             lens.iter().enumerate().map(|(nth, &len)| expected(model, isa, prompt(len, nth as u32), 3)).collect();
         let mut driver = Driver::new(model, isa, threads, 16, order);
-        check_together(&mut driver, &all, &chunks, &arrivals[..all.len()]);
+        check_together(&mut driver, &all, &chunks, &arrivals[..all.len()], &preempted);
     }
 }

@@ -14,10 +14,11 @@ use forebay_kernels::{
 use forebay_schedule::StepPlan;
 
 use super::check::{Bounds, check_plan};
-use super::{ExecError, Executor};
+use super::links::Links;
+use super::{CollectiveError, ExecError, Executor};
 use crate::model::{
-    Activation, HEAD_DIM_MAX, HeadNorms, Layer, ModelFile, ModelSpec, Rope, RopeLayout, SpecError, Weights,
-    WeightsError,
+    Activation, HEAD_DIM_MAX, HeadNorms, Layer, ModelFile, ModelSpec, RanksError, Rope, RopeLayout, Shard,
+    SpecError, Weights, WeightsError,
 };
 
 /// How to run a model.
@@ -43,14 +44,20 @@ pub enum BuildError {
     Weights(#[from] WeightsError),
     #[error("the KV cache cannot be made")]
     Kv(#[from] KvError),
+    #[error("the model cannot be divided among ranks")]
+    Ranks(#[from] RanksError),
+    #[error("no thread for a rank")]
+    Thread(#[source] std::io::Error),
 }
 
 /// Values that one chunk of elementwise work handles: some 5 µs, several times what handing it over costs.
 const CHUNK_VALUES: usize = 16 << 10;
 
-/// Runs a model with the kernels of `forebay-kernels`, on threads of its own.
+/// Runs a model, or as one of several ranks a shard of it, with the kernels of `forebay-kernels`.
 pub struct CpuExecutor {
     spec: ModelSpec,
+    shard: Shard,
+    links: Links,
     weights: Weights,
     pool: Arc<Pool>,
     cache: KvCache,
@@ -70,11 +77,11 @@ struct Buffers {
     normed: Vec<f32>,
     /// `[T, dim]`: what a block adds to the stream.
     delta: Vec<f32>,
-    /// `[T, qkv_dim]`
+    /// `[T, qkv_dim]` of the own heads.
     qkv: Vec<f32>,
     /// `[T, q_heads * head_dim]`
     attended: Vec<f32>,
-    /// `[T, 2 * ffn_dim]`
+    /// `[T, 2 * ffn_dim]` of the own rows.
     gate_up: Vec<f32>,
     /// `[T, ffn_dim]`
     hidden: Vec<f32>,
@@ -96,10 +103,24 @@ impl CpuExecutor {
         pool: Arc<Pool>,
     ) -> Result<Self, BuildError> {
         let spec = ModelSpec::from_gguf(file.gguf())?;
-        let weights = Weights::load(file, &spec, options.isa, &pool)?;
-        let cache =
-            KvCache::new(spec.layers, options.blocks, options.block_size, spec.kv_heads, spec.head_dim)?
-                .with_isa(options.isa);
+        let (shard, packing) = (Shard::whole(&spec), Arc::clone(&pool));
+        Self::rank(file, spec, shard, Links::none(), options, pool, &packing)
+    }
+
+    /// One rank of several. `packing`: threads to pack the weights with.
+    pub(super) fn rank(
+        file: &Arc<ModelFile>,
+        spec: ModelSpec,
+        shard: Shard,
+        links: Links,
+        options: &CpuOptions,
+        pool: Arc<Pool>,
+        packing: &Pool,
+    ) -> Result<Self, BuildError> {
+        let weights = Weights::load(file, &spec, &shard, options.isa, packing)?;
+        let (layers, kv_heads) = (shard.layers.len(), shard.kv_heads.len());
+        let cache = KvCache::new(layers, options.blocks, options.block_size, kv_heads, spec.head_dim)?
+            .with_isa(options.isa);
         let positions_max = options.positions_max.min(spec.context_len);
         let ropes = RopeTables::new(&spec, weights.rope_factors.as_deref(), positions_max);
         let bounds = Bounds {
@@ -109,7 +130,7 @@ impl CpuExecutor {
             positions_max,
         };
         let (buffers, attention_rows) = (Buffers::default(), Vec::new());
-        Ok(Self { spec, weights, pool, cache, ropes, bounds, buffers, attention_rows })
+        Ok(Self { spec, shard, links, weights, pool, cache, ropes, bounds, buffers, attention_rows })
     }
 
     pub fn spec(&self) -> &ModelSpec {
@@ -171,10 +192,22 @@ impl Executor for CpuExecutor {
     }
 
     fn execute(&mut self, plan: &StepPlan) -> Result<&[f32], ExecError> {
-        check_plan(plan, &self.bounds)?;
+        self.check(plan)?;
         if plan.is_empty() {
             return Ok(&[]);
         }
+        self.compute(plan)?;
+        Ok(self.logits(plan))
+    }
+}
+
+impl CpuExecutor {
+    pub(super) fn check(&self, plan: &StepPlan) -> Result<(), ExecError> {
+        Ok(check_plan(plan, &self.bounds)?)
+    }
+
+    /// One pass of a plan that is not empty and was checked.
+    pub(super) fn compute(&mut self, plan: &StepPlan) -> Result<(), CollectiveError> {
         let mut rows = reuse(std::mem::take(&mut self.attention_rows));
         rows.extend((0..plan.rows()).map(|row| {
             let queries = plan.row(row);
@@ -184,29 +217,25 @@ impl Executor for CpuExecutor {
                 block_table: plan.block_table(row),
             }
         }));
-        let (spec, pool) = (&self.spec, &self.pool);
         let mut pass = Pass {
-            spec,
-            pool,
+            spec: &self.spec,
+            shard: &self.shard,
+            links: &mut self.links,
+            pool: &self.pool,
             ropes: &self.ropes,
             cache: &mut self.cache,
             plan,
             attention_rows: &rows,
             buffers: &mut self.buffers,
         };
-        pass.embed(&self.weights);
-        let (last, others) = self.weights.layers.split_last().expect("a model has layers: its spec says so");
-        for (nth, layer) in others.iter().enumerate() {
-            pass.attend(nth, layer);
-            pass.mix(layer, plan.tokens());
-        }
-        // After the last attention nothing flows between tokens: go on with those whose logits are wanted.
-        pass.attend(others.len(), last);
-        pass.keep_wanted();
-        pass.mix(last, plan.logit_tokens.len());
-        pass.head(&self.weights);
+        pass.run(&self.weights)?;
         self.attention_rows = reuse(rows);
-        Ok(&self.buffers.logits[..plan.logit_tokens.len() * spec.vocab_size])
+        Ok(())
+    }
+
+    /// What the last pass, of this plan, has made; only the last stage has logits.
+    pub(super) fn logits(&self, plan: &StepPlan) -> &[f32] {
+        &self.buffers.logits[..plan.logit_tokens.len() * self.spec.vocab_size]
     }
 }
 
@@ -219,6 +248,8 @@ fn reuse<'b>(mut rows: Vec<AttnRow<'_>>) -> Vec<AttnRow<'b>> {
 /// One forward pass.
 struct Pass<'a> {
     spec: &'a ModelSpec,
+    shard: &'a Shard,
+    links: &'a mut Links,
     pool: &'a Pool,
     ropes: &'a RopeTables,
     cache: &'a mut KvCache,
@@ -228,6 +259,28 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    fn run(&mut self, weights: &Weights) -> Result<(), CollectiveError> {
+        let tokens = self.plan.tokens();
+        let x = at_least(&mut self.buffers.x, tokens * self.spec.dim);
+        if !self.links.receive(x)? {
+            self.embed(weights);
+        }
+        let (last, others) = weights.layers.split_last().expect("a shard has layers: `Ranks::check` says so");
+        for (nth, layer) in others.iter().enumerate() {
+            self.attend(nth, layer)?;
+            self.mix(layer, tokens)?;
+        }
+        self.attend(others.len(), last)?;
+        let Some(head) = &weights.head else {
+            self.mix(last, tokens)?;
+            return self.links.hand_on(&self.buffers.x[..tokens * self.spec.dim]);
+        };
+        // After the last attention nothing flows between tokens: go on with those whose logits are wanted.
+        self.keep_wanted();
+        self.mix(last, self.plan.logit_tokens.len())?;
+        self.head(head, &weights.output_norm)
+    }
+
     /// `x = embedding of each token`, scaled where the family wants it
     fn embed(&mut self, weights: &Weights) {
         let (dim, plan) = (self.spec.dim, self.plan);
@@ -243,14 +296,16 @@ impl Pass<'_> {
         });
     }
 
-    /// `attended = attention(norm(x))`; writes the tokens' K and V.
-    fn attend(&mut self, nth: usize, layer: &Layer) {
-        let Self { spec, pool, plan, .. } = *self;
-        let (rope, window) = (self.ropes.of(nth), spec.attention[nth].window);
+    /// `attended = attention(norm(x))`; writes the tokens' K and V. `nth` counts the shard's layers.
+    fn attend(&mut self, nth: usize, layer: &Layer) -> Result<(), CollectiveError> {
+        let Self { spec, shard, pool, plan, .. } = *self;
+        let of_model = shard.layers.start + nth;
+        let (rope, window) = (self.ropes.of(of_model), spec.attention[of_model].window);
         let b = &mut *self.buffers;
         let tokens = plan.tokens();
-        let (q_dim, kv_dim, qkv_dim) =
-            (spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.qkv_dim());
+        // Of the own heads.
+        let (q_dim, kv_dim) = (shard.q_heads.len() * spec.head_dim, shard.kv_heads.len() * spec.head_dim);
+        let qkv_dim = q_dim + 2 * kv_dim;
 
         let normed = at_least(&mut b.normed, tokens * spec.dim);
         norm(pool, &b.x[..tokens * spec.dim], &layer.attention_norm, spec.rms_eps, normed);
@@ -283,16 +338,19 @@ impl Pass<'_> {
                 self.cache.write(nth, row.block_table[position / block_size], position % block_size, k, v);
             }
         }
-        let shape = AttnShape { heads: spec.q_heads, q_stride: qkv_dim, scale: spec.attention_scale, window };
-        let attended = at_least(&mut b.attended, tokens * q_dim);
-        attention(pool, self.cache, nth, shape, self.attention_rows, qkv, attended);
+        let heads = shard.q_heads.len();
+        let shape = AttnShape { heads, q_stride: qkv_dim, scale: spec.attention_scale, window };
+        let attended = at_least(&mut b.attended, tokens * spec.q_heads * spec.head_dim);
+        self.links.fill(attended, tokens, |own| {
+            attention(pool, self.cache, nth, shape, self.attention_rows, qkv, own);
+        })
     }
 
     /// `x += output(attended); x += mlp(norm(x))` for the first `tokens` rows. A family with post norms norms what
     /// is added.
-    fn mix(&mut self, layer: &Layer, tokens: usize) {
+    fn mix(&mut self, layer: &Layer, tokens: usize) -> Result<(), CollectiveError> {
         let Self { spec, pool, .. } = *self;
-        let (dim, ffn_dim) = (spec.dim, spec.ffn_dim);
+        let (dim, own_ffn) = (spec.dim, self.shard.rows(spec.ffn_dim).len());
         let b = &mut *self.buffers;
         let x = &mut b.x[..tokens * dim];
         let delta = at_least(&mut b.delta, tokens * dim);
@@ -300,22 +358,26 @@ impl Pass<'_> {
         let post = layer.post_norms.as_ref();
         let attended = &b.attended[..tokens * spec.q_heads * spec.head_dim];
 
-        project(pool, &layer.output, attended, &mut b.inputs, delta);
+        let inputs = &mut b.inputs;
+        self.links.fill(delta, tokens, |own| project(pool, &layer.output, attended, inputs, own))?;
         add(pool, x, post_normed(pool, post.map(|p| &p.attention), spec.rms_eps, delta, normed), dim);
         norm(pool, x, &layer.ffn_norm, spec.rms_eps, normed);
-        let gate_up = at_least(&mut b.gate_up, tokens * 2 * ffn_dim);
-        project(pool, &layer.gate_up, normed, &mut b.inputs, gate_up);
-        let hidden = at_least(&mut b.hidden, tokens * ffn_dim);
+        let gate_up = at_least(&mut b.gate_up, tokens * 2 * own_ffn);
+        project(pool, &layer.gate_up, normed, inputs, gate_up);
+        let hidden = at_least(&mut b.hidden, tokens * spec.ffn_dim);
         let gate_up = &*gate_up;
-        by_rows(pool, hidden, ffn_dim, &|first, rows| {
-            let gate_up = &gate_up[first * 2 * ffn_dim..][..2 * rows.len()];
-            match spec.family.activation {
-                Activation::Silu => silu_mul(gate_up, ffn_dim, rows),
-                Activation::GeluTanh => gelu_tanh_mul(gate_up, ffn_dim, rows),
-            }
-        });
-        project(pool, &layer.down, hidden, &mut b.inputs, delta);
+        self.links.fill(hidden, tokens, |own| {
+            by_rows(pool, own, own_ffn, &|first, rows| {
+                let gate_up = &gate_up[first * 2 * own_ffn..][..2 * rows.len()];
+                match spec.family.activation {
+                    Activation::Silu => silu_mul(gate_up, own_ffn, rows),
+                    Activation::GeluTanh => gelu_tanh_mul(gate_up, own_ffn, rows),
+                }
+            });
+        })?;
+        self.links.fill(delta, tokens, |own| project(pool, &layer.down, hidden, inputs, own))?;
         add(pool, x, post_normed(pool, post.map(|p| &p.ffn), spec.rms_eps, delta, normed), dim);
+        Ok(())
     }
 
     /// Moves the rows of the wanted tokens to the front of `x` and `attended`.
@@ -330,14 +392,14 @@ impl Pass<'_> {
     }
 
     /// `logits = head(norm(x))` for the rows that [`Self::keep_wanted`] left.
-    fn head(&mut self, weights: &Weights) {
+    fn head(&mut self, head: &Matrix, output_norm: &[f32]) -> Result<(), CollectiveError> {
         let Self { spec, pool, .. } = *self;
         let b = &mut *self.buffers;
         let wanted = self.plan.logit_tokens.len();
         let normed = at_least(&mut b.normed, wanted * spec.dim);
-        norm(pool, &b.x[..wanted * spec.dim], &weights.output_norm, spec.rms_eps, normed);
+        norm(pool, &b.x[..wanted * spec.dim], output_norm, spec.rms_eps, normed);
         let logits = at_least(&mut b.logits, wanted * spec.vocab_size);
-        project(pool, &weights.head, normed, &mut b.inputs, logits);
+        self.links.fill(logits, wanted, |own| project(pool, head, normed, &mut b.inputs, own))
     }
 }
 

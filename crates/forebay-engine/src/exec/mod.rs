@@ -7,14 +7,37 @@ mod check;
 mod collective;
 mod cpu;
 mod fake;
+mod links;
+mod ranks;
 
+use std::sync::Arc;
+
+use forebay_kernels::Pool;
 use forebay_schedule::StepPlan;
-use forebay_types::{Blame, Class, Classify, Code};
+use forebay_types::{Blame, Class, Classify, Code, Retry};
+
+use crate::model::{ModelFile, Ranks};
 
 pub use check::PlanError;
 pub use collective::{Collective, CollectiveError, ThreadCollective};
 pub use cpu::{BuildError, CpuExecutor, CpuOptions};
 pub use fake::FakeExecutor;
+pub use ranks::{RankedExecutor, threads_per_rank};
+
+/// Makes a model ready to run: the one place that chooses weights, KV layout and kernels.
+///
+/// `pool` has [`threads_per_rank`] threads, which the caller may use between passes.
+pub fn start(
+    file: &Arc<ModelFile>,
+    ranks: Ranks,
+    options: &CpuOptions,
+    pool: Arc<Pool>,
+) -> Result<Box<dyn Executor>, BuildError> {
+    if ranks == Ranks::ONE {
+        return Ok(Box::new(CpuExecutor::with_pool(file, options, pool)?));
+    }
+    Ok(Box::new(RankedExecutor::new(file, ranks, options, pool)?))
+}
 
 /// Runs forward passes, one at a time.
 pub trait Executor: Send {
@@ -46,6 +69,28 @@ pub trait Executor: Send {
     fn execute(&mut self, plan: &StepPlan) -> Result<&[f32], ExecError>;
 }
 
+impl<E: Executor + ?Sized> Executor for Box<E> {
+    fn vocab_size(&self) -> usize {
+        (**self).vocab_size()
+    }
+
+    fn block_size(&self) -> usize {
+        (**self).block_size()
+    }
+
+    fn blocks(&self) -> usize {
+        (**self).blocks()
+    }
+
+    fn positions_max(&self) -> usize {
+        (**self).positions_max()
+    }
+
+    fn execute(&mut self, plan: &StepPlan) -> Result<&[f32], ExecError> {
+        (**self).execute(plan)
+    }
+}
+
 /// Why a pass could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum ExecError {
@@ -55,12 +100,23 @@ pub enum ExecError {
     /// Only [`FakeExecutor::fail_at_step`] does this, until there is a device that can fail.
     #[error("the device failed: {what}")]
     Device { what: String },
+    /// Ranks have ended: every later pass fails too.
+    #[error("the ranks of the model have lost each other")]
+    Ranks(#[from] CollectiveError),
+}
+
+impl ExecError {
+    /// Whether the executor will never run a pass again.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Ranks(_))
+    }
 }
 
 impl Classify for ExecError {
     fn class(&self) -> Class {
         match self {
             Self::Plan(_) | Self::Device { .. } => Class::new(Code::Internal, Blame::Us),
+            Self::Ranks(_) => Class::new(Code::ModelUnavailable, Blame::Us).retry(Retry::Elsewhere),
         }
     }
 }

@@ -5,6 +5,7 @@
 //! chat template (their metadata is read by whoever loads them), and every forward pass (that is [`crate::exec`]).
 
 mod file;
+mod shard;
 mod spec;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,8 @@ pub mod tiny;
 mod weights;
 
 pub use file::{ModelFile, OpenError};
+pub(crate) use shard::part;
+pub use shard::{Ranks, RanksError, Shard};
 pub use spec::{
     Activation, FAMILIES, Family, HEAD_DIM_MAX, LayerAttention, ModelSpec, Rope, RopeLayout, SpecError,
     Windowed,

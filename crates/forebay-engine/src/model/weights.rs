@@ -5,11 +5,12 @@
 //! dequantised row by row on lookup (a step reads a handful of its rows).
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_kernels::{Isa, Matrix, PackError, Part, Pool, TensorType, dequantize_row};
 
-use super::{ModelFile, ModelSpec};
+use super::{ModelFile, ModelSpec, Shard};
 use crate::gguf::{ElementType, TensorInfo};
 
 /// Why a model's weights could not be loaded.
@@ -32,7 +33,8 @@ fn hint(wanted: Option<ElementType>) -> String {
     wanted.map_or_else(String::new, |element| format!(" there; {element} expected"))
 }
 
-/// One transformer layer. Matrices are `[rows = outputs, cols = inputs]`.
+/// One transformer layer. Matrices are `[rows = outputs, cols = inputs]`; where a model is divided among ranks, a
+/// rank has some rows of each, and all of what is no matrix but the bias.
 pub struct Layer {
     /// `[dim]`
     pub attention_norm: Vec<f32>,
@@ -86,53 +88,66 @@ impl Embeddings {
     }
 }
 
-/// All weights of a model.
+/// The weights of a model, or of a rank's shard of it.
 pub struct Weights {
     pub embeddings: Embeddings,
     pub layers: Vec<Layer>,
     /// `[dim]`
     pub output_norm: Vec<f32>,
-    /// `[vocab_size, dim]`
-    pub head: Matrix,
+    /// `[vocab_size, dim]`; only the last stage has it.
+    pub head: Option<Matrix>,
     /// `[rope.dims / 2]`: what each rotation frequency is divided by (Llama 3's context extension).
     pub rope_factors: Option<Vec<f32>>,
 }
 
 impl Weights {
-    /// Packs every tensor of the file. Takes seconds for a large model; reads the whole file once.
+    /// Packs the shard's rows of every matrix. Takes seconds for a large model; reads what it packs once.
+    ///
+    /// Tensors of other shards' layers are left to these; so all shards together have looked at every tensor.
     pub fn load(
         file: &Arc<ModelFile>,
         spec: &ModelSpec,
+        shard: &Shard,
         isa: Isa,
         pool: &Pool,
     ) -> Result<Self, WeightsError> {
         let mut loader = Loader { file, isa, pool, used: HashSet::new() };
-        let (dim, q_dim, kv_dim) = (spec.dim, spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let dim = spec.dim;
+        let heads = |all: usize, own: &Range<usize>| Rows {
+            all: all * spec.head_dim,
+            own: own.start * spec.head_dim..own.end * spec.head_dim,
+        };
+        let rows = |all: usize| Rows { all, own: shard.rows(all) };
+        let (q, kv) = (heads(spec.q_heads, &shard.q_heads), heads(spec.kv_heads, &shard.kv_heads));
 
         let embeddings = loader.embeddings("token_embd.weight", dim, spec.vocab_size)?;
         let head = if spec.tied_embeddings { "token_embd.weight" } else { "output.weight" };
-        let head = loader.matrix(&[(head, spec.vocab_size)], dim)?;
+        let head = match shard.last {
+            true => Some(loader.matrix(&[(head, &rows(spec.vocab_size))], dim)?),
+            false => loader.leave(head),
+        };
         let output_norm = loader.vector("output_norm.weight", dim)?;
         let rope_factors = loader.optional_vector("rope_freqs.weight", spec.rope.dims / 2)?;
 
-        let mut layers = Vec::with_capacity(spec.layers);
-        for nth in 0..spec.layers {
+        let (dim_rows, ffn_rows) = (rows(dim), rows(spec.ffn_dim));
+        let mut layers = Vec::with_capacity(shard.layers.len());
+        for nth in shard.layers.clone() {
             let name = |part: &str| format!("blk.{nth}.{part}");
-            let (q, k, v) = (name("attn_q.weight"), name("attn_k.weight"), name("attn_v.weight"));
+            let names = [name("attn_q.weight"), name("attn_k.weight"), name("attn_v.weight")];
             let (gate, up) = (name("ffn_gate.weight"), name("ffn_up.weight"));
             layers.push(Layer {
                 attention_norm: loader.vector(&name("attn_norm.weight"), dim)?,
-                qkv: loader.matrix(&[(&q, q_dim), (&k, kv_dim), (&v, kv_dim)], dim)?,
+                qkv: loader.matrix(&[(&names[0], &q), (&names[1], &kv), (&names[2], &kv)], dim)?,
                 qkv_bias: loader.qkv_bias(
                     [&name("attn_q.bias"), &name("attn_k.bias"), &name("attn_v.bias")],
-                    [q_dim, kv_dim, kv_dim],
+                    [&q, &kv, &kv],
                 )?,
                 head_norms: loader.head_norms(
                     &name("attn_q_norm.weight"),
                     &name("attn_k_norm.weight"),
                     spec.head_dim,
                 )?,
-                output: loader.matrix(&[(&name("attn_output.weight"), dim)], q_dim)?,
+                output: loader.matrix(&[(&name("attn_output.weight"), &dim_rows)], q.all)?,
                 post_norms: match spec.family.post_norms {
                     false => None,
                     true => Some(PostNorms {
@@ -141,11 +156,17 @@ impl Weights {
                     }),
                 },
                 ffn_norm: loader.vector(&name("ffn_norm.weight"), dim)?,
-                gate_up: loader.matrix(&[(&gate, spec.ffn_dim), (&up, spec.ffn_dim)], dim)?,
-                down: loader.matrix(&[(&name("ffn_down.weight"), dim)], spec.ffn_dim)?,
+                gate_up: loader.matrix(&[(&gate, &ffn_rows), (&up, &ffn_rows)], dim)?,
+                down: loader.matrix(&[(&name("ffn_down.weight"), &dim_rows)], spec.ffn_dim)?,
             });
         }
-        if let Some(tensor) = file.gguf().tensors().iter().find(|t| !loader.used.contains(t.name.as_str())) {
+        let others = (0..spec.layers).filter(|nth| !shard.layers.contains(nth));
+        let others: Vec<String> = others.map(|nth| format!("blk.{nth}.")).collect();
+        let unexpected = |tensor: &&TensorInfo| {
+            !loader.used.contains(tensor.name.as_str())
+                && !others.iter().any(|layer| tensor.name.starts_with(layer.as_str()))
+        };
+        if let Some(tensor) = file.gguf().tensors().iter().find(unexpected) {
             return Err(WeightsError::Unexpected { name: tensor.name.clone() });
         }
         Ok(Self { embeddings, layers, output_norm, head, rope_factors })
@@ -156,8 +177,14 @@ impl Weights {
         let layers = self.layers.iter().map(|layer| {
             layer.qkv.bytes() + layer.output.bytes() + layer.gate_up.bytes() + layer.down.bytes()
         });
-        layers.sum::<usize>() + self.head.bytes()
+        layers.sum::<usize>() + self.head.as_ref().map_or(0, Matrix::bytes)
     }
+}
+
+/// Rows of a tensor, and which of them to take.
+struct Rows {
+    all: usize,
+    own: Range<usize>,
 }
 
 struct Loader<'a> {
@@ -212,12 +239,19 @@ impl<'a> Loader<'a> {
         }
     }
 
-    fn qkv_bias(&mut self, names: [&str; 3], lens: [usize; 3]) -> Result<Option<Vec<f32>>, WeightsError> {
-        let Some(mut bias) = self.optional_vector(names[0], lens[0])? else { return Ok(None) };
+    fn qkv_bias(&mut self, names: [&str; 3], rows: [&Rows; 3]) -> Result<Option<Vec<f32>>, WeightsError> {
+        let Some(q) = self.optional_vector(names[0], rows[0].all)? else { return Ok(None) };
+        let mut bias = q[rows[0].own.clone()].to_vec();
         for part in 1..3 {
-            bias.extend(self.vector(names[part], lens[part])?);
+            bias.extend(&self.vector(names[part], rows[part].all)?[rows[part].own.clone()]);
         }
         Ok(Some(bias))
+    }
+
+    /// A matrix that another stage has.
+    fn leave(&mut self, name: &str) -> Option<Matrix> {
+        self.used.insert(name.to_owned());
+        None
     }
 
     fn element(&self, tensor: &TensorInfo) -> Result<TensorType, WeightsError> {
@@ -228,12 +262,15 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// The output rows of several `[rows, cols]` matrices, one after the other.
-    fn matrix(&mut self, parts: &[(&str, usize)], cols: usize) -> Result<Matrix, WeightsError> {
+    /// The own output rows of several `[rows, cols]` matrices, one after the other.
+    fn matrix(&mut self, parts: &[(&str, &Rows)], cols: usize) -> Result<Matrix, WeightsError> {
         let mut packed = Vec::with_capacity(parts.len());
         for &(name, rows) in parts {
-            let tensor = self.required(name, &[cols, rows])?;
-            packed.push(Part { ty: self.element(tensor)?, rows, data: self.file.data(tensor) });
+            let tensor = self.required(name, &[cols, rows.all])?;
+            let (ty, own) = (self.element(tensor)?, &rows.own);
+            let row_bytes = ty.row_bytes(cols);
+            let data = &self.file.data(tensor)[own.start * row_bytes..own.end * row_bytes];
+            packed.push(Part { ty, rows: own.len(), data });
         }
         Matrix::pack(&packed, cols, self.isa, self.pool)
             .map_err(|source| WeightsError::Pack { name: parts[0].0.to_owned(), source })

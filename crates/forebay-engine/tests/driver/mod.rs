@@ -1,12 +1,14 @@
 //! Drives an executor by hand: builds plans for a few sequences, as a scheduler would.
 #![allow(dead_code, clippy::unwrap_used, reason = "for tests; each uses a part of it")]
 
+pub(crate) mod together;
+
 use std::sync::Arc;
 
-use forebay_engine::exec::{CpuExecutor, CpuOptions, Executor};
+use forebay_engine::exec::{self, CpuOptions, Executor};
 use forebay_engine::gguf::write::Writer;
-use forebay_engine::model::ModelFile;
-use forebay_kernels::{Isa, TensorType, dequantize_row};
+use forebay_engine::model::{ModelFile, Ranks};
+use forebay_kernels::{Isa, Pool, TensorType, dequantize_row};
 use forebay_schedule::{SeqId, StepPlan};
 
 /// Tokens of one sequence and where its KV stands.
@@ -20,7 +22,7 @@ pub(crate) struct Sequence {
 
 /// An executor with a free list of blocks.
 pub(crate) struct Driver {
-    pub(crate) executor: CpuExecutor,
+    pub(crate) executor: Box<dyn Executor>,
     free: Vec<u32>,
 }
 
@@ -37,8 +39,27 @@ impl Driver {
         block_size: usize,
         block_order: Vec<u32>,
     ) -> Self {
+        Self::ranked(model, Ranks::ONE, isa, threads, block_size, block_order)
+    }
+
+    /// As [`Self::new`], in several ranks.
+    pub(crate) fn ranked(
+        model: &Arc<ModelFile>,
+        ranks: Ranks,
+        isa: Isa,
+        threads: usize,
+        block_size: usize,
+        block_order: Vec<u32>,
+    ) -> Self {
         let options = CpuOptions { isa, threads, block_size, blocks: block_order.len(), positions_max: 1024 };
-        Self { executor: CpuExecutor::new(model, &options).unwrap(), free: block_order }
+        let pool = Arc::new(Pool::new(exec::threads_per_rank(threads, ranks)));
+        Self { executor: exec::start(model, ranks, &options, pool).unwrap(), free: block_order }
+    }
+
+    /// Takes a sequence's blocks: it has to be computed anew.
+    pub(crate) fn free(&mut self, sequence: &mut Sequence) {
+        self.free.append(&mut sequence.table);
+        sequence.computed = 0;
     }
 
     pub(crate) fn sequence(&self, tokens: &[u32]) -> Sequence {
