@@ -1,9 +1,7 @@
 //! Contestants in turns: A B A B, each started anew, alone on the machine, given the same work.
 
-use std::path::Path;
-
 use crate::bench::document::median;
-use crate::bench::generator::{self, Found, Work};
+use crate::bench::generator::{Found, Generator, Work};
 use crate::bench::server::Server;
 
 /// Something that answers at a URL for as long as this value lives.
@@ -35,7 +33,7 @@ pub struct Turns(pub Vec<Turn>);
 /// Runs all turns. The seed differs per round and work, so that no prompt comes twice to a server, and is the same for
 /// every contestant.
 pub fn run(
-    forebay: &Path,
+    generator: &dyn Generator,
     rounds: u32,
     contestants: &[Contestant<'_>],
     works: &[Work],
@@ -47,7 +45,7 @@ pub fn run(
             for (work, load) in works.iter().enumerate() {
                 println!("round {round} of {rounds}: {}, {}", side.name, load.name);
                 let seed = u64::from(round) * 100 + work as u64;
-                let found = generator::run(forebay, &running.url, side.model, load, seed)?;
+                let found = generator.run(&running.url, side.model, load, seed)?;
                 turns.push(Turn { round, contestant, work, found });
             }
             drop(running.server);

@@ -6,7 +6,7 @@ use std::process::Command;
 use super::Bench;
 use super::contest::{self, Contestant, Running, Turns};
 use super::document::{details, table};
-use super::generator::Work;
+use super::generator::{Generator, Work};
 use super::llama_cpp;
 use super::machine;
 use super::server::{Scratch, Server, free_port};
@@ -14,6 +14,9 @@ use super::server::{Scratch, Server, free_port};
 /// Slots of the peer, and tokens of each: the longest load has 512 and its chat template.
 const SLOTS: u32 = 32;
 const SLOT_TOKENS: u32 = 1024;
+
+/// What every server calls its model.
+pub const NAME: &str = "bench";
 
 /// A number that is compared: its name in the generator's JSON, and whether more of it is better.
 struct Metric {
@@ -45,20 +48,17 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     for model in &bench.models {
         let scratch = Scratch::new()?;
         let sides = [ours(bench, model, &scratch), llama(bench, model, &peer, &scratch)];
-        let turns = contest::run(&bench.forebay, bench.args.rounds, &sides, &works)?;
+        let generator = bench.generator(&scratch)?;
+        let turns = contest::run(&*generator, bench.args.rounds, &sides, &works)?;
         let name = file_name(model);
-        let commands = format!(
+        let shown = format!(
             "```text\nforebay worker --model {name} {}\nllama-server -m {name} {}\n{}\n```",
             our_flags(bench).join(" "),
             llama_flags(bench).join(" "),
-            works
-                .iter()
-                .map(|work| format!("forebay bench URL {}    # {}", work.flags().join(" "), work.name))
-                .collect::<Vec<_>>()
-                .join("\n")
+            commands(&*generator, &works),
         );
         out.push_str(&format!(
-            "\n### {name}\n\n{}\n{commands}\n\n{}",
+            "\n### {name}\n\n{}\n{shown}\n\n{}",
             compared(&turns, &works, "llama.cpp"),
             details("Every single run", &raw(&turns, &works, &sides)),
         ));
@@ -66,20 +66,29 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     Ok(out)
 }
 
+/// The generator's command lines, one a load.
+pub fn commands(generator: &dyn Generator, works: &[Work]) -> String {
+    let line = |work: &Work| format!("{}    # {}", generator.shown(work), work.name);
+    works.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
 pub fn file_name(model: &Path) -> String {
     model.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-fn our_flags(bench: &Bench<'_>) -> Vec<String> {
-    ["--host", "127.0.0.1", "--threads", &bench.threads.to_string()].map(str::to_owned).to_vec()
+pub fn our_flags(bench: &Bench<'_>) -> Vec<String> {
+    let threads = bench.threads.to_string();
+    ["--host", "127.0.0.1", "--threads", &threads, "--served-model-name", NAME].map(str::to_owned).to_vec()
 }
 
 fn llama_flags(bench: &Bench<'_>) -> Vec<String> {
     let (threads, slots) = (bench.threads.to_string(), SLOTS.to_string());
     let context = (SLOTS * SLOT_TOKENS).to_string();
-    ["--host", "127.0.0.1", "-t", &threads, "-tb", &threads, "-np", &slots, "-c", &context, "--no-webui"]
+    let mut flags: Vec<String> = ["--host", "127.0.0.1", "-t", &threads, "-tb", &threads, "-np", &slots]
         .map(str::to_owned)
-        .to_vec()
+        .to_vec();
+    flags.extend(["-c", &context, "--alias", NAME, "--no-webui"].map(str::to_owned));
+    flags
 }
 
 /// Starts `command` on a port of its own.
@@ -97,7 +106,7 @@ pub fn ours<'a>(bench: &'a Bench<'_>, model: &'a Path, scratch: &'a Scratch) -> 
         command.args(["worker", "--model"]).arg(model).args(our_flags(bench));
         start("forebay", command, scratch)
     };
-    Contestant { name: "Forebay", model: None, start: Box::new(start) }
+    Contestant { name: "Forebay", model: Some(NAME), start: Box::new(start) }
 }
 
 /// llama.cpp's server with as many slots as the heaviest load needs.
@@ -112,7 +121,7 @@ pub fn llama<'a>(
         command.arg("-m").arg(model).args(llama_flags(bench));
         start("llama-server", command, scratch)
     };
-    Contestant { name: "llama.cpp", model: None, start: Box::new(start) }
+    Contestant { name: "llama.cpp", model: Some(NAME), start: Box::new(start) }
 }
 
 pub fn works(bench: &Bench<'_>) -> Vec<Work> {

@@ -1,6 +1,6 @@
-//! The load: `forebay bench URL … --json`, the same for every contestant.
+//! The load: the same for every contestant, by our own generator or by one of [`super::tools`].
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
@@ -10,6 +10,28 @@ use serde_json::Value;
 pub const KEY_VARIABLE: &str = "FOREBAY_BENCH_KEY";
 /// A key for servers that live for one benchmark on loopback; it opens nothing else.
 pub const KEY: &str = "bench-key-0123456789abcdef";
+
+/// Makes requests and says how they went.
+pub trait Generator {
+    /// Runs a load against the server at `url`, whose model is called `model` (its first where absent).
+    fn run(&self, url: &str, model: Option<&str>, work: &Work, seed: u64) -> anyhow::Result<Found>;
+
+    /// The command line of a load, as documents show it.
+    fn shown(&self, work: &Work) -> String;
+}
+
+/// `forebay bench URL … --json`
+pub struct Own(pub PathBuf);
+
+impl Generator for Own {
+    fn run(&self, url: &str, model: Option<&str>, work: &Work, seed: u64) -> anyhow::Result<Found> {
+        run(&self.0, url, model, work, seed)
+    }
+
+    fn shown(&self, work: &Work) -> String {
+        format!("forebay bench URL {}", work.flags().join(" "))
+    }
+}
 
 /// One load.
 #[derive(Debug, Clone, Copy, PartialEq)]

