@@ -84,9 +84,8 @@ pub fn our_flags(bench: &Bench<'_>) -> Vec<String> {
 fn llama_flags(bench: &Bench<'_>) -> Vec<String> {
     let (threads, slots) = (bench.threads.to_string(), SLOTS.to_string());
     let context = (SLOTS * SLOT_TOKENS).to_string();
-    let mut flags: Vec<String> = ["--host", "127.0.0.1", "-t", &threads, "-tb", &threads, "-np", &slots]
-        .map(str::to_owned)
-        .to_vec();
+    let mut flags: Vec<String> =
+        ["--host", "127.0.0.1", "-t", &threads, "-tb", &threads, "-np", &slots].map(str::to_owned).to_vec();
     flags.extend(["-c", &context, "--alias", NAME, "--no-webui"].map(str::to_owned));
     flags
 }

@@ -152,7 +152,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         (Suite::Serving, "serving", serving::run),
         (Suite::Overhead, "overhead", overhead::run),
     ];
-    let wanted = |suite| args.suite == suite || (args.suite == Suite::All && !matches!(suite, Suite::Vllm | Suite::Tools));
+    let wanted = |suite| {
+        args.suite == suite || (args.suite == Suite::All && !matches!(suite, Suite::Vllm | Suite::Tools))
+    };
     let mut sections = Vec::new();
     for (suite, name, run) in suites {
         if wanted(suite) {

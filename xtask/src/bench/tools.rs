@@ -197,8 +197,9 @@ impl Generator for Outside<'_> {
             bail!("{name} failed ({}): {command:?}\n{said}", output.status);
         }
         let report = self.tool.report(&dir);
-        let text = std::fs::read_to_string(&report)
-            .with_context(|| format!("{name} wrote no report:\n{}", String::from_utf8_lossy(&output.stdout)))?;
+        let text = std::fs::read_to_string(&report).with_context(|| {
+            format!("{name} wrote no report:\n{}", String::from_utf8_lossy(&output.stdout))
+        })?;
         let report: Value = serde_json::from_str(&text).with_context(|| format!("{name} wrote no JSON"))?;
         let found = self.tool.found(&report).with_context(|| format!("{name}'s report has another form"))?;
         if found.number("completed") < f64::from(work.requests) {
@@ -250,7 +251,8 @@ fn guidellm(report: &Value) -> Option<Found> {
 }
 
 fn collect(numbers: &[(&str, f64)]) -> Option<Found> {
-    let map: Map<String, Value> = numbers.iter().map(|&(name, value)| (name.to_owned(), value.into())).collect();
+    let map: Map<String, Value> =
+        numbers.iter().map(|&(name, value)| (name.to_owned(), value.into())).collect();
     Some(Found(Value::Object(map)))
 }
 
@@ -276,7 +278,8 @@ mod tests {
             "total_usage_completion_tokens": {"avg": 128.0}, "time_to_first_token": {"p50": 7.0, "p99": 8.0},
             "inter_chunk_latency": gap, "inter_token_latency": gap, "request_latency": {"p50": 90.0},
         });
-        let expect = [("completed", 8.0), ("median_itl_ms", 2.5), ("mean_tpot_ms", 3.0), ("p99_ttft_ms", 8.0)];
+        let expect =
+            [("completed", 8.0), ("median_itl_ms", 2.5), ("mean_tpot_ms", 3.0), ("p99_ttft_ms", 8.0)];
         check(Tool::Aiperf, aiperf.clone(), &expect);
         let of = |value: f64| json!({"successful": {"mean": value, "median": value, "total_sum": value, "percentiles": {"p99": value}}});
         let guidellm = json!({"benchmarks": [{"duration": 2.0, "metrics": {
@@ -284,7 +287,11 @@ mod tests {
             "prompt_token_count": of(1128.0), "output_token_count": of(192.0), "time_to_first_token_ms": of(278.0),
             "inter_token_latency_ms": of(41.0), "request_latency": of(0.9),
         }}]});
-        check(Tool::Guidellm, guidellm, &[("completed", 12.0), ("output_throughput", 67.0), ("median_e2el_ms", 900.0)]);
+        check(
+            Tool::Guidellm,
+            guidellm,
+            &[("completed", 12.0), ("output_throughput", 67.0), ("median_e2el_ms", 900.0)],
+        );
         assert!(Tool::Guidellm.found(&aiperf).is_none(), "a report of another form");
         assert!(Tool::Aiperf.found(&json!({})).is_none());
     }

@@ -58,7 +58,12 @@ const PEER_FLAGS: [&str; 8] = [
     "32",
 ];
 
-pub fn peer<'a>(bench: &'a Bench<'_>, python: &'a Path, model: &'a Path, scratch: &'a Scratch) -> Contestant<'a> {
+pub fn peer<'a>(
+    bench: &'a Bench<'_>,
+    python: &'a Path,
+    model: &'a Path,
+    scratch: &'a Scratch,
+) -> Contestant<'a> {
     let start = move || {
         let mut command = Command::new(python);
         command.args(["-m", "vllm.entrypoints.openai.api_server", "--model"]).arg(model).args(PEER_FLAGS);
