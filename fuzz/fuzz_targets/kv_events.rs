@@ -1,4 +1,5 @@
-//! KV events of another process: any payload is refused or read, and what is read can be put into an index.
+//! KV events of another process: any payload is refused or read, and what is read can be put into an index. Heartbeats
+//! and snapshots too.
 #![no_main]
 
 use forebay_kv::codec::decode_batch;

@@ -4,7 +4,7 @@ use forebay_config::{ByteSize, HumanDuration};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::kv_events::KvEventsConfig;
+use crate::kv_events::{HEARTBEAT_MIN, KvEventsConfig};
 
 /// L5: the inference engine in this process.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -99,6 +99,14 @@ impl EngineConfig {
             add(
                 "kv-events",
                 "there are none without `enable-prefix-caching`; turn it on, or leave this out".to_owned(),
+            );
+        }
+        if let Some(interval) = self.kv_events.as_ref().map(|events| events.heartbeat_interval)
+            && interval.get() < HEARTBEAT_MIN
+        {
+            add(
+                "kv-events.heartbeat-interval",
+                format!("{interval} is less than {HEARTBEAT_MIN:?}; 1s suits most"),
             );
         }
         for (key, zero) in [

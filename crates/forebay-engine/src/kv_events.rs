@@ -4,9 +4,9 @@
 //! The step thread hands over its events and goes on; a task numbers them, keeps the last ones for replay and sends
 //! them. **Invariant:** no subscriber, however slow, holds up a step.
 //!
-//! Source: vLLM 0.33 `vllm/distributed/kv_events.py` (`ZmqEventPublisher`): frames, sequence numbers, replay.
+//! Source: vLLM 0.33 `vllm/distributed/kv_events.py` (`ZmqEventPublisher`): frames, sequence numbers, replay. Beyond it:
+//! heartbeats, snapshots and an epoch (`docs/kv-events.md`), which who knows vLLM's protocol alone does not see.
 
-mod buffer;
 mod metrics;
 mod publish;
 
@@ -16,16 +16,17 @@ mod tests;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use forebay_kv::KvEvent;
+use forebay_config::HumanDuration;
+use forebay_kv::codec::Epoch;
+use forebay_kv::{KvEvent, Publication};
 use forebay_zmtp::Endpoint;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::serve::KvSink;
-use buffer::Buffer;
 pub(crate) use metrics::{KvEventFamilies, KvEventMetrics};
 
 /// Steps whose events wait for the publishing task. It only encodes and never waits, so more than a few is trouble.
@@ -40,19 +41,39 @@ pub struct KvEventsConfig {
     /// Listen at the endpoint (true) or connect to it (false), whatever its host looks like.
     #[serde(default)]
     pub bind: Option<bool>,
-    /// Where a subscriber can ask for events that it missed, like `tcp://*:5558`; without it none can.
+    /// Where a subscriber can ask for events that it missed, or for all that is cached now, like `tcp://*:5558`; without it none can.
     #[serde(default)]
     pub replay_endpoint: Option<Endpoint>,
     /// First frame of every message, which subscribers filter by; llm-d wants `kv@POD_IP:PORT@MODEL`.
     #[serde(default)]
     pub topic: String,
-    /// Steps with events kept for replay, 64 MiB of them at most; a router that starts later than this knows less.
+    /// Steps with events kept for replay, 64 MiB of them at most; who missed more has to ask for a snapshot, as our router does.
     #[serde(default = "buffer_steps")]
     pub buffer_steps: u32,
+    /// Time between two heartbeats, to subscribers that want them, from 100ms; lost events are found out so soon.
+    #[serde(default = "heartbeat_interval")]
+    pub heartbeat_interval: HumanDuration,
 }
 
 fn buffer_steps() -> u32 {
     10_000
+}
+
+fn heartbeat_interval() -> HumanDuration {
+    HumanDuration::from_secs(1)
+}
+
+/// More often than this a heartbeat is load.
+pub(crate) const HEARTBEAT_MIN: Duration = Duration::from_millis(100);
+
+/// Where one engine's events are to be had, as vLLM's `GET /kv_event_sources` lists it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct KvEventSource {
+    pub data_parallel_rank: u32,
+    /// With the port that is open, also where the configuration left it to the system.
+    pub endpoint: Endpoint,
+    pub replay_endpoint: Option<Endpoint>,
+    pub topic: String,
 }
 
 /// Why KV events can't be published.
@@ -62,6 +83,8 @@ pub enum KvEventsError {
     Listen { key: &'static str, endpoint: Endpoint, source: std::io::Error },
     #[error("KV events are sent by a task, and there is no tokio runtime here")]
     NoRuntime,
+    #[error("the system gives no random bytes, which tell this cache's events from another's")]
+    NoRandomness,
 }
 
 /// The sockets, bound before the model is loaded: a port in use is found out at once.
@@ -69,6 +92,7 @@ pub(crate) struct Publisher {
     runtime: tokio::runtime::Handle,
     events: Way,
     replay: Option<tokio::net::TcpListener>,
+    epoch: Epoch,
     config: KvEventsConfig,
 }
 
@@ -97,7 +121,31 @@ impl Publisher {
         };
         let replay = config.replay_endpoint.as_ref();
         let replay = replay.map(|endpoint| listen("replay-endpoint", endpoint)).transpose()?;
-        Ok(Self { runtime: runtime.clone(), events, replay, config: config.clone() })
+        let mut epoch = [0; 16];
+        getrandom::fill(&mut epoch).map_err(|_| KvEventsError::NoRandomness)?;
+        let (epoch, config) = (Epoch(epoch), config.clone());
+        Ok(Self { runtime: runtime.clone(), events, replay, epoch, config })
+    }
+
+    /// Where the events are to be had.
+    pub(crate) fn source(&self) -> KvEventSource {
+        let bound = |listener: &tokio::net::TcpListener, configured: &Endpoint| {
+            listener.local_addr().map_or_else(|_| configured.clone(), |at| configured.with_port(at.port()))
+        };
+        let KvEventsConfig { endpoint, replay_endpoint, topic, .. } = &self.config;
+        KvEventSource {
+            data_parallel_rank: 0,
+            endpoint: match &self.events {
+                Way::Listen(listener) => bound(listener, endpoint),
+                Way::Connect(endpoint) => endpoint.clone(),
+            },
+            replay_endpoint: self
+                .replay
+                .as_ref()
+                .zip(replay_endpoint.as_ref())
+                .map(|(listener, at)| bound(listener, at)),
+            topic: topic.clone(),
+        }
     }
 
     /// Starts the task and returns what the step thread calls. The task ends when that is dropped.
@@ -106,9 +154,10 @@ impl Publisher {
     /// `AllBlocksCleared`: a subscriber then knows too little rather than something wrong.
     pub(crate) fn start(self, metrics: KvEventMetrics) -> KvSink {
         let (steps, queue) = mpsc::channel(QUEUE_MAX);
-        let Self { runtime, events, replay, config } = self;
-        let buffer = Arc::new(Buffer::new(config.buffer_steps as usize));
-        runtime.spawn(publish::run(queue, events, replay, config.topic, buffer, metrics.clone()));
+        let Self { runtime, events, replay, epoch, config } = self;
+        let publication = Publication::new(epoch, config.buffer_steps as usize);
+        let publishing = publish::Publishing::new(publication, &config, metrics.clone());
+        runtime.spawn(publishing.run(queue, events, replay));
         sink(steps, metrics)
     }
 }
@@ -117,7 +166,7 @@ fn sink(steps: mpsc::Sender<Step>, metrics: KvEventMetrics) -> KvSink {
     // Only the step thread comes here; the atomic is for the type of the sink.
     let lost = AtomicBool::new(false);
     Arc::new(move |events| {
-        let ts = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        let ts = unix_seconds();
         let cleared = lost.load(Ordering::Relaxed).then_some(&KvEvent::Cleared);
         let step = Step { ts, events: cleared.into_iter().chain(events).cloned().collect() };
         match steps.try_send(step) {
@@ -130,6 +179,10 @@ fn sink(steps: mpsc::Sender<Step>, metrics: KvEventMetrics) -> KvSink {
             Err(mpsc::error::TrySendError::Closed(_)) => {}
         }
     })
+}
+
+fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 fn listen(key: &'static str, endpoint: &Endpoint) -> Result<tokio::net::TcpListener, KvEventsError> {

@@ -11,6 +11,6 @@ pub mod sample;
 mod serve;
 
 pub use config::{EngineConfig, EngineConfigError};
-pub use kv_events::{KvEventsConfig, KvEventsError};
+pub use kv_events::{KvEventSource, KvEventsConfig, KvEventsError};
 pub use metrics::EngineMetrics;
 pub use serve::{Engine, EngineDeps, KvSink, StartError, TextError};

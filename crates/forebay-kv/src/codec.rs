@@ -3,18 +3,33 @@
 //! Format: vLLM 0.33 `vllm/distributed/kv_events.py`. Events are maps with a `type`; before 0.26 they were arrays that
 //! begin with it. We write maps and read both. SGLang writes the same maps.
 //!
+//! Ours alone: heartbeats and snapshots, whose batches go on after the rank with an [`Epoch`] and, in heartbeats, the
+//! milliseconds to the next one. vLLM's own classes read over both. And SGLang's pushed load ([`LoadStat`]).
+//!
 //! What it deliberately does not do: the frames around a payload (topic and sequence number are the sockets'), and
 //! turning a replica's names of blocks into ours ([`crate::Renamer`]).
 
 mod decode;
 mod encode;
+mod load;
+
+use std::time::Duration;
 
 use forebay_types::TokenId;
 
 use crate::CacheSalt;
 
 pub use decode::{DecodeError, decode_batch};
-pub use encode::encode_batch;
+pub use encode::{encode_batch, encode_marked};
+pub use load::{LOAD_TOPIC, LoadStat, decode_load, encode_load};
+
+/// First frame of a heartbeat. Only subscribers that name it get any: what knows vLLM's protocol alone sees none.
+pub const HEARTBEAT_TOPIC: &str = "forebay-heartbeat";
+/// In the place of a sequence number, asks the replay socket for a snapshot. A publisher that knows none reads it as a
+/// number so large that there is nothing to replay.
+pub const SNAPSHOT_REQUEST: &[u8; 8] = b"snapshot";
+/// In the place of a sequence number, ends a replay or a snapshot.
+pub const END_SEQ: [u8; 8] = [0xff; 8];
 
 /// A batch with more bytes is refused: about four million tokens.
 pub const BATCH_BYTES_MAX: usize = 16 << 20;
@@ -29,6 +44,20 @@ pub struct EventBatch {
     /// Events that say nothing that can be looked up by token ids: of adapters, images, unknown memories and other
     /// kinds of attention, of unknown types, and what does not fit together.
     pub ignored: u32,
+    /// Only in heartbeats and snapshots.
+    pub epoch: Option<Epoch>,
+    /// Only in heartbeats: the time after which the next one comes.
+    pub heartbeat: Option<Duration>,
+}
+
+/// One life of a replica's cache: random, and another one whenever a cache begins empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Epoch(pub [u8; 16]);
+
+impl std::fmt::Display for Epoch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
 }
 
 /// A [`crate::KvEvent`] as another process tells it.

@@ -3,6 +3,7 @@
 //! - [`BlockHasher`], [`block_hash`]: a block's name is the hash of its tokens and of everything before them.
 //! - [`KvEvent`]: a cache stored or dropped blocks.
 //! - [`PrefixIndex`]: which replica holds how much of a prompt.
+//! - [`Publication`], [`CacheMirror`]: what a publisher has told, and can tell again.
 //! - [`codec`], [`Renamer`]: events on the wire, and what a replica's names for its blocks mean.
 //! - [`BlockHashMap`], [`IndexList`]: the containers that router and block pool build on.
 //!
@@ -17,6 +18,8 @@ mod hash;
 mod index;
 mod list;
 mod map;
+mod mirror;
+mod publication;
 mod rename;
 mod salt;
 
@@ -25,5 +28,7 @@ pub use hash::{BlockHasher, DEFAULT_SEED, ExtraKey, block_hash, none_hash, none_
 pub use index::{Lane, Matches, PrefixIndex};
 pub use list::IndexList;
 pub use map::{BlockHashMap, PassThroughHasher};
+pub use mirror::CacheMirror;
+pub use publication::{Publication, Snapshot};
 pub use rename::Renamer;
 pub use salt::CacheSalt;

@@ -34,6 +34,11 @@ impl Endpoint {
         Self { host: bare.to_owned(), port }
     }
 
+    /// Another port at the same host.
+    pub fn with_port(&self, port: u16) -> Self {
+        Self { host: self.host.clone(), port }
+    }
+
     /// Whether a publisher listens here rather than connects: vLLM's rule, a `*` or a `::` in it.
     pub fn is_to_bind(&self) -> bool {
         self.host == "*" || self.host.contains("::")

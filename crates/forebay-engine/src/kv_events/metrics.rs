@@ -8,6 +8,7 @@ pub(crate) struct KvEventFamilies {
     sent: IntCounterVec,
     dropped: IntCounterVec,
     subscribers: IntGaugeVec,
+    snapshots: IntCounterVec,
 }
 
 /// The series of one engine.
@@ -17,6 +18,7 @@ pub(crate) struct KvEventMetrics {
     pub(super) dropped_queue: IntCounter,
     pub(super) dropped_subscriber: IntCounter,
     pub(super) subscribers: IntGauge,
+    pub(super) snapshots: IntCounter,
 }
 
 impl KvEventFamilies {
@@ -37,6 +39,11 @@ impl KvEventFamilies {
                 "Connections of subscribers to KV events.",
                 &["model_name"],
             )?,
+            snapshots: registry.counters(
+                "forebay_engine_kv_event_snapshots_total",
+                "Snapshots of the cache that were sent to those who had missed events.",
+                &["model_name"],
+            )?,
         })
     }
 
@@ -46,6 +53,7 @@ impl KvEventFamilies {
             dropped_queue: self.dropped.with_label_values(&[model, "queue"]),
             dropped_subscriber: self.dropped.with_label_values(&[model, "subscriber"]),
             subscribers: self.subscribers.with_label_values(&[model]),
+            snapshots: self.snapshots.with_label_values(&[model]),
         }
     }
 }

@@ -1,18 +1,19 @@
-//! The publishing task: a PUB socket and a ROUTER socket for replay.
+//! The publishing task: a PUB socket, and a ROUTER socket for replays and snapshots.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use forebay_kv::codec::encode_batch;
+use forebay_kv::Publication;
+use forebay_kv::codec::{END_SEQ, HEARTBEAT_TOPIC, SNAPSHOT_REQUEST};
 use forebay_zmtp::{DialError, Endpoint, Halves, Limits, Message, SocketType, ZmtpError, accept, dial};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{Mutex, Notify, Semaphore, broadcast, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 
-use super::buffer::Buffer;
 use super::metrics::KvEventMetrics;
-use super::{Step, Way};
+use super::{KvEventsConfig, Step, Way, unix_seconds};
 
 /// Batches that a subscriber may be behind before it misses some, as with a PUB socket's high-water mark.
 const BEHIND_MAX: usize = 1024;
@@ -24,46 +25,120 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Subscriptions and replay requests are small.
 const LIMITS: Limits = Limits { message_bytes_max: 4096, parts_max: 4 };
-/// Ends a replay.
-const END_SEQ: [u8; 8] = [0xff; 8];
+/// Of each one there is a copy of the cache's index in memory.
+const SNAPSHOTS_MAX: usize = 2;
 
 /// Topic, sequence number, payload.
-type Batch = Arc<[Bytes; 3]>;
+#[derive(Clone)]
+struct Live {
+    frames: Arc<[Bytes; 3]>,
+    /// Not for those who want everything: only for those who name it.
+    named_only: bool,
+}
 
-/// Runs until the step thread has gone. Cancellation: all connections are closed.
-pub(super) async fn run(
-    mut queue: mpsc::Receiver<Step>,
-    events: Way,
-    replay: Option<TcpListener>,
-    topic: String,
-    buffer: Arc<Buffer>,
+impl Live {
+    fn new(topic: Bytes, seq: u64, payload: Bytes, named_only: bool) -> Self {
+        let seq = Bytes::copy_from_slice(&seq.to_be_bytes());
+        Self { frames: Arc::new([topic, seq, payload]), named_only }
+    }
+
+    fn is_for(&self, topics: &[Bytes]) -> bool {
+        let wanted = |topic: &Bytes| {
+            self.frames[0].starts_with(topic) && !(self.named_only && topic.len() < self.frames[0].len())
+        };
+        topics.iter().any(wanted)
+    }
+}
+
+/// What the connections share.
+#[derive(Clone)]
+pub(super) struct Publishing {
+    /// Held while a batch is taken in, and while a snapshot is copied (some milliseconds for a large cache): batches
+    /// wait in the queue meanwhile, steps don't.
+    publication: Arc<Mutex<Publication>>,
+    live: broadcast::Sender<Live>,
+    /// Somebody has just asked for heartbeats: the first one tells that the subscription stands, and where.
+    hello: Arc<Notify>,
+    /// Copies of the cache that are being sent.
+    snapshots: Arc<Semaphore>,
+    topic: Bytes,
+    heartbeat: Duration,
     metrics: KvEventMetrics,
-) {
-    let topic = Bytes::from(topic);
-    let (live, _) = broadcast::channel::<Batch>(BEHIND_MAX);
-    // Dropping the set ends what is in it.
-    let mut sockets = JoinSet::new();
-    let subscribed = {
-        let (live, metrics) = (live.clone(), metrics.clone());
-        move |halves| serve_subscriber(halves, live.subscribe(), metrics.clone())
-    };
-    match events {
-        Way::Listen(listener) => drop(sockets.spawn(serve(listener, SocketType::Pub, subscribed))),
-        Way::Connect(endpoint) => drop(sockets.spawn(keep_connected(endpoint, subscribed))),
+}
+
+impl Publishing {
+    pub(super) fn new(publication: Publication, config: &KvEventsConfig, metrics: KvEventMetrics) -> Self {
+        Self {
+            publication: Arc::new(Mutex::new(publication)),
+            live: broadcast::channel(BEHIND_MAX).0,
+            hello: Arc::default(),
+            snapshots: Arc::new(Semaphore::new(SNAPSHOTS_MAX)),
+            topic: config.topic.clone().into(),
+            heartbeat: config.heartbeat_interval.get(),
+            metrics,
+        }
     }
-    if let Some(listener) = replay {
-        let (topic, buffer) = (topic.clone(), Arc::clone(&buffer));
-        let asked = move |halves| serve_replay(halves, topic.clone(), Arc::clone(&buffer));
-        sockets.spawn(serve(listener, SocketType::Router, asked));
+
+    /// Runs until the step thread has gone. Cancellation: all connections are closed.
+    pub(super) async fn run(self, mut queue: mpsc::Receiver<Step>, events: Way, replay: Option<TcpListener>) {
+        // Dropping the set ends what is in it.
+        let mut sockets = JoinSet::new();
+        let subscribed = {
+            let this = self.clone();
+            move |halves| serve_subscriber(halves, this.live.subscribe(), this.clone())
+        };
+        match events {
+            Way::Listen(listener) => drop(sockets.spawn(serve(listener, SocketType::Pub, subscribed))),
+            Way::Connect(endpoint) => drop(sockets.spawn(keep_connected(endpoint, subscribed))),
+        }
+        if let Some(listener) = replay {
+            let this = self.clone();
+            let asked = move |halves| serve_replay(halves, this.clone());
+            sockets.spawn(serve(listener, SocketType::Router, asked));
+        }
+        let mut beats = tokio::time::interval(self.heartbeat);
+        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let message = tokio::select! {
+                step = queue.recv() => match step {
+                    Some(step) => self.on_step(step).await,
+                    None => return,
+                },
+                _ = beats.tick() => Some(self.heartbeat().await),
+                () = self.hello.notified() => Some(self.heartbeat().await),
+            };
+            if let Some(message) = message {
+                // An error is that nobody listens.
+                let _ = self.live.send(message);
+            }
+        }
     }
-    while let Some(step) = queue.recv().await {
-        let mut payload = Vec::with_capacity(256);
-        encode_batch(step.ts, &step.events, 0, &mut payload);
-        let payload = Bytes::from(payload);
-        let seq = buffer.push(payload.clone());
-        metrics.sent.inc();
-        // An error is that nobody listens.
-        let _ = live.send(Arc::new([topic.clone(), Bytes::copy_from_slice(&seq.to_be_bytes()), payload]));
+
+    async fn on_step(&self, step: Step) -> Option<Live> {
+        let (seq, payload) = self.publication.lock().await.on_step(step.ts, step.events)?;
+        self.metrics.sent.inc();
+        Some(Live::new(self.topic.clone(), seq, payload, false))
+    }
+
+    async fn heartbeat(&self) -> Live {
+        let publication = self.publication.lock().await;
+        let payload = publication.heartbeat(unix_seconds(), self.heartbeat);
+        Live::new(Bytes::from_static(HEARTBEAT_TOPIC.as_bytes()), publication.next_seq(), payload, true)
+    }
+
+    /// Sends the cache as of now. O(blocks) memory until it is sent, for so many at a time.
+    async fn send_snapshot(&self, writer: &mut Out) -> Result<(), ZmtpError> {
+        // Both are never closed, and no copy fails.
+        let Ok(_permit) = self.snapshots.acquire().await else { return Ok(()) };
+        let publication = Arc::clone(&self.publication).lock_owned().await;
+        let copied = tokio::task::spawn_blocking(move || publication.snapshot()).await;
+        let snapshot = copied.map_err(std::io::Error::other)?;
+        let seq = Bytes::copy_from_slice(&snapshot.next_seq().to_be_bytes());
+        for payload in snapshot.into_payloads(unix_seconds()) {
+            send(writer, &[Bytes::new(), self.topic.clone(), seq.clone(), payload]).await?;
+        }
+        self.metrics.snapshots.inc();
+        Ok(())
     }
 }
 
@@ -139,19 +214,23 @@ impl Drop for Counted {
 
 async fn serve_subscriber(
     (mut reader, mut writer): Halves,
-    mut live: broadcast::Receiver<Batch>,
-    metrics: KvEventMetrics,
+    mut live: broadcast::Receiver<Live>,
+    publishing: Publishing,
 ) -> Result<(), ZmtpError> {
-    metrics.subscribers.inc();
-    let metrics = Counted(metrics);
+    publishing.metrics.subscribers.inc();
+    let metrics = Counted(publishing.metrics.clone());
     let mut topics: Vec<Bytes> = Vec::new();
     loop {
         tokio::select! {
-            message = reader.recv() => on_subscription(&mut topics, &message?)?,
-            batch = live.recv() => match batch {
-                Ok(batch) if topics.iter().any(|topic| batch[0].starts_with(topic)) => {
-                    send(&mut writer, &batch[..]).await?;
+            message = reader.recv() => {
+                let message = message?;
+                on_subscription(&mut topics, &message)?;
+                if message[0].strip_prefix(b"\x01") == Some(HEARTBEAT_TOPIC.as_bytes()) {
+                    publishing.hello.notify_one();
                 }
+            }
+            message = live.recv() => match message {
+                Ok(message) if message.is_for(&topics) => send(&mut writer, &message.frames[..]).await?,
                 Ok(_) => {}
                 // It sees the gap in the sequence numbers.
                 Err(broadcast::error::RecvError::Lagged(missed)) => metrics.0.dropped_subscriber.inc_by(missed),
@@ -176,31 +255,32 @@ fn on_subscription(topics: &mut Vec<Bytes>, message: &Message) -> Result<(), Zmt
     Ok(())
 }
 
-/// Answers `["", start]` with all batches from `start` on that are kept, and an end. One request after the other.
-async fn serve_replay(
-    (mut reader, mut writer): Halves,
-    topic: Bytes,
-    buffer: Arc<Buffer>,
-) -> Result<(), ZmtpError> {
+/// Answers `["", start]` with all batches from `start` on that are kept, `["", "snapshot"]` with the whole cache; and
+/// both with an end. One request after the other.
+async fn serve_replay((mut reader, mut writer): Halves, publishing: Publishing) -> Result<(), ZmtpError> {
     loop {
         let request = reader.recv().await?;
         let [empty, start] = &request[..] else { return Err(ZmtpError::Protocol) };
         let (true, Ok(start)) = (empty.is_empty(), <[u8; 8]>::try_from(&start[..])) else {
             return Err(ZmtpError::Protocol);
         };
-        for (seq, payload) in buffer.since(u64::from_be_bytes(start)) {
-            let seq = Bytes::copy_from_slice(&seq.to_be_bytes());
-            send(&mut writer, &[Bytes::new(), topic.clone(), seq, payload]).await?;
+        if start == *SNAPSHOT_REQUEST {
+            publishing.send_snapshot(&mut writer).await?;
+        } else {
+            let batches = publishing.publication.lock().await.since(u64::from_be_bytes(start));
+            for (seq, payload) in batches {
+                let seq = Bytes::copy_from_slice(&seq.to_be_bytes());
+                send(&mut writer, &[Bytes::new(), publishing.topic.clone(), seq, payload]).await?;
+            }
         }
         let end = [Bytes::new(), Bytes::new(), Bytes::from_static(&END_SEQ), Bytes::new()];
         send(&mut writer, &end).await?;
     }
 }
 
-async fn send(
-    writer: &mut forebay_zmtp::Writer<tokio::net::tcp::OwnedWriteHalf>,
-    parts: &[Bytes],
-) -> Result<(), ZmtpError> {
+type Out = forebay_zmtp::Writer<tokio::net::tcp::OwnedWriteHalf>;
+
+async fn send(writer: &mut Out, parts: &[Bytes]) -> Result<(), ZmtpError> {
     tokio::time::timeout(WRITE_TIMEOUT, writer.send(parts))
         .await
         .unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))

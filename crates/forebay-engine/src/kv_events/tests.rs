@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use forebay_kv::codec::{ReplicaEvent, decode_batch};
+use forebay_kv::codec::{END_SEQ, EventBatch, HEARTBEAT_TOPIC, ReplicaEvent, SNAPSHOT_REQUEST, decode_batch};
 use forebay_observe::Registry;
 use forebay_types::BlockHash;
 use forebay_zmtp::{Halves, Limits, SocketType, dial, subscribe};
@@ -38,6 +38,7 @@ struct Bench {
     metrics: KvEventMetrics,
     events: Endpoint,
     replay: Endpoint,
+    epoch: Epoch,
 }
 
 /// Listening on ports that the system chose.
@@ -47,13 +48,11 @@ fn bench(topic: &str, buffer_steps: u32) -> Bench {
         "topic": topic, "buffer-steps": buffer_steps,
     });
     let publisher = Publisher::bind(&config(yaml)).expect("bound");
-    let Way::Listen(listener) = &publisher.events else { panic!("it listens") };
-    let at = |listener: &tokio::net::TcpListener| {
-        Endpoint::new("127.0.0.1", listener.local_addr().expect("bound").port())
-    };
-    let (events, replay) = (at(listener), at(publisher.replay.as_ref().expect("bound")));
-    let metrics = metrics();
-    Bench { sink: publisher.start(metrics.clone()), metrics, events, replay }
+    let KvEventSource { data_parallel_rank, endpoint, replay_endpoint, topic: told } = publisher.source();
+    assert_eq!((data_parallel_rank, told.as_str()), (0, topic));
+    assert!(!endpoint.to_string().ends_with(":0"), "{endpoint}");
+    let (replay, epoch, metrics) = (replay_endpoint.expect("bound"), publisher.epoch, metrics());
+    Bench { sink: publisher.start(metrics.clone()), metrics, events: endpoint, replay, epoch }
 }
 
 async fn soon<T>(future: impl Future<Output = T>) -> T {
@@ -156,6 +155,79 @@ async fn missed_steps_are_replayed() {
     assert!(soon(reader.recv()).await.is_err());
     (bench.sink)(&[stored(9)]);
     assert!(soon(dial(&bench.replay, SocketType::Dealer, LIMITS)).await.is_ok());
+}
+
+/// The messages of one answer without their end, and how they begin.
+async fn ask(halves: &mut Halves, request: &[u8]) -> Vec<(String, u64, EventBatch)> {
+    halves.1.send(&[Bytes::new(), Bytes::copy_from_slice(request)]).await.expect("sent");
+    let mut got = Vec::new();
+    loop {
+        let message = halves.0.recv().await.expect("open");
+        let [empty, topic, seq, payload] = &message[..] else { panic!("{message:?}") };
+        assert_eq!(empty, "");
+        if seq[..] == END_SEQ {
+            return got;
+        }
+        let seq = u64::from_be_bytes(seq[..].try_into().expect("8 bytes"));
+        got.push((String::from_utf8_lossy(topic).into_owned(), seq, decode_batch(payload).expect("a batch")));
+    }
+}
+
+/// Its beginning is long out of the buffer: a snapshot has it, and goes on where the live events do.
+#[tokio::test]
+async fn a_snapshot_is_the_whole_cache() {
+    let bench = bench("t", 1);
+    let mut halves = soon(dial(&bench.replay, SocketType::Dealer, LIMITS)).await.expect("connected");
+    let empty = soon(ask(&mut halves, SNAPSHOT_REQUEST)).await;
+    assert_eq!((empty.len(), empty[0].1, &empty[0].2.events[..]), (1, 0, &[ReplicaEvent::Cleared][..]));
+
+    (0..9).for_each(|n| (bench.sink)(&[stored(n)]));
+    (bench.sink)(&[KvEvent::Removed { hashes: vec![BlockHash([3; 32]), BlockHash([5; 32])] }]);
+    soon(async { while ask(&mut halves, &9u64.to_be_bytes()).await.is_empty() {} }).await;
+    let snapshot = soon(ask(&mut halves, SNAPSHOT_REQUEST)).await;
+    let mut cached = Vec::new();
+    for (n, (topic, seq, batch)) in snapshot.into_iter().enumerate() {
+        assert_eq!((topic.as_str(), seq, batch.epoch, batch.heartbeat), ("t", 10, Some(bench.epoch), None));
+        assert_eq!(batch.events.contains(&ReplicaEvent::Cleared), n == 0);
+        cached.extend(batch.events.into_iter().filter_map(|event| match event {
+            ReplicaEvent::Stored { names, .. } => Some(names[0]),
+            _ => None,
+        }));
+    }
+    cached.sort();
+    assert_eq!(cached, [0, 1, 2, 4, 6, 7, 8].map(name));
+    assert_eq!(bench.metrics.snapshots.get(), 2);
+    // The two have nothing to do with each other.
+    assert_eq!(soon(ask(&mut halves, &0u64.to_be_bytes())).await.len(), 1);
+}
+
+#[tokio::test]
+async fn who_names_heartbeats_gets_them_and_nobody_else() {
+    let bench = bench("", 10);
+    let ((mut everything, _writer), _) = soon(subscribed(&bench, b"")).await;
+    let (mut reader, mut writer) =
+        soon(dial(&bench.events, SocketType::Sub, LIMITS)).await.expect("connected");
+    writer.send(&[subscribe(HEARTBEAT_TOPIC.as_bytes())]).await.expect("sent");
+    // One at once, as an answer to the subscription, and then as time goes by.
+    let mut seqs = Vec::new();
+    for _ in 0..2 {
+        let message = soon(reader.recv()).await.expect("open");
+        let [topic, seq, payload] = &message[..] else { panic!("{message:?}") };
+        assert_eq!(topic, HEARTBEAT_TOPIC);
+        let batch = decode_batch(payload).expect("a batch");
+        assert_eq!((batch.epoch, batch.events.len()), (Some(bench.epoch), 0));
+        assert_eq!(batch.heartbeat, Some(Duration::from_secs(1)));
+        seqs.push(u64::from_be_bytes(seq[..].try_into().expect("8 bytes")));
+    }
+    assert_eq!(seqs[0], seqs[1]);
+    (bench.sink)(&[stored(9)]);
+    let message = soon(everything.recv()).await.expect("open");
+    assert_eq!(read(&message), (String::new(), seqs[0], vec![name(9)]));
+}
+
+#[tokio::test]
+async fn every_cache_has_an_epoch_of_its_own() {
+    assert_ne!(bench("", 1).epoch, bench("", 1).epoch);
 }
 
 #[tokio::test]

@@ -28,7 +28,7 @@ use super::text::text_model;
 use super::words::BadWords;
 use crate::config::EngineConfig;
 use crate::exec::{CpuExecutor, CpuOptions, Executor};
-use crate::kv_events::Publisher;
+use crate::kv_events::{KvEventSource, Publisher};
 use crate::metrics::{EngineMetrics, KvInfo};
 use crate::model::ModelFile;
 
@@ -62,6 +62,7 @@ pub struct Engine {
     request_timeout: Duration,
     load_time: Duration,
     summary: String,
+    kv_event_source: Option<KvEventSource>,
     _thread: JoinHandle<()>,
 }
 
@@ -80,6 +81,7 @@ impl Engine {
             return Err(problem.into());
         }
         let publisher = config.kv_events.as_ref().map(Publisher::bind).transpose()?;
+        let kv_event_source = publisher.as_ref().map(Publisher::source);
         let file = Arc::new(ModelFile::open(path)?);
         let Layout { spec, block_size, blocks, positions_max } = Layout::plan(config, &file, path)?;
         check_memory(path, spec.memory_for_blocks(blocks, block_size))?;
@@ -122,7 +124,9 @@ impl Engine {
             isa.as_str(),
             blocks * block_size,
         );
-        Self::run(model, text, executor, scheduler, pool, metrics, kv_sink, config, begun, summary)
+        let engine =
+            Self::run(model, text, executor, scheduler, pool, metrics, kv_sink, config, begun, summary)?;
+        Ok(Self { kv_event_source, ..engine })
     }
 
     /// Whether [`Engine::start`] would take this configuration for this file. Reads the file's head only, and leaves
@@ -178,6 +182,7 @@ impl Engine {
             request_timeout: config.request_timeout.get(),
             load_time: begun.elapsed(),
             summary,
+            kv_event_source: None,
             _thread: thread,
         })
     }
@@ -193,6 +198,11 @@ impl Engine {
 
     pub fn model(&self) -> &ModelName {
         &self.model
+    }
+
+    /// Where its KV events are published, if they are.
+    pub fn kv_event_source(&self) -> Option<&KvEventSource> {
+        self.kv_event_source.as_ref()
     }
 
     /// Tokens of one sequence at most, prompt and output.

@@ -1,9 +1,11 @@
 //! From a payload to a replica's events.
 
+use std::time::Duration;
+
 use forebay_types::TokenId;
 use rmp::Marker;
 
-use super::{BATCH_BYTES_MAX, EventBatch, Medium, ReplicaEvent};
+use super::{BATCH_BYTES_MAX, Epoch, EventBatch, Medium, ReplicaEvent};
 use crate::CacheSalt;
 
 /// Why a payload is not a batch of events. What is merely unknown in one is no error.
@@ -15,6 +17,8 @@ pub enum DecodeError {
     MessagePack,
     #[error("the batch is not `[time, [event, ...], rank]`")]
     Shape,
+    #[error("the load report is not `[\"LoadStat\", number, ...]`")]
+    Load,
 }
 
 /// Fields of the events that were arrays, after their type.
@@ -51,7 +55,14 @@ pub fn decode_batch(payload: &[u8]) -> Result<EventBatch, DecodeError> {
         _ => return Err(DecodeError::Shape),
     };
     let Token::Array(count) = cursor.token()? else { return Err(DecodeError::Shape) };
-    let mut batch = EventBatch { ts, events: Vec::new(), data_parallel_rank: None, ignored: 0 };
+    let mut batch = EventBatch {
+        ts,
+        events: Vec::new(),
+        data_parallel_rank: None,
+        ignored: 0,
+        epoch: None,
+        heartbeat: None,
+    };
     for _ in 0..count {
         match read_event(&mut cursor)? {
             Some(event) => batch.events.push(event),
@@ -59,10 +70,11 @@ pub fn decode_batch(payload: &[u8]) -> Result<EventBatch, DecodeError> {
         }
     }
     for field in 2..fields {
-        if let Token::Int(rank) = cursor.value()?
-            && field == 2
-        {
-            batch.data_parallel_rank = u32::try_from(rank).ok();
+        match (field, cursor.value()?) {
+            (2, Token::Int(rank)) => batch.data_parallel_rank = u32::try_from(rank).ok(),
+            (3, Token::Bin(epoch)) => batch.epoch = epoch.try_into().ok().map(Epoch),
+            (4, Token::Int(ms)) => batch.heartbeat = u64::try_from(ms).ok().map(Duration::from_millis),
+            _ => {}
         }
     }
     Ok(batch)
@@ -251,7 +263,7 @@ fn low_u64(hash: &[u8]) -> u64 {
 
 /// One MessagePack value; of an array or map only how long it is.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Token<'a> {
+pub(super) enum Token<'a> {
     Nil,
     /// Wide enough for both signs of 64 bits: SGLang's hashes are signed, vLLM's are not.
     Int(i128),
@@ -264,8 +276,8 @@ enum Token<'a> {
     Other,
 }
 
-struct Cursor<'a> {
-    rest: &'a [u8],
+pub(super) struct Cursor<'a> {
+    pub(super) rest: &'a [u8],
 }
 
 impl<'a> Cursor<'a> {
@@ -280,7 +292,7 @@ impl<'a> Cursor<'a> {
         Ok(low_u64(self.take(bytes)?))
     }
 
-    fn token(&mut self) -> Result<Token<'a>, DecodeError> {
+    pub(super) fn token(&mut self) -> Result<Token<'a>, DecodeError> {
         let marker = Marker::from_u8(self.take(1)?[0]);
         Ok(match marker {
             Marker::Null => Token::Nil,
@@ -339,7 +351,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// One whole value; the content of an array or map is skipped.
-    fn value(&mut self) -> Result<Token<'a>, DecodeError> {
+    pub(super) fn value(&mut self) -> Result<Token<'a>, DecodeError> {
         let token = self.token()?;
         self.skip_content(&token)?;
         Ok(token)

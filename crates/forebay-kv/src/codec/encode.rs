@@ -1,9 +1,11 @@
 //! From our events to a payload.
 
 use std::io;
+use std::time::Duration;
 
-use rmp::encode::{write_array_len, write_f64, write_map_len, write_nil, write_str, write_uint};
+use rmp::encode::{write_array_len, write_bin, write_f64, write_map_len, write_nil, write_str, write_uint};
 
+use super::Epoch;
 use crate::{CacheSalt, KvEvent};
 
 /// Appends the payload for `events` to `out`. `ts` is in seconds since 1970.
@@ -11,13 +13,34 @@ use crate::{CacheSalt, KvEvent};
 /// Hashes are written as integers, their low 64 bits, as vLLM does by default: the form that all known indexers take.
 /// A cache salt is written as vLLM writes it, in the clear: who may listen may know it.
 pub fn encode_batch(ts: f64, events: &[KvEvent], data_parallel_rank: u32, out: &mut Vec<u8>) {
-    put_batch(ts, events, data_parallel_rank, out).expect("writing to memory does not fail");
+    put_batch(3, ts, events, data_parallel_rank, out).expect("writing to memory does not fail");
 }
 
-type Put<T = ()> = Result<T, rmp::encode::ValueWriteError<io::Error>>;
+/// [`encode_batch`] for a snapshot, or for a heartbeat after which the next one comes in `heartbeat`.
+pub fn encode_marked(
+    ts: f64,
+    events: &[KvEvent],
+    data_parallel_rank: u32,
+    epoch: &Epoch,
+    heartbeat: Option<Duration>,
+    out: &mut Vec<u8>,
+) {
+    let mut put = || -> Put {
+        put_batch(if heartbeat.is_some() { 5 } else { 4 }, ts, events, data_parallel_rank, out)?;
+        write_bin(out, &epoch.0)?;
+        if let Some(heartbeat) = heartbeat {
+            write_uint(out, heartbeat.as_millis() as u64)?;
+        }
+        Ok(())
+    };
+    put().expect("writing to memory does not fail");
+}
 
-fn put_batch(ts: f64, events: &[KvEvent], rank: u32, out: &mut Vec<u8>) -> Put {
-    write_array_len(out, 3)?;
+pub(super) type Put<T = ()> = Result<T, rmp::encode::ValueWriteError<io::Error>>;
+
+/// The first three of `fields`.
+fn put_batch(fields: u32, ts: f64, events: &[KvEvent], rank: u32, out: &mut Vec<u8>) -> Put {
+    write_array_len(out, fields)?;
     write_f64(out, ts)?;
     write_array_len(out, events.len() as u32)?;
     events.iter().try_for_each(|event| put_event(event, out))?;

@@ -106,6 +106,8 @@ fn what_msgspec_writes() {
         ],
         data_parallel_rank: Some(3),
         ignored: 0,
+        epoch: None,
+        heartbeat: None,
     };
     assert_eq!(decode_batch(&payload[..]), Ok(expect));
 }
@@ -257,6 +259,8 @@ proptest! {
             events: events.iter().map(as_reported).collect(),
             data_parallel_rank: Some(rank),
             ignored: 0,
+            epoch: None,
+            heartbeat: None,
         };
         prop_assert_eq!(decode_batch(&payload), Ok(expect));
     }
