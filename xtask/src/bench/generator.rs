@@ -1,7 +1,7 @@
 //! The load: the same for every contestant, by our own generator or by one of [`super::tools`].
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, bail};
 use serde_json::Value;
@@ -82,13 +82,8 @@ impl Found {
 
 /// Runs a load. Any failed request is an error: numbers of a server that refuses some of its work say nothing.
 pub fn run(forebay: &Path, url: &str, model: Option<&str>, work: &Work, seed: u64) -> anyhow::Result<Found> {
-    let mut command = Command::new(forebay);
-    command.arg("bench").arg(url).args(work.flags()).args(["--seed", &seed.to_string()]);
-    if let Some(model) = model {
-        command.args(["--model", model]);
-    }
-    command.args(["--api-key-env", KEY_VARIABLE]).env(KEY_VARIABLE, KEY);
-    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let mut command = command(forebay, url, model, work, seed);
+    let output = command.stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("can't start {command:?}"))?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
@@ -100,4 +95,40 @@ pub fn run(forebay: &Path, url: &str, model: Option<&str>, work: &Work, seed: u6
         bail!("{} of the requests of {command:?} failed: {}", found["failed"], found["failures"]);
     }
     Ok(Found(found))
+}
+
+fn command(forebay: &Path, url: &str, model: Option<&str>, work: &Work, seed: u64) -> Command {
+    let mut command = Command::new(forebay);
+    command.arg("bench").arg(url).args(work.flags()).args(["--seed", &seed.to_string()]);
+    if let Some(model) = model {
+        command.args(["--model", model]);
+    }
+    command.args(["--api-key-env", KEY_VARIABLE]).env(KEY_VARIABLE, KEY).stdin(Stdio::null());
+    command
+}
+
+/// A load beside the one that is measured; dropped, it ends.
+pub struct Background(Child);
+
+impl Background {
+    pub fn start(forebay: &Path, url: &str, work: &Work, seed: u64) -> anyhow::Result<Self> {
+        let mut command = command(forebay, url, None, work, seed);
+        let child = command.stdout(Stdio::null()).spawn();
+        Ok(Self(child.with_context(|| format!("can't start {command:?}"))?))
+    }
+
+    /// An error where it has ended before it was to: what was measured beside it was not beside it.
+    pub fn check_running(&mut self) -> anyhow::Result<()> {
+        match self.0.try_wait()? {
+            None => Ok(()),
+            Some(status) => bail!("the load beside the measured one ended early ({status})"),
+        }
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

@@ -11,6 +11,7 @@ mod llama_cpp;
 mod machine;
 mod null;
 mod overhead;
+mod scheduler;
 mod server;
 mod serving;
 mod tools;
@@ -82,6 +83,8 @@ enum Suite {
     Serving,
     /// What the layers in front of an engine add to a request
     Overhead,
+    /// What the scheduler takes of a step, without a model
+    Scheduler,
     /// All but `vllm` and `tools`, which need environments of their own
     All,
 }
@@ -128,6 +131,27 @@ impl Bench<'_> {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    if let Some(warning) = machine::busy() {
+        eprintln!("warning: {warning}");
+    }
+    let mut sections = Vec::new();
+    if args.suite != Suite::Scheduler {
+        sections = served(args)?;
+    }
+    if matches!(args.suite, Suite::Scheduler | Suite::All) {
+        sections.push(("scheduler", scheduler::run(args.quick)?));
+    }
+    for (name, section) in &sections {
+        println!("\n{section}");
+        if !args.print {
+            document::rewrite(name, section)?;
+        }
+    }
+    Ok(())
+}
+
+/// The suites that need the program and a model: a section each.
+fn served(args: &Args) -> anyhow::Result<Vec<(&'static str, String)>> {
     let forebay = match &args.binary {
         Some(binary) => std::path::absolute(binary)?,
         None => build()?,
@@ -141,11 +165,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     let threads = args.threads.unwrap_or_else(machine::cores);
     let bench = Bench { forebay, models, threads, args };
-    if let Some(warning) = machine::busy() {
-        eprintln!("warning: {warning}");
-    }
     type Run = fn(&Bench<'_>) -> anyhow::Result<String>;
-    let suites: [(Suite, &str, Run); 5] = [
+    let suites: [(Suite, &'static str, Run); 5] = [
         (Suite::Engine, "engine", engine::run),
         (Suite::Vllm, "vllm", vllm::run),
         (Suite::Tools, "tools", tools::run),
@@ -161,13 +182,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             sections.push((name, run(&bench)?));
         }
     }
-    for (name, section) in &sections {
-        println!("\n{section}");
-        if !args.print {
-            document::rewrite(name, section)?;
-        }
-    }
-    Ok(())
+    Ok(sections)
 }
 
 /// A release build; gives back the program's path, wherever `CARGO_TARGET_DIR` puts it.

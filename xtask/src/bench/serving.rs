@@ -3,7 +3,6 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -22,12 +21,14 @@ const BUSY: usize = 8;
 /// How long an idle server is watched.
 const IDLE: Duration = Duration::from_secs(10);
 const STARTS: usize = 5;
+/// From the start of a load's generator until its few short prompts are surely computed.
+const DECODES_START: Duration = Duration::from_millis(700);
 
 /// The loads; each is described where it is used.
 const COLD: Work = load("2k prompt, cold", 1, 8, 2048, 0, 1);
 const CACHED: Work = load("2k prompt, 2000 tokens cached", 1, 16, 2048, 2000, 1);
-const DECODES: Work = load("4 decodes", 4, 4, 64, 0, 400);
-const PREFILL: Work = load("8k prefill", 1, 1, 7600, 0, 1);
+const DECODES: Work = load("4 decodes", 4, 4, 64, 0, 600);
+const PREFILL: Work = load("8k prefill", 1, 1000, 7600, 0, 1);
 const SHARED: Work = load("8 in flight, 768 of 1024 tokens shared", 8, 48, 1024, 768, 32);
 const ALONE: Work = load("1 in flight", 1, 12, 128, 0, 64);
 const FILL: Work = load("1k prompts", 1, 16, 1024, 0, 1);
@@ -161,26 +162,19 @@ fn idle(running: &Running) -> anyhow::Result<f64> {
     Ok((usage(running)?.cpu_seconds - before) / IDLE.as_secs_f64() * 100.0)
 }
 
-/// The decodes, while one prefill follows another.
+/// The decodes, while one prefill follows another without a pause. They run alone for less than a second, a quarter or so
+/// of their tokens, so that median and p99 are both of tokens beside a prefill.
 fn beside_prefills(forebay: &Path, running: &Running) -> anyhow::Result<generator::Found> {
-    let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let prefills = scope.spawn(|| {
-            // The decodes are to be running.
-            std::thread::sleep(Duration::from_millis(700));
-            let work = Work { warmup: 0, ..PREFILL };
-            for seed in 100.. {
-                if done.load(Ordering::Relaxed) {
-                    break;
-                }
-                generator::run(forebay, &running.url, None, &work, seed)?;
-            }
-            anyhow::Ok(())
-        });
-        let found = generator::run(forebay, &running.url, None, &Work { warmup: 0, ..DECODES }, 9);
-        done.store(true, Ordering::Relaxed);
-        prefills.join().expect("the thread does not panic")?;
-        found
+        let decodes =
+            scope.spawn(|| generator::run(forebay, &running.url, None, &Work { warmup: 0, ..DECODES }, 9));
+        // The decodes are to be running: a prompt that comes first would be computed before they start.
+        std::thread::sleep(DECODES_START);
+        let work = Work { warmup: 0, ..PREFILL };
+        let mut prefills = generator::Background::start(forebay, &running.url, &work, 100)?;
+        let found = decodes.join().expect("the thread does not panic")?;
+        prefills.check_running()?;
+        Ok(found)
     })
 }
 

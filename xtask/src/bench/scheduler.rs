@@ -1,0 +1,75 @@
+//! What the scheduler takes of a step, without a model: an example of the engine's crate, built for release, measures it.
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use super::document::table;
+use super::machine;
+use crate::shell;
+
+/// Steps that are measured of each size, and those of a quick look.
+const STEPS: u32 = 20_000;
+const STEPS_QUICK: u32 = 500;
+
+pub fn run(quick: bool) -> anyhow::Result<String> {
+    println!("scheduler: building and measuring");
+    let steps = if quick { STEPS_QUICK } else { STEPS };
+    let mut cargo = shell::cargo();
+    cargo.args(["run", "--release", "--quiet", "-p", "forebay-engine", "--example", "scheduler_step", "--"]);
+    cargo.arg(steps.to_string()).stderr(std::process::Stdio::inherit());
+    let load = machine::load();
+    let output = cargo.output().context("can't start cargo")?;
+    if !output.status.success() {
+        bail!("the measurement failed ({})", output.status);
+    }
+    let rows = rows(&String::from_utf8_lossy(&output.stdout))?;
+    let mut notes = vec![
+        format!("- Machine: {}", machine::describe()),
+        format!("- Date: {}; load average before: {:.1}", machine::date(), load.unwrap_or(f64::NAN)),
+    ];
+    if load.is_some_and(|load| load > 0.5 * machine::cores() as f64) {
+        notes.push("- **Others used the machine: a smoke test, not a measurement.**".into());
+    }
+    Ok(format!(
+        "The scheduler alone, on one core, with the fake executor in the model's place: planning a step, learning what it\n\
+         took, a token for each sequence, and the ends of those that are done; {steps} steps each, after a warm-up. 32 sequences of\n\
+         four tenants always wait, prompts have 64 to 319 tokens, a tenth of them in common, and outputs 128. An arrival, which\n\
+         is queued and whose blocks are hashed, is apart.\n\n{}\n{}",
+        table(&["running", "step p50, µs", "p99", "mean", "allocations per step", "arrival p50, µs"], &rows),
+        notes.join("\n"),
+    ))
+}
+
+/// One row per line of JSON.
+fn rows(text: &str) -> anyhow::Result<Vec<Vec<String>>> {
+    let row = |line: &str| {
+        let found: Value = serde_json::from_str(line).with_context(|| format!("not JSON: {line}"))?;
+        let number = |key: &str, digits: usize| match found[key].as_f64() {
+            Some(number) => Ok(format!("{number:.digits$}")),
+            None => bail!("no `{key}` in {line}"),
+        };
+        Ok(vec![
+            number("running", 0)?,
+            number("p50_us", 1)?,
+            number("p99_us", 1)?,
+            number("mean_us", 1)?,
+            number("allocations_per_step", 3)?,
+            number("arrival_p50_us", 1)?,
+        ])
+    };
+    text.lines().filter(|line| !line.trim().is_empty()).map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rows;
+
+    #[test]
+    fn lines_become_rows() {
+        let line = r#"{"running":8,"steps":5,"p50_us":1.26,"p99_us":2.0,"mean_us":1.5,"allocations_per_step":0.0,"arrival_p50_us":9.0}"#;
+        let found = rows(&format!("{line}\n")).expect("it is complete");
+        assert_eq!(found, [["8", "1.3", "2.0", "1.5", "0.000", "9.0"]]);
+        assert!(rows("{}").is_err());
+        assert!(rows("nonsense").is_err());
+    }
+}
