@@ -24,7 +24,7 @@ pub struct EngineConfig {
     pub block_size: u32,
     /// Tokens computed in one step at most: prefill chunks are cut to it; larger raises prefill speed and the inter-token latency of others.
     pub max_num_batched_tokens: u32,
-    /// Longest step in which others decode, and so about the longest pause between two tokens: prefill is cut to fit; larger raises prefill speed.
+    /// Longest step in which others decode, and so about the longest pause between two tokens: prefill is cut to fit, and to less while few prompts wait; larger raises prefill speed.
     pub itl_slo: HumanDuration,
     /// Sequences computed in one step at most; more raises throughput and memory.
     pub max_num_seqs: u32,

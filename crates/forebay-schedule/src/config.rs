@@ -29,8 +29,9 @@ pub struct SchedulerConfig {
     pub chunk_tokens_min: u32,
     /// Prefill tokens of one sequence in one step. Below `step_tokens_max` it lets short prompts pass long ones.
     pub chunk_tokens_max: u32,
-    /// What a step may take in which sequences decode: prefill beside them is cut to fit, by what earlier steps took, but
-    /// not below `chunk_tokens_min`. `None`: only `step_tokens_max` bounds it.
+    /// The most that a step may take in which sequences decode: prefill beside them is cut to fit, by what earlier steps
+    /// took, but not below `chunk_tokens_min`. Where few prompts wait, steps keep well below it: twice what the decodes
+    /// take, or an eighth of this. `None`: only `step_tokens_max` bounds them.
     pub itl_slo: Option<Duration>,
     /// Thousandths of the blocks that admission leaves free for those who decode already.
     pub watermark_permille: u32,
@@ -55,7 +56,7 @@ impl Default for SchedulerConfig {
             model_len_max: 4096,
             prefix_cache: true,
             kv_events: false,
-            chunk_tokens_min: 64,
+            chunk_tokens_min: 32,
             chunk_tokens_max: u32::MAX,
             itl_slo: None,
             watermark_permille: 10,

@@ -1,5 +1,7 @@
 //! Why a sequence is refused.
 
+use std::time::Duration;
+
 use forebay_types::{Blame, Class, Classify, Code, Retry};
 
 use crate::SeqId;
@@ -7,14 +9,20 @@ use crate::SeqId;
 /// Why a sequence was not queued. Nothing has changed in the scheduler.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AddError {
+    /// `limit` sequences wait (vLLM's `--max-num-queued-reqs`). The words are vLLM's, too: its clients know them.
     #[error(
-        "the engine's queue is full: {limit} requests are waiting, which is `engine.max-num-queued-reqs`"
+        "The engine is currently busy and cannot accept new requests. Please try again later or on a different instance."
     )]
-    QueueFull { limit: u32 },
+    QueueFull {
+        limit: u32,
+        /// Until then there will be room again, probably.
+        drain_in: Duration,
+    },
+    /// `waiting` prompt tokens wait, and with these they would be more than `limit` (vLLM's `--max-num-queued-tokens`).
     #[error(
-        "the engine's queue is full: {waiting} prompt tokens are waiting, `engine.max-num-queued-tokens` is {limit}"
+        "The engine has reached its prefill token backlog limit. Please try again later or on a different instance."
     )]
-    QueueTokensFull { waiting: u64, limit: u64 },
+    QueueTokensFull { waiting: u64, limit: u64, drain_in: Duration },
     #[error(
         "the prompt has {prompt_tokens} tokens; with at least one to generate, the model's limit is {limit}"
     )]
@@ -33,8 +41,8 @@ impl Classify for AddError {
     fn class(&self) -> Class {
         match self {
             // Nothing was computed; another replica may have room.
-            Self::QueueFull { .. } | Self::QueueTokensFull { .. } => {
-                Class::new(Code::Overloaded, Blame::Us).retry(Retry::Elsewhere)
+            Self::QueueFull { drain_in, .. } | Self::QueueTokensFull { drain_in, .. } => {
+                Class::new(Code::Overloaded, Blame::Us).retry(Retry::After(*drain_in))
             }
             Self::PromptTooLong { .. } | Self::NeverFits { .. } => {
                 Class::new(Code::ContextLengthExceeded, Blame::Client)

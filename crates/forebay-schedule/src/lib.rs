@@ -17,15 +17,17 @@
 //! - `plan`: the contract with executors, plain data.
 //! - `pool`: KV blocks: reference counts, the prefix cache, LRU reuse.
 //! - `queue`: who is next: priority, fairness between tenants, ageing.
-//! - `scheduler`, `step`: sequences' lives, and the planning of one step.
+//! - `scheduler`: sequences' lives.
+//! - `step`, and its parts `room` (blocks, preemption), `budget` (prefill beside decodes) and `admit`: planning one step.
+//! - `pace`: what steps take, by what they took: prefill beside decodes is bounded in time.
 //!
 //! **Invariant:** the scheduler doesn't know models, text, sampling or HTTP. A sequence is token ids and limits.
-//!
-//! - `pace`: what steps take, so that prefill beside decodes can be bounded in time.
 //!
 //! Deliberately absent: swapping to host memory, speculative tokens, sliding-window attention. Each would show up in
 //! `step` only.
 
+mod admit;
+mod budget;
 mod config;
 mod error;
 mod events;
@@ -34,8 +36,10 @@ mod pace;
 mod plan;
 mod pool;
 mod queue;
+mod room;
 mod scheduler;
 mod seq;
+mod stats;
 mod step;
 
 pub use config::SchedulerConfig;
@@ -43,5 +47,6 @@ pub use error::AddError;
 pub use invariants::BrokenInvariant;
 pub use plan::{SeqId, StepPlan};
 pub use pool::{BlockPool, FullBlock};
-pub use scheduler::{Added, Scheduler, SchedulerStats, TokenOutcome};
+pub use scheduler::{Added, Scheduler, TokenOutcome};
 pub use seq::{NewSeq, SeqInfo};
+pub use stats::SchedulerStats;

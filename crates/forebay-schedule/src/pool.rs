@@ -45,7 +45,9 @@ impl BlockPool {
             free.push_back(block);
         }
         let mut cached = BlockHashMap::default();
-        cached.reserve(blocks as usize);
+        // Twice what it holds at most: only then does the table tidy up after removals in place. Fuller than half, it takes
+        // new memory instead, some time or other.
+        cached.reserve(blocks as usize * 2);
         Self {
             refs: vec![0; blocks as usize],
             hashes: vec![None; blocks as usize],

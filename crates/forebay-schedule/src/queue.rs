@@ -1,7 +1,8 @@
 //! Who is admitted next.
 //!
 //! Between tenants: priority, then who was served least (VTC: "Fairness in Serving Large Language Models", Sheng et al.
-//! 2024), then arrival. Within a tenant: priority and arrival, an order that is fixed when a sequence arrives.
+//! 2024), then arrival. Within a tenant: priority and arrival, an order that is fixed when a sequence arrives; among the next of equal
+//! priority, admission prefers who finds most in the cache.
 //!
 //! Ageing, twice: within a tenant, waiting `ageing` longer weighs as much as one level of priority. Between tenants, a
 //! first in line gains a level per `ageing`, but only up to the highest that any tenant's first has: from there on
@@ -216,6 +217,12 @@ impl WaitingQueue {
         firsts()
             .min_by_key(|&(served, rank, slot)| (Reverse(standing(slot).level(ageing, top)), served, rank))
             .map(|(_, _, slot)| slot)
+    }
+
+    /// Slot of this tenant's `n`th behind those that were passed over in this step; 0 is its next.
+    pub(crate) fn nth(&self, tenant: u32, n: usize) -> Option<u32> {
+        let tenant = &self.tenants[tenant as usize];
+        tenant.ring.get(tenant.passed + n).map(|&(_, slot)| slot)
     }
 
     /// This tenant's next waits for something: the one behind it may go first, in this step.

@@ -8,7 +8,8 @@ use std::time::Duration;
 use forebay_kv::{BlockHasher, KvEvent};
 use forebay_types::{BlockHash, ConsumerName, TokenId};
 
-use crate::pace::Pace;
+use crate::budget::PrefillBudget;
+use crate::pace::{Load, Pace};
 use crate::pool::FullBlock;
 use crate::queue::{OUTPUT_WEIGHT, WaitingQueue, rank};
 use crate::seq::{Phase, Seq};
@@ -35,37 +36,6 @@ pub enum TokenOutcome {
     Ignored,
 }
 
-/// Counts and gauges at one moment.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct SchedulerStats {
-    pub running: u32,
-    pub waiting: u32,
-    /// Tokens to prefill of all that wait, cached or not.
-    pub waiting_tokens: u64,
-    pub blocks: u32,
-    /// Blocks that running sequences hold.
-    pub blocks_held: u32,
-    /// Blocks that a prompt could hit, held or not.
-    pub blocks_cached: u32,
-    /// Since the start, as all below.
-    pub preemptions: u64,
-    /// Prompt tokens of sequences that started.
-    pub prefix_query_tokens: u64,
-    /// Those of them that were cached.
-    pub prefix_hit_tokens: u64,
-    /// Steps in which a sequence waited for a prefix that another was computing.
-    pub prefix_waits: u64,
-    /// Tokens planned that had been computed before, but were lost by preemption.
-    pub recomputed_tokens: u64,
-}
-
-impl SchedulerStats {
-    /// Part of the KV blocks that is held, 0 to 1.
-    pub fn kv_usage(&self) -> f64 {
-        f64::from(self.blocks_held) / f64::from(self.blocks.max(1))
-    }
-}
-
 /// Decides, step by step, which tokens of which sequences are computed, and in which KV blocks. Pure.
 ///
 /// Contract: a plan is executed before the next [`Scheduler::plan_step`], or [`Scheduler::on_step_failed`] says that
@@ -85,9 +55,11 @@ pub struct Scheduler {
     /// Slots that hold blocks, in order of admission.
     pub(crate) running: Vec<u32>,
     pub(crate) plan: StepPlan,
-    /// Tokens of the plan that is being made, at most.
-    pub(crate) step_tokens: u32,
+    /// What is left for prefill; valid within one `plan_step`.
+    pub(crate) budget: PrefillBudget,
     pub(crate) pace: Pace,
+    /// Tokens of prefill in the last step that had any beside decodes.
+    pub(crate) prefill_beside: u32,
     /// The next block of each sequence that is computing blocks others could use; valid within one `plan_step`.
     pub(crate) frontiers: Vec<BlockHash>,
     /// Mean output length of the sequences that finished, the latest weighing most; 0 before the first.
@@ -128,8 +100,9 @@ impl Scheduler {
             waiting: WaitingQueue::default(),
             running: Vec::with_capacity((config.running_max as usize).min(4096)),
             plan: StepPlan::default(),
-            step_tokens: config.step_tokens_max,
+            budget: PrefillBudget::default(),
             pace: Pace::default(),
+            prefill_beside: 0,
             frontiers: Vec::new(),
             output_mean: 0.0,
             growth: 0,
@@ -255,8 +228,17 @@ impl Scheduler {
         if self.plan.is_empty() {
             return;
         }
-        let decodes = (0..self.plan.rows()).filter(|&row| self.plan.row(row).len() == 1).count();
-        self.pace.learn(decodes, self.plan.tokens() - decodes, elapsed);
+        let load = Load::of(&self.plan);
+        self.pace.learn(load, elapsed);
+        if load.decodes > 0 && load.prefill_tokens > 0 {
+            self.prefill_beside = load.prefill_tokens;
+        }
+    }
+
+    /// What the last plan should take, by what earlier ones took. `None` before the first [`Scheduler::on_step_done`].
+    pub fn expected_step(&self) -> Option<Duration> {
+        let known = self.pace.is_known() && !self.plan.is_empty();
+        known.then(|| Duration::from_secs_f64(self.pace.seconds(Load::of(&self.plan))))
     }
 
     /// The last plan was not executed: nothing of it counts as computed, and the next plan contains it again. Call
@@ -297,22 +279,6 @@ impl Scheduler {
         self.waiting.served(tenant)
     }
 
-    pub fn stats(&self) -> SchedulerStats {
-        SchedulerStats {
-            running: self.running.len() as u32,
-            waiting: self.waiting.len() as u32,
-            waiting_tokens: self.waiting.tokens(),
-            blocks: self.pool.blocks(),
-            blocks_held: self.pool.blocks() - self.pool.free_blocks(),
-            blocks_cached: self.pool.cached_blocks() as u32,
-            preemptions: self.preemptions,
-            prefix_query_tokens: self.prefix_query_tokens,
-            prefix_hit_tokens: self.prefix_hit_tokens,
-            prefix_waits: self.prefix_waits,
-            recomputed_tokens: self.recomputed_tokens,
-        }
-    }
-
     /// Returns the output tokens that the sequence may have.
     fn check(&self, new: &NewSeq) -> Result<u32, AddError> {
         let config = &self.config;
@@ -333,11 +299,12 @@ impl Scheduler {
             return Err(AddError::DuplicateId { id: new.id });
         }
         if self.waiting.len() >= config.waiting_max as usize {
-            return Err(AddError::QueueFull { limit: config.waiting_max });
+            return Err(AddError::QueueFull { limit: config.waiting_max, drain_in: self.drain_in() });
         }
         let waiting = self.waiting.tokens();
         if !self.waiting.is_empty() && waiting + prompt_tokens as u64 > config.waiting_tokens_max {
-            return Err(AddError::QueueTokensFull { waiting, limit: config.waiting_tokens_max });
+            let (limit, drain_in) = (config.waiting_tokens_max, self.drain_in());
+            return Err(AddError::QueueTokensFull { waiting, limit, drain_in });
         }
         Ok(max_new_tokens)
     }

@@ -34,8 +34,8 @@ use crate::model::ModelFile;
 
 /// Submissions on their way to the step thread. It takes them between steps, so this bounds what arrives during one.
 pub(super) const INBOX_MAX: usize = 1024;
-/// Tells a client when to come back where the queue is full: about one long answer.
-pub(super) const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// Tells a client when to come back where the inbox is full: the next steps empty it.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// What an engine needs beside its configuration.
 pub struct EngineDeps<'a> {

@@ -255,11 +255,9 @@ impl<E: Executor> StepLoop<E> {
             };
             if let Some(rejection) = rejection {
                 self.metrics.on_rejected(rejection);
+                tracing::debug!(?error, "a request was refused");
             }
-            let mut fault = Fault::from(error);
-            if rejection.is_some() {
-                fault.class = fault.class.retry(Retry::After(super::engine::RETRY_AFTER));
-            }
+            let fault = Fault::from(error);
             // The channel is empty and has room: a failed send is a client that has already left.
             let _ = submission.events.try_send(Err(fault));
             return;

@@ -34,6 +34,23 @@ fn reuse_takes_uncached_blocks_then_the_oldest() {
     assert_eq!(events, []);
 }
 
+/// A full cache, in which each new block pushes out an old one.
+#[test]
+fn the_cache_takes_no_memory_after_its_start() {
+    let mut pool = BlockPool::new(100, 2, false);
+    let counted = allocation_counter::measure(|| {
+        for n in 0..100_000u64 {
+            let mut name = [0; 32];
+            name[..8].copy_from_slice(&n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+            let block = pool.try_alloc().unwrap();
+            let block = pool.seal(block, BlockHash(name), &FULL);
+            pool.release(block);
+        }
+    });
+    assert_eq!(pool.cached_blocks(), 100);
+    assert_eq!(counted.count_total, 0);
+}
+
 #[test]
 fn the_second_of_two_equal_blocks_is_given_back() {
     let mut pool = BlockPool::new(2, 2, true);

@@ -110,10 +110,28 @@ impl Sim {
         }
         // A millisecond a token, so that bounds in time are sometimes kept and sometimes can't be.
         self.scheduler.on_step_done(Duration::from_millis(plan.tokens() as u64));
-        for &t in &plan.logit_tokens {
-            let r = plan.row_starts.partition_point(|start| *start <= t) - 1;
-            self.sample(plan.seqs[r]);
+        for id in sampled(plan) {
+            if self.alive.contains_key(&id) {
+                self.sample(id);
+            }
         }
+        self.check();
+    }
+
+    /// The plan was not executed.
+    pub fn fail(&mut self) {
+        self.scheduler.on_step_failed();
+        self.check();
+    }
+
+    /// Ends a sequence whose output is complete before its limit.
+    pub fn finish(&mut self, id: SeqId) {
+        assert_eq!(self.scheduler.finish(id).is_some(), self.alive.remove(&id).is_some());
+        self.check();
+    }
+
+    pub fn clear_cache(&mut self) {
+        self.scheduler.clear_cache();
         self.check();
     }
 
@@ -144,7 +162,8 @@ impl Sim {
     /// The first `tokens` of row `r`, read through its block table, are the sequence's.
     fn check_kv(&self, plan: &StepPlan, r: usize, tokens: u32) {
         let block_size = self.scheduler.config().block_size;
-        let known = &self.alive[&plan.seqs[r]];
+        // One that was aborted after planning is computed, and nobody cares.
+        let Some(known) = self.alive.get(&plan.seqs[r]) else { return };
         for position in 0..tokens {
             let block = plan.block_table(r)[(position / block_size) as usize];
             let found = self.kv[block as usize][(position % block_size) as usize];
@@ -199,6 +218,38 @@ impl Sim {
         assert_eq!(self.index.blocks_held(Lane(0)) as usize, pool.cached_blocks());
         assert!(pool.cached_hashes().all(|hash| self.index.holds(Lane(0), hash)));
     }
+}
+
+/// Small enough to follow on paper, and strict.
+pub fn small() -> SchedulerConfig {
+    SchedulerConfig {
+        block_size: 4,
+        blocks: 100,
+        step_tokens_max: 16,
+        running_max: 8,
+        waiting_max: 100,
+        model_len_max: 200,
+        chunk_tokens_min: 1,
+        watermark_permille: 0,
+        ageing: None,
+        ..SchedulerConfig::default()
+    }
+}
+
+/// A prompt that shares no block with another `name`'s.
+pub fn prompt(name: u32, tokens: u32) -> Vec<u32> {
+    (0..tokens).map(|i| name * 1000 + i).collect()
+}
+
+/// Sequence and number of tokens of each row.
+pub fn rows(plan: &StepPlan) -> Vec<(u64, usize)> {
+    (0..plan.rows()).map(|r| (plan.seqs[r].0, plan.row(r).len())).collect()
+}
+
+/// The sequences that get a token from this plan.
+pub fn sampled(plan: &StepPlan) -> Vec<SeqId> {
+    let row = |t: &u32| plan.row_starts.partition_point(|start| start <= t) - 1;
+    plan.logit_tokens.iter().map(|t| plan.seqs[row(t)]).collect()
 }
 
 pub fn seq(id: u64, prompt: impl Into<Arc<[TokenId]>>, max_new_tokens: u32) -> NewSeq {
