@@ -186,15 +186,16 @@ impl Pace {
                 (_, on_diagonal) => self.products[i][j] + if on_diagonal { anchors[i] } else { 0.0 },
             })
         });
-        let mut solved = [0.0; COSTS];
         for pivot in (0..COSTS).filter(|&i| free[i]) {
+            let above = rows[pivot];
             for below in (pivot + 1..COSTS).filter(|&i| free[i]) {
-                let factor = rows[below][pivot] / rows[pivot][pivot];
-                for column in pivot..=COSTS {
-                    rows[below][column] -= factor * rows[pivot][column];
+                let factor = rows[below][pivot] / above[pivot];
+                for (cell, above) in rows[below].iter_mut().zip(above).skip(pivot) {
+                    *cell -= factor * above;
                 }
             }
         }
+        let mut solved = [0.0; COSTS];
         for i in (0..COSTS).rev().filter(|&i| free[i]) {
             let known: f64 = (i + 1..COSTS).map(|j| rows[i][j] * solved[j]).sum();
             solved[i] = (rows[i][COSTS] - known) / rows[i][i];
