@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::kv_events::{HEARTBEAT_MIN, KvEventsConfig};
+use crate::model::Ranks;
 
 /// L5: the inference engine in this process.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -38,6 +39,10 @@ pub struct EngineConfig {
     pub kv_events: Option<KvEventsConfig>,
     /// Compute threads; the machine's cores where absent.
     pub threads: Option<u32>,
+    /// Ranks that compute each layer together; the model's attention heads must divide by it. Results don't depend on it.
+    pub tensor_parallel_size: u32,
+    /// Stages that have layers of their own, times the ranks of each; results don't depend on it.
+    pub pipeline_parallel_size: u32,
     /// Longest time one request may take from arrival to its last token.
     pub request_timeout: HumanDuration,
 }
@@ -79,12 +84,23 @@ impl EngineConfig {
         }
         for (key, value, max) in [
             ("threads", self.threads.unwrap_or(1), THREADS_MAX),
+            ("tensor-parallel-size", self.tensor_parallel_size, THREADS_MAX),
+            ("pipeline-parallel-size", self.pipeline_parallel_size, THREADS_MAX),
             ("max-num-seqs", self.max_num_seqs, SEQS_MAX),
             ("max-num-batched-tokens", self.max_num_batched_tokens, STEP_TOKENS_MAX),
         ] {
             if value > max {
                 add(key, format!("{value} is more than {max}, the limit; leave the key out for the default"));
             }
+        }
+        if let Some(threads) = self.threads.filter(|&n| n > 0 && n < self.tensor_parallel_size) {
+            add(
+                "threads",
+                format!(
+                    "{threads} can't be shared by the {} ranks of `tensor-parallel-size`; each takes one or more",
+                    self.tensor_parallel_size
+                ),
+            );
         }
         if let Some(len @ 0..=1) = self.max_model_len {
             add(
@@ -115,6 +131,8 @@ impl EngineConfig {
             ("max-num-queued-reqs", self.max_num_queued_reqs == 0),
             ("max-num-queued-tokens", self.max_num_queued_tokens == 0),
             ("threads", self.threads == Some(0)),
+            ("tensor-parallel-size", self.tensor_parallel_size == 0),
+            ("pipeline-parallel-size", self.pipeline_parallel_size == 0),
             ("itl-slo", self.itl_slo.get().is_zero()),
             ("request-timeout", self.request_timeout.get().is_zero()),
         ] {
@@ -123,6 +141,11 @@ impl EngineConfig {
             }
         }
         found
+    }
+
+    /// How the model is divided.
+    pub fn ranks(&self) -> Ranks {
+        Ranks { tensor: self.tensor_parallel_size as usize, pipeline: self.pipeline_parallel_size as usize }
     }
 }
 
@@ -143,6 +166,8 @@ impl Default for EngineConfig {
             enable_prefix_caching: true,
             kv_events: None,
             threads: None,
+            tensor_parallel_size: 1,
+            pipeline_parallel_size: 1,
             request_timeout: HumanDuration::from_secs(600),
         }
     }
@@ -165,6 +190,10 @@ mod tests {
         check(|c| c.block_size = 7, &["block-size"]);
         check(|c| c.block_size = 272, &["block-size"]);
         check(|c| (c.max_num_seqs, c.threads) = (4_000_000_000, Some(5000)), &["threads", "max-num-seqs"]);
+        check(|c| c.tensor_parallel_size = 0, &["tensor-parallel-size"]);
+        check(|c| c.pipeline_parallel_size = 5000, &["pipeline-parallel-size"]);
+        check(|c| (c.tensor_parallel_size, c.threads) = (3, Some(2)), &["threads"]);
+        check(|c| (c.tensor_parallel_size, c.threads) = (3, Some(3)), &[]);
         check(|c| c.max_model_len = Some(1), &["max-model-len"]);
         check(|c| c.max_model_len = Some(2), &[]);
         check(|c| c.served_model_name = Some(" ".into()), &["served-model-name"]);

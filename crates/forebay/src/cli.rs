@@ -123,6 +123,12 @@ pub(crate) struct Worker {
     /// Compute threads; the machine's cores where absent
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
+    /// Ranks that compute each layer together (also -tp)
+    #[arg(long, value_name = "N")]
+    pub tensor_parallel_size: Option<u32>,
+    /// Stages that have layers of their own (also -pp)
+    #[arg(long, value_name = "N")]
+    pub pipeline_parallel_size: Option<u32>,
     #[command(flatten)]
     pub log: Log,
 }

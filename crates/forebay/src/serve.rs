@@ -42,6 +42,8 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         max_num_queued_tokens: args.max_num_queued_tokens.unwrap_or(defaults.max_num_queued_tokens),
         enable_prefix_caching: !args.no_enable_prefix_caching,
         threads: args.threads,
+        tensor_parallel_size: args.tensor_parallel_size.unwrap_or(defaults.tensor_parallel_size),
+        pipeline_parallel_size: args.pipeline_parallel_size.unwrap_or(defaults.pipeline_parallel_size),
         kv_events: args.kv_events_config.clone().and_then(|flag| flag.0),
         ..defaults
     };
@@ -84,6 +86,8 @@ fn in_flags(message: &str) -> String {
         ("engine.max-num-queued-reqs", "--max-num-queued-reqs"),
         ("engine.max-num-queued-tokens", "--max-num-queued-tokens"),
         ("engine.threads", "--threads"),
+        ("engine.tensor-parallel-size", "--tensor-parallel-size"),
+        ("engine.pipeline-parallel-size", "--pipeline-parallel-size"),
         ("engine.itl-slo", "--itl-slo-ms"),
         ("engine.kv-events", "--kv-events-config"),
     ];

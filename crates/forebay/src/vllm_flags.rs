@@ -81,15 +81,12 @@ const FLAGS: &[Flag] = &[
     idle("--kv-cache-metrics", false, "blocks are not sampled"),
     idle("--sse-keep-alive-interval", true, "idle streams get a comment now and then anyway"),
     idle("--shutdown-timeout", true, "requests in flight are always given time to finish"),
-    refused("--tensor-parallel-size", true, &["1"], "a model runs in one rank"),
-    refused("-tp", true, &["1"], "a model runs in one rank"),
-    refused("--pipeline-parallel-size", true, &["1"], "a model runs in one rank"),
-    refused("-pp", true, &["1"], "a model runs in one rank"),
     refused("--data-parallel-size", true, &["1"], "start more workers and list them in a router's fleet"),
     refused("-dp", true, &["1"], "start more workers and list them in a router's fleet"),
     refused("--nnodes", true, &["1"], "a model runs on one machine"),
     refused("--node-rank", true, &["0"], "a model runs on one machine"),
-    refused("--enable-expert-parallel", false, &[], "a model runs in one rank"),
+    refused("--enable-expert-parallel", false, &[], "mixtures of experts are not run"),
+    refused("--device", true, &["auto", "cpu"], GPU),
     refused("--device-ids", true, &[], GPU),
     refused("--tokenizer", true, &[], "the model's own tokenizer is used"),
     refused("--revision", true, &["main"], "pull the revision's file and give its path"),
@@ -139,6 +136,9 @@ const FLAGS: &[Flag] = &[
     ),
 ];
 
+/// Short names of flags that are our own. (A short flag of our parser has one letter.)
+const SHORT: &[(&str, &str)] = &[("-tp", "--tensor-parallel-size"), ("-pp", "--pipeline-parallel-size")];
+
 /// Goes through the arguments behind `worker`.
 ///
 /// As in vLLM, `--max_model_len` is `--max-model-len`. Flags that vLLM does not have are left in place.
@@ -152,8 +152,8 @@ pub(crate) fn sift(args: impl IntoIterator<Item = String>) -> Result<Sifted, Str
         let (name, inline) = split(&arg);
         let Some(flag) = FLAGS.iter().find(|flag| flag.name == name) else {
             sifted.args.push(match inline {
-                Some(value) if arg.starts_with("--") => format!("{name}={value}"),
-                None if arg.starts_with("--") => name,
+                Some(value) if name.starts_with("--") => format!("{name}={value}"),
+                None if name.starts_with("--") => name,
                 _ => arg,
             });
             continue;
@@ -173,10 +173,17 @@ pub(crate) fn sift(args: impl IntoIterator<Item = String>) -> Result<Sifted, Str
     Ok(sifted)
 }
 
-/// `--a_b=c` is `--a-b` with `c`; `-O3` is `-O` with `3`.
+/// `--a_b=c` is `--a-b` with `c`; `-O3` is `-O` with `3`; `-tp` is `--tensor-parallel-size`.
 fn split(arg: &str) -> (String, Option<String>) {
     if let Some(level) = arg.strip_prefix("-O").filter(|level| !level.is_empty()) {
         return ("-O".to_owned(), Some(level.to_owned()));
+    }
+    for (short, long) in SHORT {
+        match arg.strip_prefix(short).map(|rest| (rest, rest.strip_prefix('='))) {
+            Some(("", _)) => return ((*long).to_owned(), None),
+            Some((_, Some(value))) => return ((*long).to_owned(), Some(value.to_owned())),
+            _ => {}
+        }
     }
     if !arg.starts_with("--") {
         return (arg.to_owned(), None);
@@ -209,7 +216,9 @@ mod tests {
         check("--nonsense_flag x", "--nonsense-flag x");
         check("-h", "-h");
         // They ask for what is done anyway.
-        check("m -tp 1 --kv-cache-dtype=auto --stream_interval 1", "m");
+        check("m -dp 1 --kv-cache-dtype=auto --stream_interval 1 --device cpu", "m");
+        check("m -tp 3 -pp=2", "m --tensor-parallel-size 3 --pipeline-parallel-size=2");
+        check("-topology x", "-topology x");
     }
 
     #[test]
@@ -227,8 +236,9 @@ mod tests {
             let error = sifted(args).expect_err("is refused");
             assert!(error.starts_with(expect), "{error}");
         };
-        check("m --tensor-parallel-size 2", "--tensor-parallel-size is not supported: ");
-        check("m -tp 2", "-tp is not supported: ");
+        check("m --data-parallel-size 2", "--data-parallel-size is not supported: ");
+        check("m -dp 2", "-dp is not supported: ");
+        check("m --device cuda", "--device is not supported: there is no GPU");
         check("m --enable-lora", "--enable-lora is not supported: ");
         check("m --quantization", "--quantization needs a value");
         let error = sifted("m --api-key sk-secret").expect_err("is refused");

@@ -8,7 +8,7 @@
 use forebay_schedule::StepPlan;
 
 use super::check::{Bounds, check_plan};
-use super::{ExecError, Executor};
+use super::{CollectiveError, ExecError, Executor};
 
 /// What to say after which tokens.
 #[derive(Debug, Clone)]
@@ -29,6 +29,8 @@ pub struct FakeExecutor {
     scripts: Vec<Script>,
     steps: u64,
     fail_at: Option<u64>,
+    /// Every step from this one on.
+    lost_at: Option<u64>,
 }
 
 /// What a slot holds before anything was written to it: no token, so reading it gives other logits.
@@ -49,6 +51,7 @@ impl FakeExecutor {
             scripts: Vec::new(),
             steps: 0,
             fail_at: None,
+            lost_at: None,
         }
     }
 
@@ -67,6 +70,12 @@ impl FakeExecutor {
     /// Makes the `nth` step from now (0 is the next one) fail; those after it work again.
     pub fn fail_at_step(mut self, nth: u64) -> Self {
         self.fail_at = Some(self.steps + nth);
+        self
+    }
+
+    /// Makes the `nth` step from now and all later ones fail, as where a rank has ended.
+    pub fn lose_at_step(mut self, nth: u64) -> Self {
+        self.lost_at = Some(self.steps + nth);
         self
     }
 
@@ -110,6 +119,9 @@ impl Executor for FakeExecutor {
         check_plan(plan, &self.bounds)?;
         if self.fail_at == Some(step) {
             return Err(ExecError::Device { what: format!("told to fail at step {step}") });
+        }
+        if self.lost_at.is_some_and(|at| step >= at) {
+            return Err(CollectiveError::Gone { rank: 1 }.into());
         }
         let size = self.bounds.block_size;
         let slot = |table: &[u32], position: usize| table[position / size] as usize * size + position % size;

@@ -97,7 +97,7 @@ pub enum ExecError {
     /// The scheduler made a plan that breaks its own contract: a defect of ours.
     #[error("the step plan is not valid")]
     Plan(#[from] PlanError),
-    /// Only [`FakeExecutor::fail_at_step`] does this, until there is a device that can fail.
+    /// Only [`FakeExecutor::fail_at_step`] does this, until there is a device that can fail for once.
     #[error("the device failed: {what}")]
     Device { what: String },
     /// Ranks have ended: every later pass fails too.

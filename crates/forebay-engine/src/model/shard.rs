@@ -34,13 +34,6 @@ pub enum RanksError {
     Layers { layers: usize, pipeline: usize },
 }
 
-impl RanksError {
-    /// Whether it is about the number of stages.
-    pub fn is_pipeline(&self) -> bool {
-        matches!(self, Self::Layers { .. })
-    }
-}
-
 impl Ranks {
     pub const ONE: Self = Self { tensor: 1, pipeline: 1 };
 

@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::KvSink;
 use super::constrain::Beginning;
 use super::events::{EventStream, stopped};
-use super::layout::Layout;
+use super::layout::{Layout, cores};
 use super::memory::check_memory;
 use super::prompt;
 use super::start_error::StartError;
@@ -27,10 +27,10 @@ use super::submission::{How, Submission};
 use super::text::text_model;
 use super::words::BadWords;
 use crate::config::EngineConfig;
-use crate::exec::{CpuExecutor, CpuOptions, Executor};
+use crate::exec::{self, CpuOptions, Executor};
 use crate::kv_events::{KvEventSource, Publisher};
 use crate::metrics::{EngineMetrics, KvInfo};
-use crate::model::ModelFile;
+use crate::model::{ModelFile, Ranks};
 
 /// Submissions on their way to the step thread. It takes them between steps, so this bounds what arrives during one.
 pub(super) const INBOX_MAX: usize = 1024;
@@ -83,16 +83,17 @@ impl Engine {
         let publisher = config.kv_events.as_ref().map(Publisher::bind).transpose()?;
         let kv_event_source = publisher.as_ref().map(Publisher::source);
         let file = Arc::new(ModelFile::open(path)?);
-        let Layout { spec, block_size, blocks, positions_max } = Layout::plan(config, &file, path)?;
-        check_memory(path, spec.memory_for_blocks(blocks, block_size))?;
+        let layout = Layout::plan(config, &file, path, cores())?;
+        check_memory(path, layout.kv_bytes())?;
+        let Layout { spec, ranks, block_size, blocks, positions_max } = layout;
         let text =
             text_model(file.gguf()).map_err(|source| StartError::Text { path: path.into(), source })?;
         let threads = config.threads.map_or_else(cores, |n| n as usize);
-        let pool = Arc::new(Pool::new(threads));
+        let pool = Arc::new(Pool::new(exec::threads_per_rank(threads, ranks)));
         let isa = deps.isa.unwrap_or_else(Isa::detect);
 
         let options = CpuOptions { isa, threads, block_size, blocks, positions_max };
-        let executor = CpuExecutor::with_pool(&file, &options, pool.clone())
+        let executor = exec::start(&file, ranks, &options, pool.clone())
             .map_err(|source| StartError::Build { path: path.into(), source })?;
         let publish =
             publisher.map(|publisher| publisher.start(deps.metrics.kv_events.for_model(model.as_str())));
@@ -117,10 +118,15 @@ impl Engine {
         };
         let metrics = deps.metrics.for_model(model.as_str(), &kv);
         let summary = format!(
-            "{}, {} layers, {} threads, {}, KV cache for {} tokens",
+            "{}, {} layers, {} threads, {}{}, KV cache for {} tokens",
             path.display(),
             spec.layers,
             threads,
+            match ranks {
+                Ranks::ONE => String::new(),
+                Ranks { tensor, pipeline } =>
+                    format!("tensor parallel {tensor} x pipeline parallel {pipeline}, "),
+            },
             isa.as_str(),
             blocks * block_size,
         );
@@ -136,7 +142,7 @@ impl Engine {
             return Err(problem.into());
         }
         let file = ModelFile::open(path)?;
-        Layout::plan(config, &file, path).map(|_| ())
+        Layout::plan(config, &file, path, cores()).map(|_| ())
     }
 
     #[allow(clippy::too_many_arguments)] // The two ways to start (real and fake executor) meet here.
@@ -399,8 +405,4 @@ fn fresh_seed() -> Result<u64, Fault> {
 fn token_bytes_max(text: &TextModel) -> usize {
     let tokenizer = text.tokenizer();
     (0..tokenizer.vocab_size() as TokenId).map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(0)
-}
-
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }

@@ -6,7 +6,7 @@ use super::text::TextError;
 use crate::config::EngineConfigError;
 use crate::exec::BuildError;
 use crate::kv_events::KvEventsError;
-use crate::model::{OpenError, SpecError};
+use crate::model::{OpenError, Ranks, RanksError, SpecError};
 
 /// Why an engine could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +38,14 @@ pub enum StartError {
         kv: forebay_config::ByteSize,
         available: forebay_config::ByteSize,
     },
+    #[error("the model in {} can't be divided among ranks", path.display())]
+    Ranks { path: PathBuf, source: RanksError },
+    #[error(
+        "`engine.tensor-parallel-size` ({}) times `engine.pipeline-parallel-size` ({}) is more ranks than the machine has \
+         cores ({cores}); lower one of them",
+        ranks.tensor, ranks.pipeline
+    )]
+    Cores { ranks: Ranks, cores: usize },
     #[error(transparent)]
     KvEvents(#[from] KvEventsError),
     #[error("the engine's thread can't be started")]
@@ -51,6 +59,9 @@ impl StartError {
             Self::Open(_) | Self::Spec { .. } | Self::Text { .. } | Self::Build { .. } => "engine.model",
             Self::KvTooSmall { .. } | Self::Memory { .. } => "engine.kv-cache-memory",
             Self::ModelLen { .. } => "engine.max-model-len",
+            Self::Ranks { source: RanksError::Layers { .. }, .. } => "engine.pipeline-parallel-size",
+            Self::Cores { ranks: Ranks { tensor: 1, .. }, .. } => "engine.pipeline-parallel-size",
+            Self::Ranks { .. } | Self::Cores { .. } => "engine.tensor-parallel-size",
             Self::KvEvents(_) => "engine.kv-events",
             Self::Config(_) | Self::Thread(_) => "engine",
         }

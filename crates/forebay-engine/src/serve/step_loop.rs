@@ -24,6 +24,7 @@ use super::KvSink;
 use super::choice::ChoiceState;
 use super::constrain::MaskThread;
 use super::engine::INBOX_MAX;
+use super::events::stopped;
 use super::sampling::SampleJob;
 use super::submission::Submission;
 
@@ -87,7 +88,7 @@ pub(crate) enum Turn {
     Worked,
     /// Nothing to do until something arrives.
     Idle,
-    /// The inbox is closed and everything is finished.
+    /// The inbox is closed and everything is finished, or the executor has failed for good.
     Closed,
 }
 
@@ -162,6 +163,11 @@ impl<E: Executor> StepLoop<E> {
                 });
                 None
             }
+            Err(error) if error.is_final() => {
+                tracing::error!(error = %error, source = ?std::error::Error::source(&error), "the model can't be run any more");
+                self.end();
+                return Turn::Closed;
+            }
             Err(error) => {
                 tracing::error!(error = %error, source = ?std::error::Error::source(&error), "a step failed");
                 Some((plan.seqs.clone(), Fault::internal(error.to_string())))
@@ -189,6 +195,23 @@ impl<E: Executor> StepLoop<E> {
         }
         self.publish(tokens, sampled);
         Turn::Worked
+    }
+
+    /// Fails every request that there is. Those that come later find the engine stopped.
+    fn end(&mut self) {
+        self.scheduler.on_step_failed();
+        self.state.jobs.clear();
+        let requests: Vec<(u64, bool)> =
+            self.state.requests.iter().map(|(&id, request)| (id, request.started)).collect();
+        for (id, started) in requests {
+            let mut fault = stopped();
+            if started {
+                // Something has reached the client: the same request elsewhere would repeat it.
+                fault.class.retry = Retry::Never;
+            }
+            self.fail(id, fault, FinishReason::Error);
+        }
+        self.publish(0, 0);
     }
 
     /// Takes what has arrived, an inbox full at most: a flood must not keep those who run from their next token. True

@@ -475,6 +475,22 @@ async fn a_failed_step_fails_its_requests_and_no_others() {
 }
 
 #[tokio::test]
+async fn ranks_that_are_lost_end_the_engine_and_every_request() {
+    let bench = bench(says("a", "long answer").lose_at_step(3), |_| {});
+    let (fault, other) = tokio::join!(bench.events(greedy("a")), bench.events(greedy("another")));
+    for fault in [fault.unwrap_err(), other.unwrap_err()] {
+        assert_eq!(
+            (fault.class.code, fault.message.as_str()),
+            (Code::ModelUnavailable, "the engine has stopped")
+        );
+    }
+    let late = bench.events(greedy("a")).await.unwrap_err();
+    assert_eq!((late.class.code, late.class.retry), (Code::ModelUnavailable, Retry::Elsewhere));
+    assert!(!bench.engine.is_alive(), "so that /health says 503");
+    bench.wait_for("vllm:num_requests_running{engine=\"0\",model_name=\"fake\"} 0").await;
+}
+
+#[tokio::test]
 async fn a_request_has_a_deadline() {
     let config = EngineConfig {
         request_timeout: forebay_config::HumanDuration::from_millis(0),
