@@ -20,7 +20,7 @@ import msgspec
 import pytest
 import zmq
 
-from harness import MODEL, Forebay, engine_config, eventually, free_port
+from harness import MODEL, Forebay, engine_config, eventually, free_port, get
 
 BLOCK = 16
 END = b"\xff" * 8
@@ -208,10 +208,11 @@ def ids(first: int, count: int) -> list[int]:
     return [1000 + (first * 997 + n * 7) % 40_000 for n in range(count)]
 
 
-def publishing(start, **engine: Any) -> tuple[Forebay, int, int]:
+def publishing(start, more: dict[str, Any] | None = None, **engine: Any) -> tuple[Forebay, int, int]:
     """An engine that publishes, with its two ports."""
     events, replay = free_port(), free_port()
     kv_events = {"endpoint": f"tcp://*:{events}", "replay-endpoint": f"tcp://*:{replay}", "topic": f"kv@here@{MODEL}"}
+    kv_events |= more or {}
     return start({"engine": engine_config(**{"kv-events": kv_events, **engine})}), events, replay
 
 
@@ -357,10 +358,10 @@ class Replica:
         assert self.events.recv() == b"\x01"
 
     def serve_replay(self) -> int:
-        """vLLM's `_service_replay`, in both of its forms."""
+        """vLLM's `_service_replay`, in both of its forms. A request for a snapshot it takes for a number."""
         assert self.replay.poll(10_000), "nobody asks for a replay"
         client, empty, start = self.replay.recv_multipart()
-        assert empty == b""
+        assert empty == b"" and len(start) == 8
         topic = [] if self.old else [b""]
         for seq, payload in self.kept:
             if seq >= int.from_bytes(start, "big"):
@@ -400,6 +401,7 @@ def test_placement_follows_a_python_publisher(start, replicas):
     router = start(routing(replicas), ready=False)
     for replica in replicas:
         replica.wait_subscribed()
+        assert replica.serve_replay() == int.from_bytes(b"snapshot", "big")
         assert replica.serve_replay() == 0
 
     def goes_to(prompt: list[int]) -> str:
@@ -436,7 +438,8 @@ def test_placement_follows_a_python_publisher(start, replicas):
     eventually("the gap is filled", lambda: batches(first) == 4)
     assert {goes_to(prompts[3] + [n]) for n in range(5)} == {"replica-1"}
     metrics = router.metrics()
-    assert metrics.value("forebay_router_kv_event_gaps_total", replica=first.url, filled="yes") == 1
+    assert metrics.value("forebay_router_kv_event_resyncs_total", replica=first.url, why="gap", by="replay") == 1
+    assert metrics.value("forebay_router_kv_event_batches_lost_total", replica=first.url) == 1
     assert metrics.value("forebay_router_kv_events_ignored_total") == 0
 
     # Who no longer publishes is known no longer.
@@ -445,32 +448,160 @@ def test_placement_follows_a_python_publisher(start, replicas):
     eventually("noticed", gone)
 
 
-def test_a_router_finds_what_it_never_sent(start):
-    """Our engine's events in our router: a prompt that came to a replica on another way."""
-    engines = [publishing(start) for _ in range(2)]
+# Our engine, our router
+
+
+def fleet_of(engines: list[tuple[Forebay, int, int]]) -> dict:
     sources = [
         {"replica": engine.url, "endpoint": f"tcp://127.0.0.1:{events}", "replay-endpoint": f"tcp://127.0.0.1:{replay}"}
         for engine, events, replay in engines
     ]
     fleet = {"model": MODEL, "replicas": [engine.url for engine, _, _ in engines], "kv-events": {"sources": sources}}
+    return {"router": {"fleets": [fleet]}}
+
+
+def knowledge(router: Forebay) -> list[dict]:
+    """What the router says about what it knows of each replica's cache."""
+    return [replica["kv_events"] for replica in get(f"{router.admin_url}/api/fleets").json()["fleets"][0]["replicas"]]
+
+
+def knows_all(router: Forebay, engines: list[tuple[Forebay, int, int]]) -> bool:
+    sent = [engine.metrics().value("forebay_engine_kv_event_batches_total") for engine, _, _ in engines]
+    return [(known["in_sync"], known["next_batch"]) for known in knowledge(router)] == [(True, n) for n in sent]
+
+
+def test_a_router_finds_what_it_never_sent(start):
+    """Our engine's events in our router: a prompt that came to a replica on another way."""
+    engines = [publishing(start) for _ in range(2)]
     prompts = [ids(n, BLOCK * 8 + 1) for n in range(4)]
     complete(engines[0][0], prompts[0])
     complete(engines[1][0], prompts[1])
-    router = start({"router": {"fleets": [fleet]}})
-
-    def known() -> bool:
-        metrics = router.metrics()
-        batches = [metrics.value("forebay_router_kv_event_batches_total", replica=e.url) for e, _, _ in engines]
-        sent = [engine.metrics().value("forebay_engine_kv_event_batches_total") for engine, _, _ in engines]
-        return batches == sent
-
-    eventually("the history", known)
+    router = start(fleet_of(engines))
+    eventually("the history", lambda: knows_all(router, engines))
     # Both directions, and live.
     complete(engines[0][0], prompts[2])
     complete(engines[1][0], prompts[3])
-    eventually("what is new", known)
+    eventually("what is new", lambda: knows_all(router, engines))
     went = [complete(router, prompt).headers["x-forebay-replica"] for prompt in prompts]
     assert went == ["replica-1", "replica-2"] * 2
     metrics = router.metrics()
     matched = metrics.value("forebay_router_prefix_matched_tokens_total")
     assert matched == metrics.value("forebay_router_prefix_cached_tokens_total") == 4 * BLOCK * 8
+
+
+def test_a_late_router_knows_all_and_a_new_worker_nothing(start):
+    """No batch is kept for replay: the snapshot alone tells."""
+    kv_events = {"buffer-steps": 0, "heartbeat-interval": "100ms"}
+    engines = [publishing(start, kv_events) for _ in range(2)]
+    prompt, other = ids(1, BLOCK * 8 + 1), ids(2, BLOCK * 8 + 1)
+    complete(engines[1][0], prompt)
+    complete(engines[1][0], other)
+    router = start(fleet_of(engines))
+    eventually("both caches", lambda: knows_all(router, engines))
+    assert [known["cached_blocks"] for known in knowledge(router)] == [0, 16]
+
+    def placed(prompt: list[int]) -> tuple[str, str]:
+        response = complete(router, prompt)
+        spans = router.record(response.headers["x-request-id"])["spans"]
+        why = next(span["why"] for span in spans if (span["layer"], span["what"]) == ("router", "place"))
+        return response.headers["x-forebay-replica"], why
+
+    replica, why = placed(prompt)
+    assert replica == "replica-2" and f"{BLOCK * 8} of {len(prompt)}" in why, why
+    resyncs = "forebay_router_kv_event_resyncs_total"
+    assert router.metrics().value(resyncs, replica=engines[1][0].url, why="joined", by="snapshot") == 1
+
+    # Another process at the same addresses, with an empty cache.
+    epochs = [known["epoch"] for known in knowledge(router)]
+    engine, events, replay = engines[1]
+    engine.kill()
+    engines[1] = (start(engine.config), events, replay)
+    eventually("the new cache", lambda: knows_all(router, engines) and knowledge(router)[1]["epoch"] != epochs[1])
+    known = knowledge(router)
+    assert (known[0]["epoch"], known[1]["cached_blocks"]) == (epochs[0], 0)
+    eventually("up again", lambda: all(r["up"] for r in get(f"{router.admin_url}/api/fleets").json()["fleets"][0]["replicas"]))
+    _, why = placed(other)
+    assert f"{BLOCK * 8} of" not in why, why
+
+
+class LoadStat(msgspec.Struct, array_like=True, gc=False, tag=True):
+    """SGLang 0.5.23's, with the fields that came later."""
+
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_tokens: int
+    max_total_num_tokens: int
+    attn_dp_rank: int | None = None
+    num_waiting_uncached_tokens: int = 0
+    num_total_tokens: int = 0
+    max_running_requests: int = 0
+    total_prefill_uncached_tokens: int = 0
+    total_prefill_busy_us: int = 0
+
+
+def test_what_is_ours_alone(start, context):
+    """Heartbeats, snapshots and load reports, read with msgspec; and a subscriber that knows vLLM's protocol alone."""
+    server, port, replay = publishing(start, {"buffer-steps": 1, "heartbeat-interval": "100ms"}, **{"kv-cache-memory": "8MiB"})
+    everything = context.socket(zmq.SUB)
+    everything.connect(f"tcp://127.0.0.1:{port}")
+    everything.subscribe(b"")
+    ours = context.socket(zmq.SUB)
+    ours.connect(f"tcp://127.0.0.1:{port}")
+    ours.subscribe(b"forebay-heartbeat")
+    ours.subscribe(b"load")
+    beats, loads, epochs = [], [], set()
+
+    def listen() -> None:
+        while ours.poll(50):
+            topic, seq, payload = ours.recv_multipart()
+            if topic == b"load":
+                loads.append(msgspec.msgpack.decode(payload, type=LoadStat))
+                continue
+            ts, events, rank, epoch, ms = msgspec.msgpack.decode(payload)
+            assert (topic, events, rank, ms, len(epoch)) == (b"forebay-heartbeat", [], 0, 100, 16)
+            # An empty batch to vLLM's own classes.
+            assert msgspec.msgpack.decode(payload, type=KVEventBatch).events == []
+            assert abs(ts - time.time()) < 600
+            beats.append(int.from_bytes(seq, "big"))
+            epochs.add(epoch)
+
+    for n in range(100):
+        complete(server, ids(10_000 + n, BLOCK * 2))
+        if everything.poll(50):
+            break
+    for n in range(8):
+        complete(server, ids(n, BLOCK * 9 + 3))
+    sent = server.metrics().value("forebay_engine_kv_event_batches_total")
+    eventually("a heartbeat after all of it", lambda: listen() or sent in beats)
+    assert beats == sorted(beats) and len(epochs) == 1
+    prompts = server.metrics().value("vllm:prompt_tokens_total")
+    eventually("the last report", lambda: listen() or loads[-1].total_prefill_uncached_tokens == prompts)
+    last = loads[-1]
+    assert (last.num_running_reqs, last.num_waiting_reqs, last.num_tokens) == (0, 0, 0)
+    assert last.max_total_num_tokens == 8 * 1024 // 360 * BLOCK and last.total_prefill_busy_us > 0
+
+    socket = context.socket(zmq.DEALER)
+    socket.connect(f"tcp://127.0.0.1:{replay}")
+    socket.send_multipart([b"", b"snapshot"])
+    late = Subscriber(context, port, b"never")
+    for count in range(1000):
+        assert socket.poll(10_000)
+        empty, topic, seq, payload = socket.recv_multipart()
+        assert empty == b""
+        if seq == END:
+            assert topic == payload == b""
+            break
+        assert (topic, int.from_bytes(seq, "big")) == (f"kv@here@{MODEL}".encode(), sent)
+        assert msgspec.msgpack.decode(payload)[3] in epochs
+        for event in late.decoder.decode(payload).events:
+            late.apply(event)
+    assert late.events[0] == AllBlocksCleared()
+    # Blocks were evicted, so it is not all that was ever stored; of the last prompt it is all.
+    assert set(chain(ids(7, BLOCK * 9 + 3))) <= late.cached.keys()
+    assert 0 < len(late.cached) <= 8 * 1024 // 360
+    metrics = server.metrics()
+    assert metrics.value("forebay_engine_kv_event_snapshots_total") == 1
+    topics = set()
+    while everything.poll(50):
+        topics.add(everything.recv_multipart()[0])
+    assert topics == {f"kv@here@{MODEL}".encode()}

@@ -4,7 +4,7 @@ use forebay_config::{ByteSize, HumanDuration};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::kv_events::{HEARTBEAT_MIN, KvEventsConfig};
+use crate::kv_events::{HEARTBEAT_MIN, KvEventsConfig, LOAD_INTERVAL_MIN};
 use crate::model::Ranks;
 
 /// L5: the inference engine in this process.
@@ -117,13 +117,15 @@ impl EngineConfig {
                 "there are none without `enable-prefix-caching`; turn it on, or leave this out".to_owned(),
             );
         }
-        if let Some(interval) = self.kv_events.as_ref().map(|events| events.heartbeat_interval)
-            && interval.get() < HEARTBEAT_MIN
-        {
-            add(
-                "kv-events.heartbeat-interval",
-                format!("{interval} is less than {HEARTBEAT_MIN:?}; 1s suits most"),
-            );
+        if let Some(events) = &self.kv_events {
+            for (key, interval, min) in [
+                ("kv-events.heartbeat-interval", events.heartbeat_interval, HEARTBEAT_MIN),
+                ("kv-events.load-interval", events.load_interval, LOAD_INTERVAL_MIN),
+            ] {
+                if interval.get() < min {
+                    add(key, format!("{interval} is less than {min:?}; leave the key out for the default"));
+                }
+            }
         }
         for (key, zero) in [
             ("max-num-batched-tokens", self.max_num_batched_tokens == 0),

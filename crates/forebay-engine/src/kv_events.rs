@@ -19,12 +19,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use forebay_config::HumanDuration;
-use forebay_kv::codec::Epoch;
+use forebay_kv::codec::{Epoch, LoadStat};
 use forebay_kv::{KvEvent, Publication};
 use forebay_zmtp::Endpoint;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::serve::KvSink;
 pub(crate) use metrics::{KvEventFamilies, KvEventMetrics};
@@ -53,6 +53,9 @@ pub struct KvEventsConfig {
     /// Time between two heartbeats, to subscribers that want them, from 100ms; lost events are found out so soon.
     #[serde(default = "heartbeat_interval")]
     pub heartbeat_interval: HumanDuration,
+    /// Least time between two load reports (SGLang's `LoadStat`), which subscribers to `load` get when the load has changed.
+    #[serde(default = "load_interval")]
+    pub load_interval: HumanDuration,
 }
 
 fn buffer_steps() -> u32 {
@@ -63,8 +66,14 @@ fn heartbeat_interval() -> HumanDuration {
     HumanDuration::from_secs(1)
 }
 
+fn load_interval() -> HumanDuration {
+    HumanDuration::from_millis(50)
+}
+
 /// More often than this a heartbeat is load.
 pub(crate) const HEARTBEAT_MIN: Duration = Duration::from_millis(100);
+/// The same for load reports.
+pub(crate) const LOAD_INTERVAL_MIN: Duration = Duration::from_millis(10);
 
 /// Where one engine's events are to be had, as vLLM's `GET /kv_event_sources` lists it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -148,17 +157,19 @@ impl Publisher {
         }
     }
 
-    /// Starts the task and returns what the step thread calls. The task ends when that is dropped.
+    /// Starts the tasks and returns what the step thread calls, for events and for its load. They end when the first is
+    /// dropped.
     ///
     /// Where the task can't keep up, steps are left out and counted, and the next one that is sent begins with
     /// `AllBlocksCleared`: a subscriber then knows too little rather than something wrong.
-    pub(crate) fn start(self, metrics: KvEventMetrics) -> KvSink {
+    pub(crate) fn start(self, metrics: KvEventMetrics) -> (KvSink, watch::Sender<LoadStat>) {
         let (steps, queue) = mpsc::channel(QUEUE_MAX);
+        let (load, load_seen) = watch::channel(LoadStat::default());
         let Self { runtime, events, replay, epoch, config } = self;
         let publication = Publication::new(epoch, config.buffer_steps as usize);
         let publishing = publish::Publishing::new(publication, &config, metrics.clone());
-        runtime.spawn(publishing.run(queue, events, replay));
-        sink(steps, metrics)
+        runtime.spawn(publishing.run(queue, load_seen, events, replay));
+        (sink(steps, metrics), load)
     }
 }
 

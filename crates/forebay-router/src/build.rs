@@ -172,6 +172,7 @@ pub(crate) fn build<E>(
                             lane,
                             blocks_max: config.prefix_blocks_max,
                             view,
+                            live: Arc::clone(&live),
                             metrics: metrics.kv_events(model.as_str(), id.as_str()),
                         };
                         watches.follow(&runtime, subscription);

@@ -29,6 +29,6 @@ mod tests;
 
 pub use build::{RouterBuildError, RouterDeps};
 pub use config::{FleetConfig, HealthConfig, ParseReplicaError, ReplicaTarget, RouterConfig};
-pub use kv_events::{FleetKvEvents, KvEventSource, KvSourceError};
+pub use kv_events::{By, FleetKvEvents, KvEventSource, KvEventsStatus, KvSourceError, Resync, Why};
 pub use prefix::{KvSink, PrefixView};
 pub use router::{FleetStatus, ReplicaStatus, RouteError, Router};

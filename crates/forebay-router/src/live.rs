@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use forebay_kv::codec::LoadStat;
 use forebay_observe::metrics::IntCounter;
 use forebay_placement::{Load, ReplicaState, ReplicaView, Speed};
 use parking_lot::Mutex;
@@ -11,6 +12,9 @@ use tokio::time::Instant;
 use crate::config::HealthConfig;
 use crate::health::{Health, Outlier, Turn};
 use crate::metrics::ReplicaMetrics;
+
+/// A report older than this counts for nothing: replicas repeat theirs every second.
+const REPORT_AGE_MAX: Duration = Duration::from_secs(5);
 
 /// Health, load and speed of one replica: shared by the router, the probes and every request in flight.
 pub(crate) struct Live {
@@ -27,8 +31,36 @@ struct State {
     counts_only_at_the_end: bool,
     /// A probe was answered well at least once.
     proved: bool,
+    /// Of what we gave it.
     load: Load,
+    report: Option<Report>,
     speed: Speed,
+}
+
+/// What a replica said about its load: also of what others gave it.
+#[derive(Debug, Clone, Copy)]
+struct Report {
+    at: Instant,
+    load: Load,
+    /// What we gave it since.
+    since: Load,
+}
+
+impl State {
+    /// Our own count and the replica's, whichever is more: the report knows others' requests but lags behind, and our
+    /// count knows what is on its way.
+    fn load(&self) -> Load {
+        let Some(report) = self.report.filter(|report| report.at.elapsed() < REPORT_AGE_MAX) else {
+            return self.load;
+        };
+        Load {
+            requests: self.load.requests.max(report.load.requests.saturating_add(report.since.requests)),
+            queued_tokens: self
+                .load
+                .queued_tokens
+                .max(report.load.queued_tokens + report.since.queued_tokens),
+        }
+    }
 }
 
 impl Live {
@@ -42,6 +74,7 @@ impl Live {
             counts_only_at_the_end: false,
             proved: false,
             load: Load::default(),
+            report: None,
             speed: Speed::UNKNOWN,
         };
         Arc::new(Self { state: Mutex::new(state), metrics, begun })
@@ -50,7 +83,21 @@ impl Live {
     pub(crate) fn view(&self) -> ReplicaView {
         let state = self.state.lock();
         let up = if state.health.is_up() { ReplicaState::Up } else { ReplicaState::Down };
-        ReplicaView { state: up, load: state.load, speed: state.speed }
+        ReplicaView { state: up, load: state.load(), speed: state.speed }
+    }
+
+    /// The replica says what it has to do.
+    pub(crate) fn on_report(&self, load: &LoadStat) {
+        let reported = Load {
+            requests: u32::try_from(load.running_requests.saturating_add(load.waiting_requests))
+                .unwrap_or(u32::MAX),
+            // Nothing that is added to it may overflow.
+            queued_tokens: load.waiting_uncached_tokens.min(u64::from(u32::MAX)),
+        };
+        let mut state = self.state.lock();
+        state.report = Some(Report { at: Instant::now(), load: reported, since: Load::default() });
+        self.metrics.reported_requests.set(i64::from(reported.requests));
+        self.metrics.reported_queued_tokens.set(reported.queued_tokens as i64);
     }
 
     pub(crate) fn on_probe(&self, good: bool, config: &HealthConfig) -> Option<Turn> {
@@ -145,6 +192,10 @@ impl InFlight {
             load.requests += 1;
             load.queued_tokens += queued;
         });
+        if let Some(report) = &mut live.state.lock().report {
+            report.since.requests = report.since.requests.saturating_add(1);
+            report.since.queued_tokens = report.since.queued_tokens.saturating_add(queued);
+        }
         Self {
             live: Arc::clone(live),
             given: Instant::now(),
@@ -252,6 +303,39 @@ mod tests {
         flight.on_first_token();
         flight.on_started(120, 0);
         assert_eq!(load(&live), (1, 0));
+    }
+
+    /// Each line: what happens, and the load that placement sees after it.
+    #[tokio::test(start_paused = true)]
+    async fn a_report_tells_of_what_others_gave_it() {
+        let live = live();
+        let report = |running_requests, waiting_requests, waiting_uncached_tokens| {
+            live.on_report(&LoadStat {
+                running_requests,
+                waiting_requests,
+                waiting_uncached_tokens,
+                ..LoadStat::default()
+            });
+        };
+        let mine = InFlight::begin(&live, 100);
+        assert_eq!(load(&live), (1, 100));
+        // It has not come there yet.
+        report(0, 0, 0);
+        assert_eq!(load(&live), (1, 100));
+        report(3, 2, 900);
+        assert_eq!(load(&live), (5, 900));
+        let more = InFlight::begin(&live, 50);
+        assert_eq!(load(&live), (6, 950));
+        report(6, 0, 0);
+        assert_eq!(load(&live), (6, 150));
+        drop((mine, more));
+        assert_eq!(load(&live), (6, 0));
+        report(u64::MAX, u64::MAX, u64::MAX);
+        let _more = InFlight::begin(&live, u32::MAX);
+        assert_eq!(load(&live).0, u32::MAX);
+        // Nothing is heard any more.
+        tokio::time::advance(REPORT_AGE_MAX).await;
+        assert_eq!(load(&live), (1, u64::from(u32::MAX)));
     }
 
     #[tokio::test(start_paused = true)]

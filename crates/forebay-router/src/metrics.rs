@@ -1,7 +1,11 @@
 //! `forebay_router_*`.
 
-use forebay_observe::metrics::{Histogram, IntCounter, IntCounterVec, IntGaugeVec, LATENCY_BUCKETS};
+use forebay_observe::metrics::{
+    Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, LATENCY_BUCKETS,
+};
 use forebay_observe::{MetricError, Registry};
+
+use crate::kv_events::{By, Why};
 
 /// Labels are models and replicas of the configuration, and fixed words: never what a client sent.
 #[derive(Clone)]
@@ -33,8 +37,18 @@ pub(crate) struct Metrics {
     kv_event_batches: IntCounterVec,
     /// `model`, `replica`
     kv_events_ignored: IntCounterVec,
-    /// `model`, `replica`, `filled`
-    kv_event_gaps: IntCounterVec,
+    /// `model`, `replica`
+    kv_events_in_sync: IntGaugeVec,
+    /// `model`, `replica`
+    kv_event_batches_lost: IntCounterVec,
+    /// `model`, `replica`
+    kv_event_lag: IntGaugeVec,
+    /// `model`, `replica`, `why`, `by`
+    kv_event_resyncs: IntCounterVec,
+    /// `model`, `replica`
+    reported_requests: IntGaugeVec,
+    /// `model`, `replica`
+    reported_queued_tokens: IntGaugeVec,
 }
 
 impl Metrics {
@@ -111,10 +125,35 @@ impl Metrics {
                 "KV events that say nothing that could be looked up: adapters, images, unknown memories or types, blocks after unknown ones.",
                 at,
             )?,
-            kv_event_gaps: registry.counters(
-                "forebay_router_kv_event_gaps_total",
-                "Times that batches of KV events were missed, by whether a replay brought them (yes or no).",
-                &["model", "replica", "filled"],
+            kv_events_in_sync: registry.gauges(
+                "forebay_router_kv_events_in_sync",
+                "1 while all that a replica has cached is known from its KV events.",
+                at,
+            )?,
+            kv_event_batches_lost: registry.counters(
+                "forebay_router_kv_event_batches_lost_total",
+                "Batches of KV events that did not come when they were sent, whatever was done about it.",
+                at,
+            )?,
+            kv_event_lag: registry.gauges(
+                "forebay_router_kv_event_lag_batches",
+                "Batches of KV events that a replica has sent, by its heartbeat, and that are being asked for.",
+                at,
+            )?,
+            kv_event_resyncs: registry.counters(
+                "forebay_router_kv_event_resyncs_total",
+                "Times that a replica was asked for what it had told before, by the reason (joined, gap, restarted, incomplete) and by what brought it (snapshot, replay, nothing).",
+                &["model", "replica", "why", "by"],
+            )?,
+            reported_requests: registry.gauges(
+                "forebay_router_reported_requests",
+                "Requests that a replica said it has, running and waiting, in its last load report.",
+                at,
+            )?,
+            reported_queued_tokens: registry.gauges(
+                "forebay_router_reported_queued_tokens",
+                "Uncached prompt tokens that a replica said are waiting, in its last load report.",
+                at,
             )?,
         })
     }
@@ -126,8 +165,11 @@ impl Metrics {
             connected: self.kv_events_connected.with_label_values(at),
             batches: self.kv_event_batches.with_label_values(at),
             ignored: self.kv_events_ignored.with_label_values(at),
-            gaps_filled: self.kv_event_gaps.with_label_values(&[model, replica, "yes"]),
-            gaps_left: self.kv_event_gaps.with_label_values(&[model, replica, "no"]),
+            in_sync: self.kv_events_in_sync.with_label_values(at),
+            lost: self.kv_event_batches_lost.with_label_values(at),
+            lag: self.kv_event_lag.with_label_values(at),
+            resyncs: self.kv_event_resyncs.clone(),
+            at: [model.to_owned(), replica.to_owned()],
         }
     }
 
@@ -140,6 +182,8 @@ impl Metrics {
             healthy: self.healthy.with_label_values(at),
             cool_offs: self.cool_offs.with_label_values(at),
             cached_tokens: self.cached_tokens.with_label_values(&[model]),
+            reported_requests: self.reported_requests.with_label_values(at),
+            reported_queued_tokens: self.reported_queued_tokens.with_label_values(at),
         }
     }
 }
@@ -152,17 +196,29 @@ fn placing_buckets() -> Vec<f64> {
 
 #[derive(Clone)]
 pub(crate) struct ReplicaMetrics {
-    pub(crate) in_flight: forebay_observe::metrics::IntGauge,
-    pub(crate) queued_tokens: forebay_observe::metrics::IntGauge,
-    pub(crate) healthy: forebay_observe::metrics::IntGauge,
+    pub(crate) in_flight: IntGauge,
+    pub(crate) queued_tokens: IntGauge,
+    pub(crate) healthy: IntGauge,
     pub(crate) cool_offs: IntCounter,
     pub(crate) cached_tokens: IntCounter,
+    pub(crate) reported_requests: IntGauge,
+    pub(crate) reported_queued_tokens: IntGauge,
 }
 
 pub(crate) struct KvEventMetrics {
-    pub(crate) connected: forebay_observe::metrics::IntGauge,
+    pub(crate) connected: IntGauge,
     pub(crate) batches: IntCounter,
     pub(crate) ignored: IntCounter,
-    pub(crate) gaps_filled: IntCounter,
-    pub(crate) gaps_left: IntCounter,
+    pub(crate) in_sync: IntGauge,
+    pub(crate) lost: IntCounter,
+    pub(crate) lag: IntGauge,
+    resyncs: IntCounterVec,
+    at: [String; 2],
+}
+
+impl KvEventMetrics {
+    pub(crate) fn on_resync(&self, why: Why, by: By) {
+        let [model, replica] = &self.at;
+        self.resyncs.with_label_values(&[model, replica, why.as_str(), by.as_str()]).inc();
+    }
 }

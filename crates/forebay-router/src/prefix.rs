@@ -118,6 +118,11 @@ impl ModelPrefixes {
         self.index.write().remove_replica(lane);
     }
 
+    /// Blocks that are known, or guessed, to be cached there.
+    pub(crate) fn blocks_held(&self, lane: Lane) -> u32 {
+        self.index.read().blocks_held(lane)
+    }
+
     pub(crate) fn matched(&self, hashes: &[BlockHash]) -> Matches {
         self.index.read().matched_blocks(hashes)
     }

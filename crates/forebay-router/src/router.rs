@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use crate::build::{Built, RouterBuildError, RouterDeps, build};
 use crate::config::RouterConfig;
 use crate::fleet::{At, Fleet, Replica};
+use crate::kv_events::KvEventsStatus;
 use crate::live::{InFlight, Live};
 use crate::metrics::Metrics;
 use crate::need::Need;
@@ -87,6 +88,9 @@ pub struct ReplicaStatus {
     pub queued_tokens: u64,
     /// Learned prefill rate, `None` before the first sample.
     pub prefill_tokens_per_s: Option<f64>,
+    /// How far its cache is known from its own words, where it tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_events: Option<KvEventsStatus>,
 }
 
 impl<E: Stage<Placed>> Router<E> {
@@ -392,6 +396,10 @@ fn status<E>(fleet: &Fleet<E>) -> FleetStatus {
             requests: view.load.requests,
             queued_tokens: view.load.queued_tokens,
             prefill_tokens_per_s: view.speed.last_measured(),
+            kv_events: replica.events.as_ref().map(|events| KvEventsStatus {
+                cached_blocks: fleet.prefixes.blocks_held(replica.lane),
+                ..events.status()
+            }),
         }
     };
     FleetStatus { model: fleet.model.clone(), replicas: fleet.replicas.iter().map(replica).collect() }

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use forebay_kv::Publication;
-use forebay_kv::codec::{END_SEQ, HEARTBEAT_TOPIC, SNAPSHOT_REQUEST};
+use forebay_kv::codec::{END_SEQ, HEARTBEAT_TOPIC, LOAD_TOPIC, LoadStat, SNAPSHOT_REQUEST, encode_load};
 use forebay_zmtp::{DialError, Endpoint, Halves, Limits, Message, SocketType, ZmtpError, accept, dial};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Mutex, Notify, Semaphore, broadcast, mpsc};
+use tokio::sync::{Mutex, Notify, Semaphore, broadcast, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
@@ -63,6 +63,7 @@ pub(super) struct Publishing {
     snapshots: Arc<Semaphore>,
     topic: Bytes,
     heartbeat: Duration,
+    load_interval: Duration,
     metrics: KvEventMetrics,
 }
 
@@ -75,12 +76,19 @@ impl Publishing {
             snapshots: Arc::new(Semaphore::new(SNAPSHOTS_MAX)),
             topic: config.topic.clone().into(),
             heartbeat: config.heartbeat_interval.get(),
+            load_interval: config.load_interval.get(),
             metrics,
         }
     }
 
     /// Runs until the step thread has gone. Cancellation: all connections are closed.
-    pub(super) async fn run(self, mut queue: mpsc::Receiver<Step>, events: Way, replay: Option<TcpListener>) {
+    pub(super) async fn run(
+        self,
+        mut queue: mpsc::Receiver<Step>,
+        load: watch::Receiver<LoadStat>,
+        events: Way,
+        replay: Option<TcpListener>,
+    ) {
         // Dropping the set ends what is in it.
         let mut sockets = JoinSet::new();
         let subscribed = {
@@ -96,6 +104,7 @@ impl Publishing {
             let asked = move |halves| serve_replay(halves, this.clone());
             sockets.spawn(serve(listener, SocketType::Router, asked));
         }
+        sockets.spawn(self.clone().report_load(load));
         let mut beats = tokio::time::interval(self.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -124,6 +133,23 @@ impl Publishing {
         let publication = self.publication.lock().await;
         let payload = publication.heartbeat(unix_seconds(), self.heartbeat);
         Live::new(Bytes::from_static(HEARTBEAT_TOPIC.as_bytes()), publication.next_seq(), payload, true)
+    }
+
+    /// Sends the load when it has changed, and as often as a heartbeat otherwise, so that a late subscriber has it soon.
+    async fn report_load(self, mut load: watch::Receiver<LoadStat>) {
+        let mut seq = 0;
+        loop {
+            // Whether it changed or time has passed makes no difference; without a sender the engine ends.
+            if let Ok(Err(_)) = tokio::time::timeout(self.heartbeat, load.changed()).await {
+                return;
+            }
+            let mut payload = Vec::with_capacity(64);
+            encode_load(&load.borrow_and_update(), &mut payload);
+            let topic = Bytes::from_static(LOAD_TOPIC.as_bytes());
+            let _ = self.live.send(Live::new(topic, seq, payload.into(), true));
+            seq += 1;
+            tokio::time::sleep(self.load_interval).await;
+        }
     }
 
     /// Sends the cache as of now. O(blocks) memory until it is sent, for so many at a time.

@@ -1,7 +1,10 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use forebay_kv::codec::{END_SEQ, EventBatch, HEARTBEAT_TOPIC, ReplicaEvent, SNAPSHOT_REQUEST, decode_batch};
+use forebay_kv::codec::{
+    END_SEQ, EventBatch, HEARTBEAT_TOPIC, LOAD_TOPIC, ReplicaEvent, SNAPSHOT_REQUEST, decode_batch,
+    decode_load,
+};
 use forebay_observe::Registry;
 use forebay_types::BlockHash;
 use forebay_zmtp::{Halves, Limits, SocketType, dial, subscribe};
@@ -35,6 +38,7 @@ fn name(n: u8) -> u64 {
 
 struct Bench {
     sink: KvSink,
+    load: watch::Sender<LoadStat>,
     metrics: KvEventMetrics,
     events: Endpoint,
     replay: Endpoint,
@@ -52,7 +56,8 @@ fn bench(topic: &str, buffer_steps: u32) -> Bench {
     assert_eq!((data_parallel_rank, told.as_str()), (0, topic));
     assert!(!endpoint.to_string().ends_with(":0"), "{endpoint}");
     let (replay, epoch, metrics) = (replay_endpoint.expect("bound"), publisher.epoch, metrics());
-    Bench { sink: publisher.start(metrics.clone()), metrics, events: endpoint, replay, epoch }
+    let (sink, load) = publisher.start(metrics.clone());
+    Bench { sink, load, metrics, events: endpoint, replay, epoch }
 }
 
 async fn soon<T>(future: impl Future<Output = T>) -> T {
@@ -226,6 +231,28 @@ async fn who_names_heartbeats_gets_them_and_nobody_else() {
 }
 
 #[tokio::test]
+async fn the_load_is_pushed_to_who_names_it() {
+    let bench = bench("", 10);
+    let (mut reader, mut writer) =
+        soon(dial(&bench.events, SocketType::Sub, LIMITS)).await.expect("connected");
+    writer.send(&[subscribe(LOAD_TOPIC.as_bytes())]).await.expect("sent");
+    // Whatever becomes of those in between, the last one is told, and what does not change is told again.
+    for running_requests in 1..=100 {
+        bench.load.send_replace(LoadStat { running_requests, ..LoadStat::default() });
+    }
+    let mut seqs = Vec::new();
+    let mut told = 0;
+    while told < 2 {
+        let message = soon(reader.recv()).await.expect("open");
+        let [topic, seq, payload] = &message[..] else { panic!("{message:?}") };
+        assert_eq!(topic, LOAD_TOPIC);
+        seqs.push(u64::from_be_bytes(seq[..].try_into().expect("8 bytes")));
+        told += u32::from(decode_load(payload).expect("a report").running_requests == 100);
+    }
+    assert!(seqs.is_sorted() && seqs.len() < 50, "{seqs:?}");
+}
+
+#[tokio::test]
 async fn every_cache_has_an_epoch_of_its_own() {
     assert_ne!(bench("", 1).epoch, bench("", 1).epoch);
 }
@@ -236,7 +263,7 @@ async fn it_connects_where_the_endpoint_is_a_host() {
     let port = listener.local_addr().expect("bound").port();
     let publisher =
         Publisher::bind(&config(serde_json::json!({"endpoint": format!("tcp://127.0.0.1:{port}")})));
-    let sink = publisher.expect("nothing to bind").start(metrics());
+    let sink = publisher.expect("nothing to bind").start(metrics()).0;
     // Twice: it comes back after the subscriber has gone.
     for n in 0..2 {
         let (stream, _) = soon(listener.accept()).await.expect("connected");

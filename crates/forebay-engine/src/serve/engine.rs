@@ -15,10 +15,10 @@ use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, Tokeni
 use forebay_wire::{Ask, Constraint, Event, Generate, Prompt, TokenizeInput};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::KvSink;
 use super::constrain::Beginning;
 use super::events::{EventStream, stopped};
 use super::layout::{Layout, cores};
+use super::load::LoadReport;
 use super::memory::check_memory;
 use super::prompt;
 use super::start_error::StartError;
@@ -26,6 +26,7 @@ use super::step_loop::{LoopState, StepLoop};
 use super::submission::{How, Submission};
 use super::text::text_model;
 use super::words::BadWords;
+use super::{KvSink, Sinks};
 use crate::config::EngineConfig;
 use crate::exec::{self, CpuOptions, Executor};
 use crate::kv_events::{KvEventSource, Publisher};
@@ -97,7 +98,8 @@ impl Engine {
             .map_err(|source| StartError::Build { path: path.into(), source })?;
         let publish =
             publisher.map(|publisher| publisher.start(deps.metrics.kv_events.for_model(model.as_str())));
-        let kv_sink = both(deps.kv_sink, publish);
+        let (publish, load) = publish.unzip();
+        let sinks = Sinks { kv: both(deps.kv_sink, publish), load };
         let scheduler = Scheduler::new(SchedulerConfig {
             block_size: block_size as u32,
             blocks: blocks as u32,
@@ -107,7 +109,7 @@ impl Engine {
             waiting_tokens_max: u64::from(config.max_num_queued_tokens),
             model_len_max: positions_max as u32,
             prefix_cache: config.enable_prefix_caching,
-            kv_events: kv_sink.is_some(),
+            kv_events: sinks.kv.is_some(),
             itl_slo: Some(config.itl_slo.get()),
             ..SchedulerConfig::default()
         });
@@ -131,7 +133,7 @@ impl Engine {
             blocks * block_size,
         );
         let engine =
-            Self::run(model, text, executor, scheduler, pool, metrics, kv_sink, config, begun, summary)?;
+            Self::run(model, text, executor, scheduler, pool, metrics, sinks, config, begun, summary)?;
         Ok(Self { kv_event_source, ..engine })
     }
 
@@ -153,7 +155,7 @@ impl Engine {
         scheduler: Scheduler,
         pool: Arc<Pool>,
         metrics: crate::metrics::ModelMetrics,
-        kv_sink: Option<KvSink>,
+        sinks: Sinks,
         config: &EngineConfig,
         begun: Instant,
         summary: String,
@@ -163,11 +165,12 @@ impl Engine {
         let model_len = scheduler.seq_tokens_max();
         let step_loop = StepLoop {
             executor,
+            load: LoadReport::new(sinks.load, &scheduler),
             scheduler,
             pool,
             tokenizer: text.tokenizer().clone(),
             metrics,
-            kv_sink,
+            kv_sink: sinks.kv,
             inbox: submissions,
             request_timeout: config.request_timeout.get(),
             state: LoopState::new(begun),

@@ -10,6 +10,7 @@ mod constrain;
 mod engine;
 mod events;
 mod layout;
+mod load;
 mod memory;
 mod prompt;
 mod sampling;
@@ -25,6 +26,8 @@ mod tests;
 use std::sync::Arc;
 
 use forebay_kv::KvEvent;
+use forebay_kv::codec::LoadStat;
+use tokio::sync::watch;
 
 pub use engine::{Engine, EngineDeps};
 pub use start_error::StartError;
@@ -32,3 +35,11 @@ pub use text::TextError;
 
 /// Gets the KV events of an engine, in order, on the step thread: must be quick.
 pub type KvSink = Arc<dyn Fn(&[KvEvent]) + Send + Sync>;
+
+/// Who is told what the step loop does.
+#[derive(Default)]
+pub(crate) struct Sinks {
+    pub(crate) kv: Option<KvSink>,
+    /// Where the load is to be put, for who wants to know it.
+    pub(crate) load: Option<watch::Sender<LoadStat>>,
+}

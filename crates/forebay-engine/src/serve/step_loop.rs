@@ -25,6 +25,7 @@ use super::choice::ChoiceState;
 use super::constrain::MaskThread;
 use super::engine::INBOX_MAX;
 use super::events::stopped;
+use super::load::LoadReport;
 use super::sampling::SampleJob;
 use super::submission::Submission;
 
@@ -39,6 +40,7 @@ pub(crate) struct StepLoop<E> {
     pub tokenizer: Tokenizer,
     pub metrics: ModelMetrics,
     pub kv_sink: Option<KvSink>,
+    pub load: LoadReport,
     pub inbox: mpsc::Receiver<Submission>,
     /// For messages; each submission has its own deadline.
     pub request_timeout: Duration,
@@ -130,7 +132,7 @@ impl<E: Executor> StepLoop<E> {
         let closed = self.take_arrivals();
         self.drop_the_gone();
         let now = Instant::now();
-        let Self { executor, scheduler, pool, state, .. } = &mut *self;
+        let Self { executor, scheduler, pool, state, load, .. } = &mut *self;
         let plan = scheduler.plan_step(now.saturating_duration_since(state.begun));
         if plan.is_empty() {
             self.publish(0, 0);
@@ -149,6 +151,7 @@ impl<E: Executor> StepLoop<E> {
             return Turn::Worked;
         }
         let (tokens, sampled) = (plan.tokens(), plan.logit_tokens.len());
+        load.on_plan(plan);
         state.stuck = false;
         state.line_up(plan, now);
         let failed = match executor.execute(plan) {
@@ -175,7 +178,9 @@ impl<E: Executor> StepLoop<E> {
         };
         match failed {
             None => {
-                self.scheduler.on_step_done(now.elapsed());
+                let elapsed = now.elapsed();
+                self.scheduler.on_step_done(elapsed);
+                self.load.on_step_done(elapsed);
                 for (seq, fault) in std::mem::take(&mut self.state.broken) {
                     if let Some(&(request, _)) = self.state.choices.get(&seq) {
                         self.fail(request, fault, FinishReason::Error);
@@ -444,6 +449,7 @@ impl<E: Executor> StepLoop<E> {
             sink(&state.kv_events);
         }
         let stats = self.scheduler.stats();
+        self.load.publish(&stats);
         let seen = Seen {
             preemptions: stats.preemptions,
             prefix_queries: stats.prefix_query_tokens,

@@ -85,7 +85,7 @@ fn bench_with(
         Scheduler::new(scheduling),
         Arc::new(Pool::new(1)),
         metrics.for_model("fake", &kv),
-        None,
+        super::Sinks::default(),
         &config,
         Instant::now(),
         String::new(),

@@ -13,7 +13,7 @@ use crate::config::{FleetConfig, ReplicaTarget};
 pub struct FleetKvEvents {
     /// Port for events, at the host of each replica's URL.
     pub port: u16,
-    /// Port for asking for missed events (vLLM's `replay_endpoint`); without it a router that starts late, or misses some, has to guess.
+    /// Port for asking for missed events and snapshots (vLLM's `replay_endpoint`); without it a router that starts late, or misses some, has to guess.
     pub replay_port: Option<u16>,
     /// Only messages whose topic begins so.
     pub topic: String,

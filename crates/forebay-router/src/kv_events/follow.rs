@@ -1,6 +1,9 @@
 //! Sequence numbers: what a replica's batch number says. Pure.
 //!
-//! A publisher counts its batches from 0. The rules for one that began anew are those of SGLang's model gateway.
+//! A publisher counts its batches from 0. Of one that sends heartbeats it is known whether it is still the same; for
+//! others the rules for one that began anew are those of SGLang's model gateway.
+
+use forebay_kv::codec::Epoch;
 
 /// Where we are in one replica's sequence of batches.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -13,6 +16,8 @@ pub(crate) struct Follower {
     missing: bool,
     /// The sequence is known to begin where we began.
     proved: bool,
+    /// Whose numbers these are, where the publisher says so.
+    epoch: Option<Epoch>,
 }
 
 /// What to do about a batch that came live.
@@ -28,9 +33,51 @@ pub(crate) enum Live {
     Restarted,
 }
 
+/// What to do about a heartbeat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Beat {
+    /// Nothing: all is here.
+    Fine,
+    /// The batches up to the heartbeat's number are not here, or some before them.
+    Incomplete,
+    /// It is another cache, which began empty.
+    OtherEpoch,
+}
+
 impl Follower {
+    /// A follower of the cache that a heartbeat has just told of.
+    pub(crate) fn of_epoch(epoch: Epoch) -> Self {
+        Self { epoch: Some(epoch), ..Self::default() }
+    }
+
+    pub(crate) fn epoch(&self) -> Option<Epoch> {
+        self.epoch
+    }
+
+    /// All batches before `next` have been sent, in this epoch.
+    pub(crate) fn on_heartbeat(&mut self, epoch: Epoch, next: u64) -> Beat {
+        if *self.epoch.get_or_insert(epoch) != epoch {
+            return Beat::OtherEpoch;
+        }
+        match self.is_complete() && next <= self.next {
+            true => Beat::Fine,
+            false => Beat::Incomplete,
+        }
+    }
+
+    /// A snapshot begins, of all batches before `next`. Until it has ended, something is missing.
+    pub(crate) fn on_snapshot(&mut self, epoch: Option<Epoch>, next: u64) {
+        let live_last = self.live_last.filter(|&last| last < next);
+        *self = Self { next, live_last, missing: true, proved: true, epoch: epoch.or(self.epoch) };
+    }
+
+    pub(crate) fn on_snapshot_end(&mut self) {
+        self.missing = false;
+    }
+
     pub(crate) fn on_live(&mut self, seq: u64) -> Live {
-        if self.live_last.is_some_and(|last| seq <= last) {
+        // Who says which cache it is need not be guessed about: then an old number is one that came twice.
+        if self.epoch.is_none() && self.live_last.is_some_and(|last| seq <= last) {
             return Live::Restarted;
         }
         self.live_last = Some(seq);
@@ -140,6 +187,30 @@ mod tests {
         check(0..0, &[0, 0], "=R=", true);
         check(0..5, &[5, 0, 1], "=R==", true);
         check(0..0, &[u64::MAX], "!", false);
+    }
+
+    #[test]
+    fn with_an_epoch_old_numbers_are_old_batches() {
+        let (mine, other) = (Epoch([1; 16]), Epoch([2; 16]));
+        let mut follower = Follower::default();
+        assert_eq!(follower.on_heartbeat(mine, 0), Beat::Incomplete);
+        follower.on_snapshot(Some(mine), 7);
+        assert!(!follower.is_complete());
+        assert_eq!(follower.on_heartbeat(mine, 7), Beat::Incomplete);
+        follower.on_snapshot_end();
+        assert_eq!(follower.on_heartbeat(mine, 7), Beat::Fine);
+        for (seq, expect) in [(5, Live::Seen), (7, Live::Next), (6, Live::Seen), (10, Live::Gap { from: 8 })]
+        {
+            assert_eq!(follower.on_live(seq), expect, "{seq}");
+            if expect == Live::Next {
+                follower.on_applied(seq);
+            }
+        }
+        // Sent before the snapshot, and come after it.
+        assert_eq!(follower.on_heartbeat(mine, 6), Beat::Fine);
+        assert_eq!(follower.on_heartbeat(mine, 9), Beat::Incomplete);
+        assert_eq!(follower.on_heartbeat(other, 0), Beat::OtherEpoch);
+        assert_eq!(Follower::of_epoch(other).on_heartbeat(other, 0), Beat::Incomplete);
     }
 
     #[test]

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use forebay_flow::Stage;
-use forebay_kv::codec::encode_batch;
-use forebay_kv::{BlockHasher, KvEvent, Lane};
+use forebay_kv::codec::{
+    Epoch, HEARTBEAT_TOPIC, LOAD_TOPIC, LoadStat, SNAPSHOT_REQUEST, encode_batch, encode_load,
+};
+use forebay_kv::{BlockHasher, KvEvent, Lane, Publication};
 use forebay_types::{BlockHash, TokenId};
 use forebay_zmtp::{Halves, Limits, SocketType, accept};
 use parking_lot::Mutex;
@@ -67,12 +69,14 @@ impl Publisher {
     async fn subscriber(&self) -> Halves {
         let (stream, _) = self.listener.accept().await.expect("connected");
         let (mut reader, writer) = accept(stream, SocketType::Pub, LIMITS).await.expect("shaken");
-        assert_eq!(reader.recv().await.expect("subscribed"), [&b"\x01"[..]]);
+        for topic in ["", HEARTBEAT_TOPIC, LOAD_TOPIC] {
+            assert_eq!(reader.recv().await.expect("subscribed"), [forebay_zmtp::subscribe(topic.as_bytes())]);
+        }
         (reader, writer)
     }
 }
 
-/// Answers every replay with what of `kept` it asks for, and notes what it was asked.
+/// Answers every replay with what of `kept` it asks for, and notes what it was asked. As vLLM, it knows no snapshots.
 fn replaying(listener: TcpListener, kept: Vec<(u64, KvEvent)>) -> (JoinHandle<()>, Arc<Mutex<Vec<u64>>>) {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let notes = Arc::clone(&asked);
@@ -82,7 +86,9 @@ fn replaying(listener: TcpListener, kept: Vec<(u64, KvEvent)>) -> (JoinHandle<()
             let (mut reader, mut writer) = accept(stream, SocketType::Router, LIMITS).await.expect("shaken");
             let request = reader.recv().await.expect("a request");
             let start = u64::from_be_bytes(request[1][..].try_into().expect("8 bytes"));
-            notes.lock().push(start);
+            if request[1] != SNAPSHOT_REQUEST[..] {
+                notes.lock().push(start);
+            }
             for (seq, event) in kept.iter().filter(|(seq, _)| *seq >= start) {
                 let [topic, seq, payload] = batch(*seq, std::slice::from_ref(event));
                 writer.send(&[Bytes::new(), topic, seq, payload]).await.expect("sent");
@@ -225,8 +231,13 @@ async fn missed_batches_are_asked_for() {
     eventually("after the gap", || fleet.known(11_000) == (0, 2)).await;
     assert_eq!((*asked.lock()).clone(), [0, 9]);
     assert_eq!(fleet.known(8000), (0, 2));
-    let gaps = fleet.bench.metric("forebay_router_kv_event_gaps_total");
-    assert!(gaps.contains(&r##"{filled="no",model="m",replica="#1"} 1"##.to_owned()), "{gaps:?}");
+    let resyncs = fleet.bench.metric("forebay_router_kv_event_resyncs_total");
+    let expect = [
+        r##"{by="nothing",model="m",replica="#1",why="gap"} 1"##,
+        r##"{by="replay",model="m",replica="#1",why="joined"} 1"##,
+    ];
+    assert_eq!(resyncs, expect);
+    assert_eq!(fleet.metric("forebay_router_kv_event_batches_lost_total"), r##"{model="m",replica="#1"} 2"##);
     // It begins anew on the same connection: what it had is gone, what it kept is asked for.
     writer.send(&batch(1, &[stored(90_000, 2)])).await.expect("sent");
     eventually("anew", || fleet.known(11_000) == (0, 0) && fleet.known(7000) == (0, 2)).await;
@@ -249,4 +260,109 @@ async fn what_is_no_event_is_survived() {
     writer.send(&[Bytes::from_static(b"?")]).await.expect("sent");
     eventually("ended", || fleet.known(0) == (0, 0)).await;
     let _again = fleet.publisher.subscriber().await;
+}
+
+/// What our engine does with a [`Publication`]: the replay socket.
+fn serving(listener: TcpListener, publication: Arc<Mutex<Publication>>) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.expect("connected");
+            let (mut reader, mut writer) = accept(stream, SocketType::Router, LIMITS).await.expect("shaken");
+            let request = reader.recv().await.expect("a request");
+            let answer: Vec<(u64, Bytes)> = if request[1] == SNAPSHOT_REQUEST[..] {
+                let snapshot = publication.lock().snapshot();
+                let next = snapshot.next_seq();
+                snapshot.into_payloads(1.0).map(|payload| (next, payload)).collect()
+            } else {
+                publication.lock().since(u64::from_be_bytes(request[1][..].try_into().expect("8 bytes")))
+            };
+            for (seq, payload) in answer {
+                let seq = Bytes::copy_from_slice(&seq.to_be_bytes());
+                writer.send(&[Bytes::new(), "t".into(), seq, payload]).await.expect("sent");
+            }
+            let end = [Bytes::new(), Bytes::new(), Bytes::from_static(&[0xff; 8]), Bytes::new()];
+            writer.send(&end).await.expect("sent");
+        }
+    })
+}
+
+fn message(topic: &'static str, seq: u64, payload: Bytes) -> [Bytes; 3] {
+    [topic.into(), Bytes::copy_from_slice(&seq.to_be_bytes()), payload]
+}
+
+fn heartbeat(publication: &Mutex<Publication>) -> [Bytes; 3] {
+    let publication = publication.lock();
+    let payload = publication.heartbeat(1.0, std::time::Duration::from_secs(60));
+    message(HEARTBEAT_TOPIC, publication.next_seq(), payload)
+}
+
+#[tokio::test]
+async fn a_late_router_is_exact_by_snapshot() {
+    let Fleet { bench, publisher, _servers } = Fleet::new(true).await;
+    // Of five batches, it keeps one.
+    let publication = Arc::new(Mutex::new(Publication::new(Epoch([1; 16]), 1)));
+    for n in 0..5 {
+        publication.lock().on_step(1.0, [stored(n * 1000, 2)]);
+    }
+    publication.lock().on_step(1.0, [removed(0, 2)]);
+    let Publisher { listener, replay } = publisher;
+    let _serving = serving(replay, Arc::clone(&publication));
+    let publisher =
+        Publisher { listener, replay: TcpListener::bind("127.0.0.1:0").await.expect("a free port") };
+    let fleet = Fleet { bench, publisher, _servers };
+    let (_reader, mut writer) = fleet.publisher.subscriber().await;
+    eventually("the snapshot", || fleet.known(4000) == (0, 2)).await;
+    assert_eq!((fleet.known(0), fleet.known(1000)), ((0, 0), (0, 2)));
+    assert_eq!(fleet.ask(1000).await, "replica-2");
+    let status = || fleet.bench.router.fleets()[0].replicas[1].kv_events.clone().expect("it tells");
+    eventually("in sync", || status().in_sync).await;
+    assert_eq!((status().next_batch, status().cached_blocks), (6, 8));
+    assert_eq!(status().epoch.as_deref(), Some("01".repeat(16).as_str()));
+
+    // Two batches are lost, and nothing comes after them: the heartbeat tells, and a snapshot brings what is too old.
+    publication.lock().on_step(1.0, [removed(4000, 2)]);
+    publication.lock().on_step(1.0, [stored(6000, 2)]);
+    writer.send(&heartbeat(&publication)).await.expect("sent");
+    eventually("what was lost", || fleet.known(6000) == (0, 2) && fleet.known(4000) == (0, 0)).await;
+    eventually("in sync again", || status().in_sync).await;
+    let resyncs = fleet.bench.metric("forebay_router_kv_event_resyncs_total");
+    let expect = [
+        r##"{by="snapshot",model="m",replica="#1",why="gap"} 1"##,
+        r##"{by="snapshot",model="m",replica="#1",why="joined"} 1"##,
+    ];
+    assert_eq!(resyncs, expect);
+    assert_eq!(fleet.metric("forebay_router_kv_event_batches_lost_total"), r##"{model="m",replica="#1"} 2"##);
+
+    // Another cache behind the same address.
+    *publication.lock() = Publication::new(Epoch([2; 16]), 10);
+    publication.lock().on_step(1.0, [stored(9000, 1)]);
+    writer.send(&heartbeat(&publication)).await.expect("sent");
+    eventually("anew", || fleet.known(9000) == (0, 1) && fleet.known(1000) == (0, 0)).await;
+    eventually("in sync with it", || status().in_sync).await;
+    assert_eq!((status().next_batch, status().cached_blocks), (1, 1));
+}
+
+#[tokio::test]
+async fn what_others_gave_a_replica_counts() {
+    let fleet = Fleet::new(false).await;
+    let (_reader, mut writer) = fleet.publisher.subscriber().await;
+    let mut payload = Vec::new();
+    let load = LoadStat {
+        running_requests: 3,
+        waiting_requests: 4,
+        waiting_uncached_tokens: 9000,
+        ..LoadStat::default()
+    };
+    encode_load(&load, &mut payload);
+    writer.send(&message(LOAD_TOPIC, 0, payload.into())).await.expect("sent");
+    eventually("the report", || fleet.bench.load(1) == (7, 9000)).await;
+    for n in 0..4 {
+        assert_eq!(fleet.ask(n * 1000).await, "replica-1");
+    }
+    assert!(fleet.metric("forebay_router_reported_queued_tokens").ends_with(" 9000"));
+    // Nonsense is no news.
+    writer.send(&message(LOAD_TOPIC, 1, Bytes::from_static(b"\xc1"))).await.expect("sent");
+    writer.send(&batch(0, &[stored(0, 2)])).await.expect("sent");
+    eventually("read on", || fleet.known(0).1 == 2).await;
+    assert_eq!(fleet.bench.load(1), (7, 9000));
 }
