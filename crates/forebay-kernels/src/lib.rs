@@ -50,6 +50,6 @@ pub use kv_cache::{KvCache, KvError};
 pub use mapped::{MapError, MappedFile};
 pub use matmul::matmul;
 pub use matrix::{Matrix, PackError, Part};
-pub use pool::Pool;
+pub use pool::{Pool, spin};
 pub use rope::{RopeStyle, RopeTable, rope_in_place};
 pub use tensor::{DequantizeError, TensorType, dequantize_row};

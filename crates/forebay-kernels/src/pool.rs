@@ -277,8 +277,8 @@ impl Shared {
     }
 }
 
-/// Polls for at most [`SPIN`]. Whether `ready` was true.
-fn spin(mut ready: impl FnMut() -> bool) -> bool {
+/// Polls for about 20 µs at most, before a thread goes to sleep. Whether `ready` was true.
+pub fn spin(mut ready: impl FnMut() -> bool) -> bool {
     let mut start = None;
     loop {
         for _ in 0..64 {

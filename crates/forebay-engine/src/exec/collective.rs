@@ -1,10 +1,13 @@
 //! Communication between ranks that run one model together.
 //!
 //! Calls are over plain buffers and counts and carry no Rust values or closures, so that a library of a device (NCCL,
-//! say) can stand behind the same trait. [`ThreadCollective`] is for ranks that are threads of one process.
+//! say) can stand behind the same trait, with the device's kind of buffer. [`ThreadCollective`] is for ranks that are threads of one process.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use forebay_kernels::spin;
 
 /// Why ranks could not exchange values.
 ///
@@ -24,12 +27,12 @@ pub enum CollectiveError {
     Length { found: usize, expected: usize },
 }
 
-/// One rank's end of a group.
+/// One rank's end of a group. `B` is a buffer of f32 values where the ranks compute: a slice, or a device's.
 ///
 /// The caller owns all buffers; none is used after a call returns. All ranks make the same group calls (`all_gather`,
 /// `broadcast`, `barrier`) with the same counts in the same order. After an error the contents of an output buffer
 /// are not specified. Calls block; cancellation: dropping any rank's end makes the others' calls fail.
-pub trait Collective: Send {
+pub trait Collective<B: ?Sized = [f32]>: Send {
     /// This rank, below [`Collective::size`].
     fn rank(&self) -> usize;
 
@@ -37,22 +40,23 @@ pub trait Collective: Send {
     fn size(&self) -> usize;
 
     /// `out[r * n..][..n] = part` of rank `r`, with `n = part.len()` and `out` of `size * n` values.
-    fn all_gather(&mut self, part: &[f32], out: &mut [f32]) -> Result<(), CollectiveError>;
+    fn all_gather(&mut self, part: &B, out: &mut B) -> Result<(), CollectiveError>;
 
     /// Gives every rank the values that `root` has.
-    fn broadcast(&mut self, root: usize, values: &mut [f32]) -> Result<(), CollectiveError>;
+    fn broadcast(&mut self, root: usize, values: &mut B) -> Result<(), CollectiveError>;
 
     /// Returns when every rank has called it.
     fn barrier(&mut self) -> Result<(), CollectiveError>;
 
     /// Sends to another rank. Waits while an earlier message to it has not been received.
-    fn send(&mut self, to: usize, values: &[f32]) -> Result<(), CollectiveError>;
+    fn send(&mut self, to: usize, values: &B) -> Result<(), CollectiveError>;
 
     /// Receives from another rank a message of exactly `values.len()` values.
-    fn recv(&mut self, from: usize, values: &mut [f32]) -> Result<(), CollectiveError>;
+    fn recv(&mut self, from: usize, values: &mut B) -> Result<(), CollectiveError>;
 }
 
-/// A rank that is a thread of this process. Waiting threads sleep; none spins.
+/// A rank that is a thread of this process. A waiting thread spins for a moment, as ranks with equal work arrive at about
+/// the same time and sleeping costs more than that, then sleeps.
 pub struct ThreadCollective {
     group: Arc<Group>,
     rank: usize,
@@ -63,6 +67,8 @@ pub struct ThreadCollective {
 struct Group {
     state: Mutex<State>,
     changed: Condvar,
+    /// Counts changes of the state; for who spins.
+    version: AtomicU64,
 }
 
 struct State {
@@ -107,7 +113,8 @@ impl ThreadCollective {
             parts: vec![Vec::new(); size],
             mail: (0..size * size).map(|_| Mail::default()).collect(),
         };
-        let group = Arc::new(Group { state: Mutex::new(state), changed: Condvar::new() });
+        let group =
+            Arc::new(Group { state: Mutex::new(state), changed: Condvar::new(), version: AtomicU64::new(0) });
         (0..size).map(|rank| Self { group: Arc::clone(&group), rank, size, timeout }).collect()
     }
 
@@ -130,7 +137,7 @@ impl ThreadCollective {
         if state.arrived == self.size {
             (state.arrived, state.leaving) = (0, self.size);
             state.rounds += 1;
-            group.changed.notify_all();
+            group.notify();
         } else {
             let before = state.rounds;
             state = self.wait(state, |state| state.rounds != before)?;
@@ -138,28 +145,37 @@ impl ThreadCollective {
         take(&state.parts);
         state.leaving -= 1;
         if state.leaving == 0 {
-            group.changed.notify_all();
+            group.notify();
         }
         Ok(())
     }
 
     /// Sleeps until `ready`. What is ready is given even if the group has failed since.
     fn wait<'g>(
-        &self,
+        &'g self,
         mut state: MutexGuard<'g, State>,
         ready: impl Fn(&State) -> bool,
     ) -> Result<MutexGuard<'g, State>, CollectiveError> {
         let start = Instant::now();
+        let group = &*self.group;
+        let mut spun = false;
         while !ready(&state) {
             if let Some(failed) = state.failed {
                 return Err(failed);
             }
+            if !std::mem::replace(&mut spun, true) {
+                let version = group.version.load(Ordering::Acquire);
+                drop(state);
+                spin(|| group.version.load(Ordering::Acquire) != version);
+                state = group.lock();
+                continue;
+            }
             let Some(left) = self.timeout.checked_sub(start.elapsed()).filter(|left| !left.is_zero()) else {
                 let waited_ms = self.timeout.as_millis();
                 let failed = CollectiveError::TimedOut { rank: self.rank, waited_ms };
-                return Err(self.group.fail(&mut state, failed));
+                return Err(group.fail(&mut state, failed));
             };
-            let woken = self.group.changed.wait_timeout(state, left);
+            let woken = group.changed.wait_timeout(state, left);
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(state)
@@ -179,8 +195,14 @@ impl Group {
     /// The group's first error, which is `error` if there was none.
     fn fail(&self, state: &mut State, error: CollectiveError) -> CollectiveError {
         let first = *state.failed.get_or_insert(error);
-        self.changed.notify_all();
+        self.notify();
         first
+    }
+
+    /// Wakes who waits. Called with the state locked.
+    fn notify(&self) {
+        self.version.fetch_add(1, Ordering::Release);
+        self.changed.notify_all();
     }
 }
 
@@ -231,7 +253,7 @@ impl Collective for ThreadCollective {
         mail.full = true;
         mail.values.clear();
         mail.values.extend_from_slice(values);
-        self.group.changed.notify_all();
+        self.group.notify();
         Ok(())
     }
 
@@ -244,7 +266,7 @@ impl Collective for ThreadCollective {
         }
         values.copy_from_slice(&state.mail[place].values);
         state.mail[place].full = false;
-        self.group.changed.notify_all();
+        self.group.notify();
         Ok(())
     }
 }

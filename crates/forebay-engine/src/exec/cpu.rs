@@ -8,16 +8,17 @@
 use std::sync::Arc;
 
 use forebay_kernels::{
-    Activations, AttnRow, AttnShape, Isa, KvCache, KvError, Matrix, Pool, RopeStyle, RopeTable, add_assign,
-    attention, gelu_tanh_mul, matmul, rms_norm, rope_in_place, scale_in_place, silu_mul,
+    Activations, AttnRow, AttnShape, Isa, KvCache, KvError, Matrix, Pool, RopeStyle, add_assign, attention,
+    gelu_tanh_mul, matmul, rms_norm, rope_in_place, scale_in_place, silu_mul,
 };
 use forebay_schedule::StepPlan;
 
 use super::check::{Bounds, check_plan};
 use super::links::Links;
+use super::ropes::RopeTables;
 use super::{CollectiveError, ExecError, Executor};
 use crate::model::{
-    Activation, HEAD_DIM_MAX, HeadNorms, Layer, ModelFile, ModelSpec, RanksError, Rope, RopeLayout, Shard,
+    Activation, HEAD_DIM_MAX, HeadNorms, Layer, ModelFile, ModelSpec, RanksError, RopeLayout, Shard,
     SpecError, Weights, WeightsError,
 };
 
@@ -140,37 +141,6 @@ impl CpuExecutor {
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
         self.weights.bytes()
-    }
-}
-
-/// Cosines and sines of every kind of rotation that a model's layers have: one or two.
-struct RopeTables {
-    tables: Vec<RopeTable>,
-    /// For each layer, which of the tables is its own.
-    of_layer: Vec<usize>,
-}
-
-impl RopeTables {
-    fn new(spec: &ModelSpec, factors: Option<&[f32]>, positions_max: usize) -> Self {
-        let mut kinds: Vec<&Rope> = Vec::new();
-        let of_layer = spec.attention.iter().map(|layer| {
-            kinds.iter().position(|kind| **kind == layer.rope).unwrap_or_else(|| {
-                kinds.push(&layer.rope);
-                kinds.len() - 1
-            })
-        });
-        let of_layer = of_layer.collect();
-        let table = |rope: &&Rope| {
-            // Dividing a frequency is the same as dividing every position.
-            let by = |pair: usize| factors.map_or(1.0, |f| f[pair]) * rope.linear_factor;
-            let factors: Vec<f32> = (0..rope.dims / 2).map(by).collect();
-            RopeTable::new(rope.dims, rope.base, positions_max, Some(&factors))
-        };
-        Self { tables: kinds.iter().map(table).collect(), of_layer }
-    }
-
-    fn of(&self, layer: usize) -> &RopeTable {
-        &self.tables[self.of_layer[layer]]
     }
 }
 

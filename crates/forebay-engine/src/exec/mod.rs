@@ -9,6 +9,7 @@ mod cpu;
 mod fake;
 mod links;
 mod ranks;
+mod ropes;
 
 use std::sync::Arc;
 

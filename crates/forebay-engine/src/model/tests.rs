@@ -206,6 +206,35 @@ fn weights_are_packed_and_looked_up() {
 }
 
 #[test]
+fn shards_have_all_weights_together_and_look_at_every_tensor() {
+    let tiny = TinyLlama { weights: ElementType::Q8_0, head_dim: 32, ffn_dim: 192, ..TinyLlama::default() };
+    let check = |file: &Writer, ranks: Ranks| {
+        let file = Arc::new(ModelFile::from_bytes(file.finish()).unwrap());
+        let spec = ModelSpec::from_gguf(file.gguf()).unwrap();
+        let load = |stage, nth| {
+            Weights::load(&file, &spec, &ranks.shard(&spec, stage, nth), Isa::detect(), &Pool::new(1))
+        };
+        let all: Result<Vec<_>, _> = (0..ranks.pipeline)
+            .flat_map(|s| (0..ranks.tensor).map(move |t| (s, t)))
+            .map(|(s, t)| load(s, t))
+            .collect();
+        all.map(|all| all.iter().map(Weights::bytes).sum::<usize>())
+    };
+    let whole = check(&tiny.writer(), Ranks::ONE).unwrap();
+    for (tensor, pipeline) in [(1, 2), (2, 1), (2, 2)] {
+        let ranks = Ranks { tensor, pipeline };
+        // Tiles of 32 rows divide these widths.
+        assert_eq!(check(&tiny.writer(), ranks).unwrap(), whole, "{ranks:?}");
+        for layer in 0..3 {
+            let mut file = tiny.writer();
+            file.tensor_f32(&format!("blk.{layer}.attn_output.bias"), &[128], &[0.0; 128]);
+            let error = check(&file, ranks).unwrap_err();
+            assert!(matches!(error, WeightsError::Unexpected { .. }), "{error}");
+        }
+    }
+}
+
+#[test]
 fn a_tensor_that_is_wrong_or_unknown_is_named() {
     fn check(change: impl FnOnce(&mut Writer), expect: &str) {
         let mut file = TinyLlama { layers: 1, ..TinyLlama::default() }.writer();
