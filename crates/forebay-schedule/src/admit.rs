@@ -16,10 +16,29 @@ impl Scheduler {
     /// Admits in the queue's order while there are tokens, places and blocks.
     ///
     /// A sequence is admitted when its whole prompt fits, now, beside the output to be expected: otherwise it would hold
-    /// blocks and be preempted before it brings anything. The first that doesn't fit ends admission, else small ones would pass it for ever. One
-    /// whose next block is being computed by another is passed over instead; it waits as long as the other prefills.
+    /// blocks and be preempted before it brings anything. The first that doesn't fit ends admission, else small ones would
+    /// pass it for ever. One whose next block is being computed by another is passed over instead; it waits as long as the
+    /// other prefills.
     pub(crate) fn admit(&mut self, now: Duration) {
-        let mut passed_over = 0;
+        let waits = self.admit_below(now, u32::MAX);
+        self.prefix_waits += waits;
+    }
+
+    /// Admits like [`Scheduler::admit`], as long as the next has fewer than `missing` tokens to compute: before the running
+    /// prefills have their rows.
+    pub(crate) fn admit_shorter(&mut self, now: Duration, missing: u32) {
+        for i in 0..self.running.len() {
+            let slot = self.running[i];
+            if self.seqs[slot as usize].missing() > 1 {
+                self.push_frontier(slot);
+            }
+        }
+        self.admit_below(now, missing);
+    }
+
+    /// Returns how many were passed over as they wait for a prefix.
+    fn admit_below(&mut self, now: Duration, missing_max: u32) -> u64 {
+        let (mut passed_over, mut waits) = (0, 0);
         self.waiting.begin_step();
         self.growth = self.running_growth();
         while self.running.len() < self.config.running_max as usize && passed_over < LOOKED_AT_MAX {
@@ -31,17 +50,24 @@ impl Scheduler {
                 break;
             };
             let awaits = self.awaits_prefix(slot);
-            self.prefix_waits += u64::from(awaits);
             if awaits || self.seqs[slot as usize].at_limit() {
                 self.waiting.pass_over(self.seqs[slot as usize].tenant);
                 passed_over += 1;
+                waits += u64::from(awaits);
                 continue;
             }
             let slot = self.longest_cached(slot, now);
-            if !self.try_admit(slot, now) {
+            if self.missing(slot) >= missing_max || !self.try_admit(slot, now) {
                 break;
             }
         }
+        waits
+    }
+
+    /// Tokens that a waiting sequence would have to compute.
+    fn missing(&mut self, slot: u32) -> u32 {
+        let cached = self.see_cached(slot) * self.config.block_size;
+        self.seqs[slot as usize].tokens().saturating_sub(cached)
     }
 
     /// Blocks that the running sequences will probably need beyond those that they have.

@@ -37,6 +37,25 @@ impl PrefillBudget {
         self.tokens
     }
 
+    /// Takes half of it away, of tokens half of what is above one for each of `others`. Both halves may begin with a chunk of
+    /// `floor` tokens, whatever that takes.
+    pub(crate) fn split(&mut self, others: u32, floor: u32) -> Self {
+        let half = Self {
+            tokens: self.tokens.saturating_sub(others).div_ceil(2),
+            seconds: self.seconds.map(|seconds| seconds / 2.0),
+            floor: if self.seconds.is_some() { floor } else { 0 },
+        };
+        self.tokens -= half.tokens;
+        self.seconds = half.seconds;
+        half
+    }
+
+    /// Puts back what is left of a half, or what it lacks.
+    pub(crate) fn join(&mut self, half: Self) {
+        self.tokens += half.tokens;
+        self.seconds = self.seconds.zip(half.seconds).map(|(seconds, left)| seconds + left);
+    }
+
     /// Tokens that a chunk may have that begins at position `start`.
     pub(crate) fn tokens(&self, pace: &Pace, start: u32) -> u32 {
         let Some(seconds) = self.seconds else { return self.tokens };

@@ -2,7 +2,8 @@
 //!
 //! 1. What the last plan computed becomes fact.
 //! 2. Room: decoding sequences that start a new block get it, if need be by preempting others.
-//! 3. Rows: one token per decoding sequence, then prefill chunks of those who run.
+//! 3. Rows: one token per decoding sequence, then prefill chunks of those who run; a newcomer with much less to compute than
+//!    they have left goes before them, with half of the step.
 //! 4. Admission: newcomers fill the rest of the step, unless somebody was just preempted.
 //!
 //! The scheme is vLLM V1's (chunked prefill mixed with decode; preemption by recomputing), with another choice of
@@ -16,7 +17,7 @@ use crate::{Scheduler, StepPlan};
 impl Scheduler {
     /// Plans one forward pass. Pure: same calls before, same `now`, same plan.
     ///
-    /// Rows are in this order: sequences that decode (one token each), running prefills, newcomers.
+    /// Rows are in this order: sequences that decode (one token each), prefills.
     ///
     /// Holds on return: `tokens() <= step_tokens_max`; every running sequence with something to compute has a row;
     /// a block is written by at most one row, and no row reads a block that another row of this plan writes. The plan
@@ -30,7 +31,7 @@ impl Scheduler {
         }
         let preempted = self.make_room();
         self.plan_begin();
-        self.plan_running();
+        self.plan_running(now, !preempted);
         if !preempted {
             self.admit(now);
         }
@@ -52,32 +53,54 @@ impl Scheduler {
     }
 
     /// Rows for all that run. `running_max <= step_tokens_max`, so there is at least one token for each.
-    fn plan_running(&mut self) {
-        let mut prefills = 0;
+    fn plan_running(&mut self, now: Duration, admitting: bool) {
+        let (mut prefills, mut longest, mut shortest) = (0, 0, (u32::MAX, 0));
         for i in 0..self.running.len() {
             let slot = self.running[i];
             match self.seqs[slot as usize].missing() {
                 0 => {}
                 1 => self.push_row(slot, 1),
-                _ => prefills += 1,
+                missing => {
+                    prefills += 1;
+                    longest = longest.max(missing);
+                    shortest = shortest.min((missing, slot));
+                }
             }
         }
         self.budget = self.prefill_budget(prefills);
         if prefills == 0 {
             return;
         }
+        // Who is done sooner has half: a short prompt doesn't wait for the end of a long one, and that one isn't starved.
+        let overtakes = prefills > 1 && shortest.0 < longest;
+        let others = prefills - u32::from(overtakes);
+        let half = self.budget.split(others, self.config.chunk_tokens_min);
+        let mut rest = std::mem::replace(&mut self.budget, half);
+        if overtakes {
+            self.plan_chunk(shortest.1, 0);
+        } else if admitting {
+            // Nearly as long: together, both would be done later than the first alone.
+            self.admit_shorter(now, longest / 2);
+        }
+        rest.join(self.budget);
+        self.budget = rest;
+        let mut others = others;
         for i in 0..self.running.len() {
             let slot = self.running[i];
             let seq = &self.seqs[slot as usize];
             if seq.missing() > 1 && seq.scheduled == 0 {
-                prefills -= 1;
-                // Whatever the others take, each has its token.
-                let tokens =
-                    self.budget.tokens(&self.pace, seq.computed).min(self.budget.tokens_left() - prefills);
-                let chunk = self.chunk(seq, tokens.max(1));
-                self.push_prefill(slot, chunk);
+                others -= 1;
+                self.plan_chunk(slot, others);
             }
         }
+    }
+
+    /// A chunk of a running prefill, of at least a token, that leaves `others` a token each.
+    fn plan_chunk(&mut self, slot: u32, others: u32) {
+        let seq = &self.seqs[slot as usize];
+        let tokens = self.budget.tokens(&self.pace, seq.computed).min(self.budget.tokens_left() - others);
+        let chunk = self.chunk(seq, tokens.max(1));
+        self.push_prefill(slot, chunk);
     }
 
     /// Tokens to compute of a sequence that may have `budget` of them. A chunk that is not the last ends with a full
@@ -124,7 +147,13 @@ impl Scheduler {
         if end == seq.tokens() {
             plan.logit_tokens.push(plan.token_ids.len() as u32 - 1);
         }
-        // Its tokens are known to the end of this block, and the block is not cached: others had better wait for it.
+        self.push_frontier(slot);
+    }
+
+    /// The block that this sequence computes next, where its tokens are known to the end of it: others had better wait for
+    /// it.
+    pub(crate) fn push_frontier(&mut self, slot: u32) {
+        let seq = &self.seqs[slot as usize];
         if self.config.prefix_cache
             && let Some(next) = seq.hasher.hashes().get(seq.sealed as usize)
         {

@@ -55,6 +55,40 @@ fn a_long_prompt_may_be_passed_by_short_ones() {
 }
 
 #[test]
+fn a_short_prompt_does_not_wait_for_the_end_of_a_long_one() {
+    let mut sim = Sim::new(config());
+    sim.try_add(seq(1, prompt(1, 100), 1)).unwrap();
+    assert_eq!(rows(&sim.step()), [(1, 16)]);
+    sim.try_add(seq(2, prompt(2, 20), 2)).unwrap();
+    assert_eq!(rows(&sim.step()), [(2, 8), (1, 8)], "half each");
+    assert_eq!(rows(&sim.step()), [(2, 8), (1, 8)]);
+    assert_eq!(rows(&sim.step()), [(2, 4), (1, 12)], "what it doesn't need is the other's");
+    assert_eq!(rows(&sim.step()), [(2, 1), (1, 12)]);
+    sim.try_add(seq(3, prompt(3, 30), 1)).unwrap();
+    assert_eq!(rows(&sim.step()), [(1, 16)], "28 are left: 30 are not few");
+    sim.run(100);
+}
+
+#[test]
+fn a_long_prompt_has_half_of_each_step_whatever_short_ones_come() {
+    let config = SchedulerConfig { blocks: 500, model_len_max: 1000, step_tokens_max: 32, ..config() };
+    let mut sim = Sim::new(config);
+    sim.try_add(seq(0, prompt(0, 800), 1)).unwrap();
+    let (mut id, mut others) = (1, 0);
+    while sim.alive.contains_key(&SeqId(0)) {
+        let plan = sim.step();
+        others += rows(&plan).iter().filter(|(id, _)| *id != 0).map(|(_, tokens)| tokens).sum::<usize>();
+        // Half of 32 but for those who want one token; of that, what ends with a full block.
+        assert!(sim.steps <= 800 / 12, "starved");
+        while sim.scheduler.stats().waiting < 3 {
+            sim.try_add(seq(id, prompt(id as u32, 9), 1)).unwrap();
+            id += 1;
+        }
+    }
+    assert!(others > 200, "the short ones had part of it: {others}");
+}
+
+#[test]
 fn a_newcomer_waits_for_a_worthwhile_chunk() {
     let mut sim = Sim::new(SchedulerConfig { chunk_tokens_min: 8, ..config() });
     sim.try_add(seq(1, prompt(1, 10), 3)).unwrap();

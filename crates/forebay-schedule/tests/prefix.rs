@@ -65,9 +65,9 @@ fn a_newcomer_waits_for_the_prefix_that_is_being_computed() {
     }
     sim.try_add(seq(4, prompt(4, 3), 1)).unwrap();
     assert_eq!(rows(&sim.step()), [(1, 16)]);
-    assert_eq!(rows(&sim.step()), [(1, 16)]);
     // The stranger doesn't wait with them.
-    assert_eq!(rows(&sim.step()), [(1, 9), (4, 3)]);
+    assert_eq!(rows(&sim.step()), [(4, 3), (1, 12)]);
+    assert_eq!(rows(&sim.step()), [(1, 13)]);
     assert_eq!(rows(&sim.step()), [(1, 1), (2, 1), (3, 1)]);
     sim.run(100);
     assert_eq!(sim.done[&SeqId(3)].1.cached_tokens, 40);
