@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock};
 
 use forebay_engine::gguf::{Gguf, List, Value};
 use forebay_engine::model::tiny::TinyLlama;
-use forebay_engine::model::{ModelFile, ModelSpec, Weights};
+use forebay_engine::model::{ModelFile, ModelSpec, Shard, Weights};
 use forebay_kernels::{Isa, Pool};
 use forebay_tokens::{ChatPrompt, Special};
 use libfuzzer_sys::fuzz_target;
@@ -76,9 +76,9 @@ fuzz_target!(|data: &[u8]| {
 
 fn read(bytes: Vec<u8>) {
     let Ok(file) = ModelFile::from_bytes(bytes) else { return };
-    let gguf = file.gguf();
-    for tensor in gguf.tensors() {
-        let (values, element) = (tensor.cols() * tensor.rows(), tensor.element);
+    let Some(gguf) = file.gguf() else { return };
+    for tensor in file.tensors() {
+        let (values, element) = (tensor.shape.iter().product::<usize>(), tensor.element);
         assert_eq!(file.data(tensor).len(), values / element.block_len() * element.block_bytes());
     }
     if let Ok(model) = text::text_model(gguf) {
@@ -92,7 +92,7 @@ fn read(bytes: Vec<u8>) {
     let _ = (spec.qkv_dim(), spec.kv_bytes_per_token());
     let blocks = spec.blocks_for_memory(16 << 30, 16);
     assert!(spec.memory_for_blocks(blocks, 16) <= 16 << 30);
-    if let Ok(weights) = Weights::load(&Arc::new(file), &spec, Isa::detect(), &POOL) {
+    if let Ok(weights) = Weights::load(&Arc::new(file), &spec, &Shard::whole(&spec), Isa::detect(), &POOL) {
         let mut row = vec![0.0; spec.dim];
         weights.embeddings.lookup(spec.vocab_size as u32 - 1, &mut row);
     }

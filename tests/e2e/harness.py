@@ -217,12 +217,12 @@ class Forebay(Process):
 class Worker(Process):
     """`forebay worker`: one engine with vLLM's API."""
 
-    def __init__(self, directory: Path, *flags: str, port: int | None = None):
+    def __init__(self, directory: Path, *flags: str, port: int | None = None, model: Path | None = None):
         directory.mkdir(parents=True, exist_ok=True)
         self.port, admin_port = port or free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin_url = f"http://127.0.0.1:{admin_port}"
-        args = [binary(), "worker", "--model", str(model_file()), "--port", str(self.port)]
+        args = [binary(), "worker", "--model", str(model or model_file()), "--port", str(self.port)]
         args += ["--admin-port", str(admin_port), "--kv-cache-memory-bytes", "128MiB", *flags]
         super().__init__(args, directory / "log.txt", cwd=directory)
         try:

@@ -148,9 +148,9 @@ fn engine_model(
     match ModelRef::parse(&engine.model) {
         Ok(reference) => {
             if let ModelRef::Path(path) = &reference
-                && !path.is_file()
+                && !path.exists()
             {
-                let message = format!("there is no model file at {}", path.display());
+                let message = format!("there is no model file or directory at {}", path.display());
                 found.push(loaded.error_at(&format!("{at}.model"), message));
             }
             let name = engine.served_model_name.clone().unwrap_or_else(|| reference.default_name());

@@ -149,7 +149,7 @@ fn executor(model: &Path, base: &Base) -> anyhow::Result<(CpuExecutor, Option<u3
     };
     let executor = CpuExecutor::new(&model, &options)?;
     ensure!(executor.vocab_size() == base.vocab, "another vocabulary");
-    let key = |key: &str| model.gguf().get(&format!("tokenizer.ggml.{key}"));
+    let key = |key: &str| model.gguf()?.get(&format!("tokenizer.ggml.{key}"));
     let adds_bos = key("add_bos_token").and_then(Value::as_bool) == Some(true);
     let bos = key("bos_token_id").and_then(Value::as_u64).filter(|_| adds_bos);
     Ok((executor, bos.map(u32::try_from).transpose()?))

@@ -11,7 +11,7 @@ use crate::model::Ranks;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct EngineConfig {
-    /// Model to serve: a known name, a path to a GGUF file, or `hf:ORG/REPO`.
+    /// Model to serve: a known name, a path to a GGUF file or a safetensors directory, or `hf:ORG/REPO`.
     pub model: String,
     /// Name that fleets and clients use for it; the model's own name where absent.
     pub served_model_name: Option<String>,

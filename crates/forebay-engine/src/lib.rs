@@ -9,8 +9,9 @@ pub mod model;
 pub mod safetensors;
 pub mod sample;
 mod serve;
+mod small_file;
 
 pub use config::{EngineConfig, EngineConfigError};
 pub use kv_events::{KvEventSource, KvEventsConfig, KvEventsError};
 pub use metrics::EngineMetrics;
-pub use serve::{Engine, EngineDeps, KvSink, StartError, TextError};
+pub use serve::{Engine, EngineDeps, HfTextError, KvSink, StartError, TextError};

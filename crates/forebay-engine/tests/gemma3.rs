@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use driver::{Driver, dequantised, greedy, kl_divergence, log_softmax};
-use forebay_engine::model::{ModelFile, ModelSpec};
+use forebay_engine::model::ModelFile;
 use forebay_kernels::Isa;
 
 mod driver;
@@ -21,7 +21,7 @@ fn model() -> Option<Arc<ModelFile>> {
 #[test]
 fn the_metadata_says_what_the_model_is() {
     let Some(model) = model() else { return };
-    let spec = ModelSpec::from_gguf(model.gguf()).unwrap();
+    let spec = model.spec().unwrap();
     assert_eq!((spec.layers, spec.dim, spec.ffn_dim, spec.vocab_size), (18, 640, 2048, 262_144));
     assert_eq!((spec.q_heads, spec.kv_heads, spec.head_dim), (4, 1, 256));
     assert_eq!(spec.attention_scale, 1.0 / 16.0);

@@ -1,6 +1,8 @@
-//! The forward pass against Hugging Face transformers, on tiny random models (`fixtures/make_tiny_models.py`).
+//! The forward pass against Hugging Face transformers, on tiny random models (`fixtures/make_tiny_models.py`), each as
+//! a GGUF file and as a directory of safetensors.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+use std::path::Path;
 use std::sync::Arc;
 
 use driver::{Driver, supported_isas};
@@ -24,15 +26,25 @@ fn largest_difference(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> f32 {
     pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-fn check(model: &[u8], prompts: &str) {
-    let model = Arc::new(ModelFile::from_bytes(model.to_vec()).unwrap());
+fn check_gguf(model: &[u8], prompts: &str) {
+    check(ModelFile::from_bytes(model.to_vec()).unwrap(), prompts);
+}
+
+fn check_directory(name: &str, prompts: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+    check(ModelFile::open(&path).unwrap(), prompts);
+}
+
+fn check(model: ModelFile, prompts: &str) {
+    let model = Arc::new(model);
     let prompts: Vec<Prompt> = serde_json::from_str(prompts).unwrap();
     for isa in supported_isas() {
         let mut driver = Driver::new(&model, isa, 1, 16, (0..4).collect());
         for prompt in &prompts {
             let ours = driver.logits_at(&prompt.tokens, &prompt.at);
             let error = largest_difference(&ours, &prompt.logits_f16_kv);
-            assert!(error < 1e-4, "{isa}: {error} from the reference with f16 K and V");
+            // One element of K or V that rounds to its other neighbour makes up to 2.4e-4.
+            assert!(error < 3e-4, "{isa}: {error} from the reference with f16 K and V");
             // The reference's own two runs differ by up to 0.006.
             let error = largest_difference(&ours, &prompt.logits);
             assert!(error < 0.01, "{isa}: {error} from the reference in f32");
@@ -42,24 +54,38 @@ fn check(model: &[u8], prompts: &str) {
 
 #[test]
 fn llama() {
-    check(include_bytes!("fixtures/tiny-llama.gguf.bin"), include_str!("fixtures/tiny-llama.json"));
+    let prompts = include_str!("fixtures/tiny-llama.json");
+    check_gguf(include_bytes!("fixtures/tiny-llama.gguf.bin"), prompts);
+    check_directory("tiny-llama", prompts);
 }
 
 /// Biases on q, k and v, rotation of the halves, a head that is not the embedding matrix.
 #[test]
 fn qwen2() {
-    check(include_bytes!("fixtures/tiny-qwen2.gguf.bin"), include_str!("fixtures/tiny-qwen2.json"));
+    let prompts = include_str!("fixtures/tiny-qwen2.json");
+    check_gguf(include_bytes!("fixtures/tiny-qwen2.gguf.bin"), prompts);
+    check_directory("tiny-qwen2", prompts);
 }
 
 /// Norms of q and k heads, which together are wider than the residual stream.
 #[test]
 fn qwen3() {
-    check(include_bytes!("fixtures/tiny-qwen3.gguf.bin"), include_str!("fixtures/tiny-qwen3.json"));
+    let prompts = include_str!("fixtures/tiny-qwen3.json");
+    check_gguf(include_bytes!("fixtures/tiny-qwen3.gguf.bin"), prompts);
+    check_directory("tiny-qwen3", prompts);
 }
 
 /// Layers that see nine tokens with a rotation of their own and one that sees all, norms after attention and MLP, scaled
 /// embeddings, GELU.
 #[test]
 fn gemma3() {
-    check(include_bytes!("fixtures/tiny-gemma3.gguf.bin"), include_str!("fixtures/tiny-gemma3.json"));
+    let prompts = include_str!("fixtures/tiny-gemma3.json");
+    check_gguf(include_bytes!("fixtures/tiny-gemma3.gguf.bin"), prompts);
+    check_directory("tiny-gemma3", prompts);
+}
+
+/// A window in every layer, weights in bf16, keys of its own in `config.json`.
+#[test]
+fn mistral() {
+    check_directory("tiny-mistral", include_str!("fixtures/tiny-mistral.json"));
 }

@@ -9,7 +9,7 @@ use driver::Driver;
 use driver::together::{BLOCKS, Expected, bits, check_together, expected, prompt};
 use forebay_engine::gguf::ElementType;
 use forebay_engine::model::tiny::TinyLlama;
-use forebay_engine::model::{ModelFile, ModelSpec, Ranks};
+use forebay_engine::model::{ModelFile, Ranks};
 use forebay_kernels::Isa;
 use proptest::prelude::*;
 
@@ -55,14 +55,14 @@ fn models() -> Vec<Arc<ModelFile>> {
 
 /// Divisions that the model allows.
 fn divisions(model: &ModelFile) -> Vec<Ranks> {
-    let spec = ModelSpec::from_gguf(model.gguf()).unwrap();
+    let spec = model.spec().unwrap();
     let all = (1..=4).flat_map(|tensor| (1..=3).map(move |pipeline| Ranks { tensor, pipeline }));
     all.filter(|ranks| *ranks != Ranks::ONE && ranks.check(&spec).is_ok()).collect()
 }
 
 /// What sequences of these lengths give in one rank.
 fn alone(model: &Arc<ModelFile>, lens: &[usize]) -> Vec<Expected> {
-    let vocab = ModelSpec::from_gguf(model.gguf()).unwrap().vocab_size as u32;
+    let vocab = model.spec().unwrap().vocab_size as u32;
     let prompt = |nth, len| prompt(len, nth).into_iter().map(|id| id % vocab).collect();
     let lens = lens.iter().zip(0..);
     lens.map(|(&len, nth)| expected(model, Isa::detect(), prompt(nth, len), 3)).collect()

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use driver::{Driver, dequantised, greedy, kl_divergence, log_softmax};
-use forebay_engine::model::{ModelFile, ModelSpec};
+use forebay_engine::model::ModelFile;
 use forebay_kernels::Isa;
 
 mod driver;
@@ -21,7 +21,7 @@ fn model() -> Option<Arc<ModelFile>> {
 #[test]
 fn the_metadata_says_what_the_model_is() {
     let Some(model) = model() else { return };
-    let spec = ModelSpec::from_gguf(model.gguf()).unwrap();
+    let spec = model.spec().unwrap();
     assert_eq!((spec.layers, spec.dim, spec.ffn_dim), (30, 576, 1536));
     assert_eq!((spec.q_heads, spec.kv_heads, spec.head_dim), (9, 3, 64));
     assert_eq!((spec.vocab_size, spec.context_len), (49_152, 8192));

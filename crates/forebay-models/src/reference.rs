@@ -1,4 +1,4 @@
-//! How a user names a model: a known name, a path, or `hf:ORG/REPO[/FILE]`.
+//! How a user names a model: a known name, a path of a file or a directory, or `hf:ORG/REPO[/FILE]`.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ pub enum ModelRef {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ReferenceError {
     #[error(
-        "unknown model `{name}`{}; known are {}; a file is named by its path (`./{name}.gguf`), a hub repository as \
+        "unknown model `{name}`{}; known are {}; a file or a directory is named by its path (`./{name}.gguf`, `./{name}`), a hub repository as \
          `hf:ORG/REPO`", suggestion(name), CATALOGUE.iter().map(|m| format!("`{}`", m.name)).collect::<Vec<_>>().join(", ")
     )]
     Unknown { name: String },
@@ -44,13 +44,15 @@ impl ModelRef {
         Err(ReferenceError::Unknown { name: text.to_owned() })
     }
 
-    /// What the model is called where nobody says otherwise: its catalogue name, the file's stem, the repository.
+    /// What the model is called where nobody says otherwise: its catalogue name, the name of its file (without
+    /// `.gguf`) or directory, the repository.
     pub fn default_name(&self) -> String {
         match self {
             Self::Known(known) => known.name.to_owned(),
             Self::Path(path) => {
-                let stem = path.file_stem().unwrap_or(path.as_os_str());
-                stem.to_string_lossy().into_owned()
+                // A directory may be called `SmolLM2-1.7B`.
+                let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+                name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
             }
             Self::Hub { repo, .. } => repo.clone(),
         }
@@ -122,6 +124,16 @@ mod tests {
         );
         check("hf:a/b/c--d.gguf", "hub a/b c--d.gguf");
         check("  ", "the model's name is empty");
+    }
+
+    #[test]
+    fn a_path_is_called_by_its_last_part() {
+        let check = |text: &str, expect: &str| {
+            assert_eq!(ModelRef::parse(text).unwrap().default_name(), expect);
+        };
+        check("/models/a.Q4_1.gguf", "a.Q4_1");
+        check("/models/SmolLM2-1.7B", "SmolLM2-1.7B");
+        check("./SmolLM2-1.7B/", "SmolLM2-1.7B");
     }
 
     #[test]

@@ -13,6 +13,8 @@ use crate::fetch::{self, Expect, FetchError, download, part_of, settle};
 use crate::hub::HubConfig;
 use crate::reference::ModelRef;
 
+/// What every directory of a model has.
+const CONFIG_FILE: &str = "config.json";
 /// [`ResolvedModel::source`] of a file that was there.
 const CACHE: &str = "cache";
 /// How often a lock that another process holds is tried again. Polled and not waited for, so that a start-up can be
@@ -61,13 +63,13 @@ impl Progress for Quiet {
     fn failed(&self, _: &str, _: &str) {}
 }
 
-/// A model file that is there.
+/// A model file, or a model's directory, that is there.
 #[derive(Debug, Clone)]
 pub struct ResolvedModel {
     /// What it is called where nobody says otherwise.
     pub name: String,
     pub path: PathBuf,
-    /// Where it came from: `cache`, `file`, or the source that had it.
+    /// Where it came from: `cache`, `file`, `directory`, or the source that had it.
     pub source: String,
 }
 
@@ -92,8 +94,11 @@ pub struct SourceFailure {
 pub enum PullError {
     #[error("there is no model file at {}", path.display())]
     NoFile { path: PathBuf },
-    #[error("{} is a directory; name the GGUF file in it", path.display())]
-    IsDirectory { path: PathBuf },
+    #[error(
+        "{} is a directory without `{CONFIG_FILE}`; name one that has it beside its safetensors, or a GGUF file",
+        path.display()
+    )]
+    NoModelDirectory { path: PathBuf },
     #[error("{} is not a GGUF file, or can't be read", path.display())]
     NotGguf { path: PathBuf },
     #[error(
@@ -199,7 +204,7 @@ impl Store {
     /// The model's file, where it is there already. Asks nobody, changes nothing.
     pub fn cached(&self, model: &ModelRef) -> Option<PathBuf> {
         match model {
-            ModelRef::Path(path) => path.is_file().then(|| path.clone()),
+            ModelRef::Path(path) => (path.is_file() || is_model_directory(path)).then(|| path.clone()),
             _ => cached(model, &self.target(model)),
         }
     }
@@ -378,9 +383,17 @@ fn note(progress: &dyn Progress, failures: &mut Vec<SourceFailure>, source: Stri
     failures.push(SourceFailure { source, why });
 }
 
+/// Whether a directory has a model as Hugging Face's libraries write it. Whether we can run it is the engine's to say.
+fn is_model_directory(path: &Path) -> bool {
+    path.join(CONFIG_FILE).is_file()
+}
+
 fn from_path(path: &Path, name: String) -> Result<ResolvedModel, PullError> {
     if path.is_dir() {
-        return Err(PullError::IsDirectory { path: path.to_owned() });
+        return match is_model_directory(path) {
+            true => Ok(ResolvedModel { name, path: path.to_owned(), source: "directory".into() }),
+            false => Err(PullError::NoModelDirectory { path: path.to_owned() }),
+        };
     }
     if !path.is_file() {
         return Err(PullError::NoFile { path: path.to_owned() });

@@ -327,7 +327,12 @@ async fn wrong_paths_are_named() {
         assert!(error.to_string().contains(expect), "{error}");
     };
     check(dir.path().join("no.gguf"), "there is no model file at").await;
-    check(dir.path().to_owned(), "is a directory").await;
+    check(dir.path().to_owned(), "is a directory without `config.json`").await;
+    let model = dir.path().join("model");
+    fs::create_dir(&model).unwrap();
+    fs::write(model.join("config.json"), "{}").unwrap();
+    let pulled = store.pull(&client(), &ModelRef::Path(model.clone()), &Quiet).await.unwrap();
+    assert_eq!((pulled.path, pulled.name.as_str(), pulled.source.as_str()), (model, "model", "directory"));
     let yaml = dir.path().join("a.gguf");
     fs::write(&yaml, "engine: {}").unwrap();
     check(yaml, "is not a GGUF file").await;

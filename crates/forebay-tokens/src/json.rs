@@ -28,6 +28,22 @@ pub(crate) struct TokenizerConfig {
     pub(crate) chat_template: Option<TemplateText>,
 }
 
+impl TokenizerConfig {
+    /// Both files are optional; what the first lacks is taken from the second.
+    pub(crate) fn read(config: Option<&[u8]>, special_tokens: Option<&[u8]>) -> Result<Self, BuildError> {
+        let read = |file, json: Option<&[u8]>| json.map_or(Ok(Self::default()), |json| parse(file, json));
+        let first = read("tokenizer_config.json", config)?;
+        let second = read("special_tokens_map.json", special_tokens)?;
+        Ok(Self {
+            bos_token: first.bos_token.or(second.bos_token),
+            eos_token: first.eos_token.or(second.eos_token),
+            unk_token: first.unk_token.or(second.unk_token),
+            pad_token: first.pad_token.or(second.pad_token),
+            chat_template: first.chat_template,
+        })
+    }
+}
+
 /// A token by its text, or as the serialised `AddedToken` of older files.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
@@ -84,8 +100,14 @@ impl Tokenizer {
         config: Option<&[u8]>,
         generation: Option<&[u8]>,
     ) -> Result<Self, BuildError> {
-        let config: TokenizerConfig =
-            config.map_or(Ok(TokenizerConfig::default()), |json| parse("tokenizer_config.json", json))?;
+        Self::with_config(tokenizer, &TokenizerConfig::read(config, None)?, generation)
+    }
+
+    pub(crate) fn with_config(
+        tokenizer: &[u8],
+        config: &TokenizerConfig,
+        generation: Option<&[u8]>,
+    ) -> Result<Self, BuildError> {
         let generation: GenerationConfig = generation
             .map_or(Ok(GenerationConfig::default()), |json| parse("generation_config.json", json))?;
         let hf = by_library(|| tokenizers::Tokenizer::from_bytes(tokenizer))?;

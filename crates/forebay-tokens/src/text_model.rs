@@ -5,7 +5,7 @@ use std::sync::Arc;
 use forebay_types::{Class, Classify, TokenId};
 
 use crate::detokenize::Detokenizer;
-use crate::json::{TemplateText, TokenizerConfig, parse};
+use crate::json::{TemplateText, TokenizerConfig};
 use crate::template::{ChatPrompt, ChatTemplate, TemplateError, TokenTexts};
 use crate::tokenizer::{EncodeError, Special, Tokenizer};
 use crate::vocab::BuildError;
@@ -42,7 +42,9 @@ pub struct HfFiles<'a> {
     pub tokenizer: &'a [u8],
     /// `tokenizer_config.json`
     pub config: Option<&'a [u8]>,
-    /// `generation_config.json`
+    /// `special_tokens_map.json`: roles of tokens that `tokenizer_config.json` doesn't name.
+    pub special_tokens: Option<&'a [u8]>,
+    /// `generation_config.json`, or another with its `eos_token_id`.
     pub generation: Option<&'a [u8]>,
     /// `chat_template.jinja`; where it exists it goes before the one in `tokenizer_config.json`.
     pub chat_template: Option<&'a str>,
@@ -88,11 +90,8 @@ impl TextModel {
     }
 
     pub fn from_hf(files: HfFiles<'_>) -> Result<Self, TextModelError> {
-        let tokenizer = Tokenizer::from_json(files.tokenizer, files.config, files.generation)?;
-        let config: TokenizerConfig = match files.config {
-            Some(json) => parse("tokenizer_config.json", json)?,
-            None => TokenizerConfig::default(),
-        };
+        let config = TokenizerConfig::read(files.config, files.special_tokens)?;
+        let tokenizer = Tokenizer::with_config(files.tokenizer, &config, files.generation)?;
         let in_config = match &config.chat_template {
             Some(TemplateText::One(template)) => Some(template.as_str()),
             Some(TemplateText::Named(list)) => {

@@ -71,7 +71,7 @@ pub(crate) enum LogFormat {
     after_help = "Examples:\n  forebay worker smollm2-135m-instruct --port 8001 --max-num-seqs 32\n  forebay worker --model ./m.gguf --kv-events-config '{\"endpoint\": \"tcp://*:5557\"}'\n\nOther flags of `vllm serve` are accepted where they change nothing here (a line says so), and refused with the reason\nwhere they would."
 )]
 pub(crate) struct Worker {
-    /// Known name, path to a GGUF file, or hf:ORG/REPO
+    /// Known name, path to a GGUF file or a safetensors directory, or hf:ORG/REPO
     #[arg(value_name = "MODEL", required_unless_present = "model", conflicts_with = "model")]
     pub model_tag: Option<String>,
     /// The same as a flag
@@ -207,7 +207,7 @@ pub(crate) enum Model {
         after_help = "Examples:\n  forebay model pull smollm2-135m-instruct\n  forebay model pull ./model.gguf\n  forebay model pull hf:ORG/REPO-GGUF"
     )]
     Pull {
-        /// Known name, path to a GGUF file, or hf:ORG/REPO[/FILE]
+        /// Known name, path to a GGUF file or a safetensors directory, or hf:ORG/REPO[/FILE]
         model: String,
         /// Print the file's path on stdout and nothing else
         #[arg(long)]

@@ -103,7 +103,7 @@ impl CpuExecutor {
         options: &CpuOptions,
         pool: Arc<Pool>,
     ) -> Result<Self, BuildError> {
-        let spec = ModelSpec::from_gguf(file.gguf())?;
+        let spec = file.spec()?;
         let (shard, packing) = (Shard::whole(&spec), Arc::clone(&pool));
         Self::rank(file, spec, shard, Links::none(), options, pool, &packing)
     }

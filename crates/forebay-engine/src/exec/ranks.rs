@@ -19,7 +19,7 @@ use super::links::Links;
 use super::{
     BuildError, Collective, CollectiveError, CpuExecutor, CpuOptions, ExecError, Executor, ThreadCollective,
 };
-use crate::model::{ModelFile, ModelSpec, Ranks};
+use crate::model::{ModelFile, Ranks};
 
 /// A rank that waits longer than this for the others takes them for lost. Far above any pass; that of torch's process
 /// groups.
@@ -75,7 +75,7 @@ impl RankedExecutor {
         pool: Arc<Pool>,
         group: &dyn Fn(usize) -> Vec<Box<dyn Collective>>,
     ) -> Result<Self, BuildError> {
-        let spec = ModelSpec::from_gguf(file.gguf())?;
+        let spec = file.spec()?;
         ranks.check(&spec)?;
         let packing = Pool::new(options.threads);
         // One for each tensor rank.

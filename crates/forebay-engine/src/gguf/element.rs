@@ -49,6 +49,7 @@ impl ElementType {
     pub const Q4_0: Self = Self(2);
     pub const Q4_1: Self = Self(3);
     pub const Q8_0: Self = Self(8);
+    pub const BF16: Self = Self(30);
 
     /// `None` for a number that ggml does not define (or no longer does).
     pub fn from_ggml(number: u32) -> Option<Self> {

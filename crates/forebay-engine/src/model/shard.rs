@@ -133,7 +133,7 @@ mod tests {
 
     fn spec(layers: usize, q_heads: usize, kv_heads: usize) -> ModelSpec {
         let tiny = TinyLlama { layers, q_heads, kv_heads, head_dim: 2, ..TinyLlama::default() };
-        ModelSpec::from_gguf(ModelFile::from_bytes(tiny.to_gguf()).unwrap().gguf()).unwrap()
+        ModelFile::from_bytes(tiny.to_gguf()).unwrap().spec().unwrap()
     }
 
     #[test]

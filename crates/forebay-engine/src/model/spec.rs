@@ -2,6 +2,7 @@
 
 use forebay_kernels::KvCache;
 
+use super::keys::{Keys, SIZE_MAX};
 use crate::gguf::{Gguf, List, Value};
 
 /// Which two elements of a head one rotation turns.
@@ -81,6 +82,12 @@ pub const FAMILIES: &[Family] = &[
     },
 ];
 
+impl Family {
+    pub(super) fn find(name: &str) -> Option<Self> {
+        FAMILIES.iter().find(|family| family.name == name).copied()
+    }
+}
+
 /// Rotary positions.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
@@ -122,11 +129,14 @@ pub struct ModelSpec {
     pub rms_eps: f32,
     /// Of layers without a window.
     pub rope: Rope,
+    /// `[rope.dims / 2]`: what each rotation frequency is divided by, where the metadata says it (Llama 3's context
+    /// extension; a GGUF has a tensor of them).
+    pub rope_factors: Option<Vec<f32>>,
     /// One for each layer.
     pub attention: Vec<LayerAttention>,
     /// What scores are multiplied with before softmax.
     pub attention_scale: f32,
-    /// No `output.weight`: logits are made with the embedding matrix.
+    /// No matrix of its own: logits are made with the embedding matrix.
     pub tied_embeddings: bool,
 }
 
@@ -139,44 +149,30 @@ pub enum SpecError {
     Kind { key: String, found: &'static str, expected: &'static str },
     #[error("`{key}` is {value}; {expected} expected")]
     Range { key: String, value: String, expected: &'static str },
-    #[error("architecture `{name}` is not supported; supported: {}", names(FAMILIES))]
-    Architecture { name: String },
+    #[error("architecture `{name}` is not supported; supported: {supported}")]
+    Architecture { name: String, supported: String },
     #[error("{what} is not supported")]
     Unsupported { what: String },
     #[error("the model's sizes contradict each other: {what}")]
     Inconsistent { what: String },
 }
 
-fn names(families: &[Family]) -> String {
-    families.iter().map(|family| family.name).collect::<Vec<_>>().join(", ")
+/// Sizes of attention that depend on each other.
+pub(super) struct Heads {
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
 }
 
-/// Longest attention head, in elements; real models have at most 256.
-pub const HEAD_DIM_MAX: usize = 512;
-
-/// No dimension of a real model is larger; keeps the products below far from overflow.
-const SIZE_MAX: u64 = 1 << 24;
-
-/// Real models have at most 126 layers. Memory is taken for each before its tensors are looked for.
-const LAYERS_MAX: usize = 1024;
-
-impl ModelSpec {
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self, SpecError> {
-        let name = text(gguf, "general.architecture")?;
-        let family = *FAMILIES
-            .iter()
-            .find(|family| family.name == name)
-            .ok_or_else(|| SpecError::Architecture { name: name.to_owned() })?;
-        let keys = Keys { gguf, prefix: family.name };
-
-        // Some dense files say "0 experts".
-        if let Some(experts) = keys.get("expert_count").1.and_then(Value::as_u64).filter(|&n| n > 0) {
-            return Err(SpecError::Unsupported { what: format!("a mixture of {experts} experts") });
-        }
-        let dim = keys.size("embedding_length")?;
-        let q_heads = keys.size("attention.head_count")?;
-        let kv_heads = keys.optional_size("attention.head_count_kv")?.unwrap_or(q_heads);
-        let head_dim = match keys.optional_size("attention.key_length")? {
+impl Heads {
+    /// Checks them, and fills in what is absent.
+    pub(super) fn of(
+        dim: usize,
+        q_heads: usize,
+        kv_heads: Option<usize>,
+        head_dim: Option<usize>,
+    ) -> Result<Self, SpecError> {
+        let kv_heads = kv_heads.unwrap_or(q_heads);
+        let head_dim = match head_dim {
             Some(head_dim) => head_dim,
             None if dim.is_multiple_of(q_heads) => dim / q_heads,
             None => {
@@ -188,6 +184,40 @@ impl ModelSpec {
         if head_dim > HEAD_DIM_MAX {
             return Err(SpecError::Unsupported { what: format!("a head of {head_dim} elements") });
         }
+        if !q_heads.is_multiple_of(kv_heads) {
+            return Err(SpecError::Inconsistent {
+                what: format!("{q_heads} query heads do not divide into {kv_heads} KV heads"),
+            });
+        }
+        Ok(Self { kv_heads, head_dim })
+    }
+}
+
+/// Longest attention head, in elements; real models have at most 256.
+pub const HEAD_DIM_MAX: usize = 512;
+
+fn names(families: &[Family]) -> String {
+    families.iter().map(|family| family.name).collect::<Vec<_>>().join(", ")
+}
+
+impl ModelSpec {
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, SpecError> {
+        let name = Keys { metadata: gguf, prefix: String::new() }.text("general.architecture")?;
+        let Some(family) = Family::find(&name) else {
+            return Err(SpecError::Architecture { name, supported: names(FAMILIES) });
+        };
+        let keys = Keys { metadata: gguf, prefix: format!("{}.", family.name) };
+
+        // Some dense files say "0 experts".
+        if let Some(experts) = keys.get("expert_count").1.and_then(|value| value.as_u64()).filter(|&n| n > 0)
+        {
+            return Err(SpecError::Unsupported { what: format!("a mixture of {experts} experts") });
+        }
+        let dim = keys.size("embedding_length")?;
+        let q_heads = keys.size("attention.head_count")?;
+        let kv_heads = keys.optional_size("attention.head_count_kv")?;
+        let heads = Heads::of(dim, q_heads, kv_heads, keys.optional_size("attention.key_length")?)?;
+        let Heads { kv_heads, head_dim } = heads;
         if let Some(value_len) = keys.optional_size("attention.value_length")?
             && value_len != head_dim
         {
@@ -195,19 +225,10 @@ impl ModelSpec {
                 what: format!("a value length ({value_len}) other than the key length ({head_dim})"),
             });
         }
-        if !q_heads.is_multiple_of(kv_heads) {
-            return Err(SpecError::Inconsistent {
-                what: format!("{q_heads} query heads do not divide into {kv_heads} KV heads"),
-            });
-        }
-        // Some files say "0": none.
-        let (key, softcap) = keys.get("final_logit_softcapping");
-        if softcap.is_some_and(|value| value.as_f64() != Some(0.0)) {
-            return Err(SpecError::Unsupported { what: format!("a soft cap on logits (`{key}`)") });
-        }
-        let layers = keys.layers()?;
-        let rope = keys.rope(family.rope, head_dim)?;
-        let attention = keys.attention(&family, layers, &rope)?;
+        keys.no_soft_cap("final_logit_softcapping", "logits")?;
+        let layers = keys.layers("block_count")?;
+        let rope = rope(&keys, family.rope, head_dim)?;
+        let attention = attention(&keys, &family, layers, &rope)?;
         // Gemma 3 27B alone divides by the width of a head that its embedding would give it. No key says so;
         // llama.cpp knows it by its layers, too.
         let scale_dim = if family.name == "gemma3" && layers == 62 { dim / q_heads } else { head_dim };
@@ -220,10 +241,11 @@ impl ModelSpec {
             q_heads,
             kv_heads,
             head_dim,
-            vocab_size: keys.vocab_size()?,
+            vocab_size: vocab_size(gguf)?,
             context_len: keys.size("context_length")?,
             rms_eps: keys.positive("attention.layer_norm_rms_epsilon")?,
             rope,
+            rope_factors: None,
             attention,
             attention_scale: 1.0 / (scale_dim as f32).sqrt(),
             tied_embeddings: gguf.tensor("output.weight").is_none(),
@@ -252,159 +274,105 @@ impl ModelSpec {
     }
 }
 
-/// The metadata under one architecture's prefix.
-struct Keys<'a> {
-    gguf: &'a Gguf,
-    prefix: &'static str,
+/// Rows of the embedding matrix: `vocab_size` is missing in many files and wrong in some.
+fn vocab_size(gguf: &Gguf) -> Result<usize, SpecError> {
+    let embeddings = gguf
+        .tensor("token_embd.weight")
+        .ok_or_else(|| SpecError::Missing { key: "token_embd.weight".to_owned() })?;
+    let rows = embeddings.rows();
+    if rows as u64 > SIZE_MAX {
+        return Err(SpecError::Range {
+            key: "token_embd.weight".to_owned(),
+            value: format!("{rows} rows"),
+            expected: "at most 16777216",
+        });
+    }
+    Ok(rows)
 }
 
-impl<'a> Keys<'a> {
-    fn get(&self, key: &str) -> (String, Option<&'a Value>) {
-        let key = format!("{}.{key}", self.prefix);
-        let value = self.gguf.get(&key);
-        (key, value)
-    }
-
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, SpecError> {
-        let (key, value) = self.get(key);
-        let Some(value) = value else { return Ok(None) };
-        let Some(size) = value.as_u64() else {
-            return Err(SpecError::Kind { key, found: value.kind(), expected: "a count" });
-        };
-        if !(1..=SIZE_MAX).contains(&size) {
-            return Err(SpecError::Range { key, value: size.to_string(), expected: "1 to 16777216" });
+fn rope(keys: &Keys<'_, Gguf>, layout: RopeLayout, head_dim: usize) -> Result<Rope, SpecError> {
+    let dims = keys.optional_size("rope.dimension_count")?.unwrap_or(head_dim);
+    check_rotary(dims, head_dim)?;
+    let scaling = keys.optional_text("rope.scaling.type")?;
+    let linear_factor = match scaling.as_deref() {
+        Some("none") => 1.0,
+        // llama.cpp's default where only a factor is given.
+        None => keys.optional_positive("rope.scaling.factor")?.unwrap_or(1.0),
+        Some("linear") => keys.positive("rope.scaling.factor")?,
+        Some(other) => {
+            return Err(SpecError::Unsupported { what: format!("rope scaling of type `{other}`") });
         }
-        Ok(Some(size as usize))
-    }
-
-    fn size(&self, key: &str) -> Result<usize, SpecError> {
-        self.optional_size(key)?.ok_or_else(|| SpecError::Missing { key: self.get(key).0 })
-    }
-
-    fn layers(&self) -> Result<usize, SpecError> {
-        let layers = self.size("block_count")?;
-        if layers > LAYERS_MAX {
-            let (key, _) = self.get("block_count");
-            return Err(SpecError::Range { key, value: layers.to_string(), expected: "at most 1024" });
-        }
-        Ok(layers)
-    }
-
-    fn optional_positive(&self, key: &str) -> Result<Option<f32>, SpecError> {
-        let (key, value) = self.get(key);
-        let Some(value) = value else { return Ok(None) };
-        let Some(number) = value.as_f64() else {
-            return Err(SpecError::Kind { key, found: value.kind(), expected: "a number" });
-        };
-        let number = number as f32;
-        if !(number.is_finite() && number > 0.0) {
-            return Err(SpecError::Range { key, value: number.to_string(), expected: "a number above zero" });
-        }
-        Ok(Some(number))
-    }
-
-    fn positive(&self, key: &str) -> Result<f32, SpecError> {
-        self.optional_positive(key)?.ok_or_else(|| SpecError::Missing { key: self.get(key).0 })
-    }
-
-    /// Rows of the embedding matrix: `vocab_size` is missing in many files and wrong in some.
-    fn vocab_size(&self) -> Result<usize, SpecError> {
-        let embeddings = self
-            .gguf
-            .tensor("token_embd.weight")
-            .ok_or_else(|| SpecError::Missing { key: "token_embd.weight".to_owned() })?;
-        let rows = embeddings.rows();
-        if rows as u64 > SIZE_MAX {
-            return Err(SpecError::Range {
-                key: "token_embd.weight".to_owned(),
-                value: format!("{rows} rows"),
-                expected: "at most 16777216",
-            });
-        }
-        Ok(rows)
-    }
-
-    fn rope(&self, layout: RopeLayout, head_dim: usize) -> Result<Rope, SpecError> {
-        let dims = self.optional_size("rope.dimension_count")?.unwrap_or(head_dim);
-        if dims > head_dim || !dims.is_multiple_of(2) {
-            return Err(SpecError::Inconsistent {
-                what: format!("{dims} rotary dimensions in heads of {head_dim}"),
-            });
-        }
-        let (key, scaling) = self.get("rope.scaling.type");
-        let linear_factor = match scaling.map(|value| value.as_str().ok_or(value)) {
-            Some(Ok("none")) => 1.0,
-            // llama.cpp's default where only a factor is given.
-            None => self.optional_positive("rope.scaling.factor")?.unwrap_or(1.0),
-            Some(Ok("linear")) => self.positive("rope.scaling.factor")?,
-            Some(Ok(other)) => {
-                return Err(SpecError::Unsupported { what: format!("rope scaling of type `{other}`") });
-            }
-            Some(Err(value)) => {
-                return Err(SpecError::Kind { key, found: value.kind(), expected: "a string" });
-            }
-        };
-        let base = self.optional_positive("rope.freq_base")?.unwrap_or(10_000.0);
-        Ok(Rope { layout, dims, base, linear_factor })
-    }
-
-    /// The table of layers. `rope` is that of layers without a window.
-    fn attention(
-        &self,
-        family: &Family,
-        layers: usize,
-        rope: &Rope,
-    ) -> Result<Vec<LayerAttention>, SpecError> {
-        let none = || Ok(vec![LayerAttention { window: None, rope: rope.clone() }; layers]);
-        // Some files say "0": none.
-        if self.get("attention.sliding_window").1.is_some_and(|value| value.as_u64() == Some(0)) {
-            return none();
-        }
-        let Some(window) = self.optional_size("attention.sliding_window")? else { return none() };
-        let windowed = match family.windowed {
-            Windowed::Never => return none(),
-            Windowed::Every => vec![true; layers],
-            Windowed::AllBut { period } => self.pattern(period, layers)?,
-        };
-        let base = self.optional_positive("rope.freq_base_swa")?.or(family.window_rope_base);
-        let windowed_rope =
-            base.map_or_else(|| rope.clone(), |base| Rope { base, linear_factor: 1.0, ..rope.clone() });
-        let layer = |windowed| match windowed {
-            true => LayerAttention { window: Some(window), rope: windowed_rope.clone() },
-            false => LayerAttention { window: None, rope: rope.clone() },
-        };
-        Ok(windowed.into_iter().map(layer).collect())
-    }
-
-    /// Which layers have the window: a flag for each, or a period, in the file; else the family's period.
-    fn pattern(&self, period: usize, layers: usize) -> Result<Vec<bool>, SpecError> {
-        let (key, value) = self.get("attention.sliding_window_pattern");
-        let flags = match value {
-            Some(Value::List(List::Bools(flags))) => flags.clone(),
-            Some(Value::List(List::Uints(flags))) => flags.iter().map(|&flag| flag != 0).collect(),
-            Some(Value::List(List::Ints(flags))) => flags.iter().map(|&flag| flag != 0).collect(),
-            Some(Value::List(_)) => {
-                return Err(SpecError::Kind { key, found: "an array", expected: "a period, or flags" });
-            }
-            _ => {
-                let period = self.optional_size("attention.sliding_window_pattern")?.unwrap_or(period);
-                return Ok((1..=layers).map(|nth| !nth.is_multiple_of(period)).collect());
-            }
-        };
-        if flags.len() != layers {
-            return Err(SpecError::Inconsistent {
-                what: format!("`{key}` has {} entries for {layers} layers", flags.len()),
-            });
-        }
-        Ok(flags)
-    }
+    };
+    let base = keys.optional_positive("rope.freq_base")?.unwrap_or(10_000.0);
+    Ok(Rope { layout, dims, base, linear_factor })
 }
 
-fn text<'a>(gguf: &'a Gguf, key: &str) -> Result<&'a str, SpecError> {
-    let value = gguf.get(key).ok_or_else(|| SpecError::Missing { key: key.to_owned() })?;
-    value.as_str().ok_or_else(|| SpecError::Kind {
-        key: key.to_owned(),
-        found: value.kind(),
-        expected: "a string",
-    })
+/// The table of layers. `rope` is that of layers without a window.
+fn attention(
+    keys: &Keys<'_, Gguf>,
+    family: &Family,
+    layers: usize,
+    rope: &Rope,
+) -> Result<Vec<LayerAttention>, SpecError> {
+    let none = || Ok(vec![LayerAttention { window: None, rope: rope.clone() }; layers]);
+    // Some files say "0": none.
+    if keys.get("attention.sliding_window").1.is_some_and(|value| value.as_u64() == Some(0)) {
+        return none();
+    }
+    let Some(window) = keys.optional_size("attention.sliding_window")? else { return none() };
+    let windowed = match family.windowed {
+        Windowed::Never => return none(),
+        Windowed::Every => vec![true; layers],
+        Windowed::AllBut { period } => pattern(keys, period, layers)?,
+    };
+    let base = keys.optional_positive("rope.freq_base_swa")?.or(family.window_rope_base);
+    Ok(layer_table(&windowed, window, base, rope))
+}
+
+/// Each layer's attention, of which those `windowed` have a rotation of their own where it has a base: without scaling.
+pub(super) fn layer_table(
+    windowed: &[bool],
+    window: usize,
+    base: Option<f32>,
+    rope: &Rope,
+) -> Vec<LayerAttention> {
+    let windowed_rope =
+        base.map_or_else(|| rope.clone(), |base| Rope { base, linear_factor: 1.0, ..rope.clone() });
+    let layer = |&windowed: &bool| match windowed {
+        true => LayerAttention { window: Some(window), rope: windowed_rope.clone() },
+        false => LayerAttention { window: None, rope: rope.clone() },
+    };
+    windowed.iter().map(layer).collect()
+}
+
+pub(super) fn check_rotary(dims: usize, head_dim: usize) -> Result<(), SpecError> {
+    if dims > head_dim || !dims.is_multiple_of(2) {
+        return Err(SpecError::Inconsistent {
+            what: format!("{dims} rotary dimensions in heads of {head_dim}"),
+        });
+    }
+    Ok(())
+}
+
+/// Which layers have the window: a flag for each, or a period, in the file; else the family's period.
+fn pattern(keys: &Keys<'_, Gguf>, period: usize, layers: usize) -> Result<Vec<bool>, SpecError> {
+    let (key, value) = keys.get("attention.sliding_window_pattern");
+    let flags = match value.as_deref() {
+        Some(Value::List(List::Bools(flags))) => flags.clone(),
+        Some(Value::List(List::Uints(flags))) => flags.iter().map(|&flag| flag != 0).collect(),
+        Some(Value::List(List::Ints(flags))) => flags.iter().map(|&flag| flag != 0).collect(),
+        Some(Value::List(_)) => {
+            return Err(SpecError::Kind { key, found: "an array", expected: "a period, or flags" });
+        }
+        _ => {
+            let period = keys.optional_size("attention.sliding_window_pattern")?.unwrap_or(period);
+            return Ok((1..=layers).map(|nth| !nth.is_multiple_of(period)).collect());
+        }
+    };
+    if flags.len() != layers {
+        return Err(SpecError::Inconsistent {
+            what: format!("`{key}` has {} entries for {layers} layers", flags.len()),
+        });
+    }
+    Ok(flags)
 }

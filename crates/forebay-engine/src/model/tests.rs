@@ -187,7 +187,7 @@ fn windows_are_in_the_layers_that_family_and_file_say() {
 
 fn load(file: &Writer) -> Result<Weights, WeightsError> {
     let file = Arc::new(ModelFile::from_bytes(file.finish()).unwrap());
-    let spec = ModelSpec::from_gguf(file.gguf()).unwrap();
+    let spec = file.spec().unwrap();
     Weights::load(&file, &spec, &Shard::whole(&spec), Isa::detect(), &Pool::new(1))
 }
 
@@ -210,7 +210,7 @@ fn shards_have_all_weights_together_and_look_at_every_tensor() {
     let tiny = TinyLlama { weights: ElementType::Q8_0, head_dim: 32, ffn_dim: 192, ..TinyLlama::default() };
     let check = |file: &Writer, ranks: Ranks| {
         let file = Arc::new(ModelFile::from_bytes(file.finish()).unwrap());
-        let spec = ModelSpec::from_gguf(file.gguf()).unwrap();
+        let spec = file.spec().unwrap();
         let load = |stage, nth| {
             Weights::load(&file, &spec, &ranks.shard(&spec, stage, nth), Isa::detect(), &Pool::new(1))
         };
@@ -272,9 +272,9 @@ fn a_tensor_that_is_wrong_or_unknown_is_named() {
     );
     check(
         |file| {
-            file.tensor("rope_freqs.weight", &[8], ElementType::F16, vec![0; 16]);
+            file.tensor("blk.0.attn_q.bias", &[64], ElementType::Q8_0, vec![0; 68]);
         },
-        "tensor `rope_freqs.weight` is stored as F16, which is not supported there; F32 expected",
+        "tensor `blk.0.attn_q.bias` is stored as Q8_0, which is not supported there; F32, F16 or BF16 expected",
     );
     let gemma = TinyLlama { layers: 1, window: Some(4), ..TinyLlama::default() }.writer();
     assert!(load(&gemma).unwrap().layers[0].post_norms.is_some());

@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use forebay_kernels::{Isa, Matrix, PackError, Part, Pool, TensorType, dequantize_row};
 
-use super::{ModelFile, ModelSpec, Shard};
-use crate::gguf::{ElementType, TensorInfo};
+use super::{ModelFile, ModelSpec, Shard, StoredTensor};
+use crate::gguf::ElementType;
 
 /// Why a model's weights could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -20,17 +20,13 @@ pub enum WeightsError {
     Missing { name: String },
     #[error("tensor `{name}` has the shape {found:?}; {expected:?} expected")]
     Shape { name: String, found: Vec<usize>, expected: Vec<usize> },
-    #[error("tensor `{name}` is stored as {element}, which is not supported{}", hint(*.wanted))]
-    Element { name: String, element: ElementType, wanted: Option<ElementType> },
+    #[error("tensor `{name}` is stored as {element}, which is not supported{hint}")]
+    Element { name: String, element: ElementType, hint: &'static str },
     /// Leaving out a bias or a norm that the model was trained with would give plausible, wrong text.
     #[error("tensor `{name}` has no place in this architecture as it is supported here")]
     Unexpected { name: String },
     #[error("tensor `{name}` cannot be packed")]
     Pack { name: String, source: PackError },
-}
-
-fn hint(wanted: Option<ElementType>) -> String {
-    wanted.map_or_else(String::new, |element| format!(" there; {element} expected"))
 }
 
 /// One transformer layer. Matrices are `[rows = outputs, cols = inputs]`; where a model is divided among ranks, a
@@ -74,7 +70,7 @@ pub struct HeadNorms {
 #[derive(Debug)]
 pub struct Embeddings {
     file: Arc<ModelFile>,
-    tensor: TensorInfo,
+    tensor: StoredTensor,
     element: TensorType,
     row_bytes: usize,
 }
@@ -127,7 +123,10 @@ impl Weights {
             false => loader.leave(head),
         };
         let output_norm = loader.vector("output_norm.weight", dim)?;
-        let rope_factors = loader.optional_vector("rope_freqs.weight", spec.rope.dims / 2)?;
+        let rope_factors = match loader.optional_vector("rope_freqs.weight", spec.rope.dims / 2)? {
+            Some(factors) => Some(factors),
+            None => spec.rope_factors.clone(),
+        };
 
         let (dim_rows, ffn_rows) = (rows(dim), rows(spec.ffn_dim));
         let mut layers = Vec::with_capacity(shard.layers.len());
@@ -162,12 +161,12 @@ impl Weights {
         }
         let others = (0..spec.layers).filter(|nth| !shard.layers.contains(nth));
         let others: Vec<String> = others.map(|nth| format!("blk.{nth}.")).collect();
-        let unexpected = |tensor: &&TensorInfo| {
+        let unexpected = |tensor: &&StoredTensor| {
             !loader.used.contains(tensor.name.as_str())
                 && !others.iter().any(|layer| tensor.name.starts_with(layer.as_str()))
         };
-        if let Some(tensor) = file.gguf().tensors().iter().find(unexpected) {
-            return Err(WeightsError::Unexpected { name: tensor.name.clone() });
+        if let Some(tensor) = file.tensors().iter().find(unexpected) {
+            return Err(WeightsError::Unexpected { name: file.spelt(&tensor.name) });
         }
         Ok(Self { embeddings, layers, output_norm, head, rope_factors })
     }
@@ -196,11 +195,11 @@ struct Loader<'a> {
 
 impl<'a> Loader<'a> {
     /// The tensor called `name`, if there is one; of that shape (innermost dimension first), or it is an error.
-    fn optional(&mut self, name: &str, shape: &[usize]) -> Result<Option<&'a TensorInfo>, WeightsError> {
-        let Some(tensor) = self.file.gguf().tensor(name) else { return Ok(None) };
+    fn optional(&mut self, name: &str, shape: &[usize]) -> Result<Option<&'a StoredTensor>, WeightsError> {
+        let Some(tensor) = self.file.tensor(name) else { return Ok(None) };
         if tensor.shape != shape {
             return Err(WeightsError::Shape {
-                name: name.to_owned(),
+                name: self.file.spelt(name),
                 found: tensor.shape.clone(),
                 expected: shape.to_vec(),
             });
@@ -209,26 +208,30 @@ impl<'a> Loader<'a> {
         Ok(Some(tensor))
     }
 
-    fn required(&mut self, name: &str, shape: &[usize]) -> Result<&'a TensorInfo, WeightsError> {
-        self.optional(name, shape)?.ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
+    fn required(&mut self, name: &str, shape: &[usize]) -> Result<&'a StoredTensor, WeightsError> {
+        self.optional(name, shape)?.ok_or_else(|| WeightsError::Missing { name: self.file.spelt(name) })
     }
 
     fn optional_vector(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>, WeightsError> {
         let Some(tensor) = self.optional(name, &[len])? else { return Ok(None) };
-        // Norms and biases are F32 in every file that ggml's tools write.
-        if tensor.element != ElementType::F32 {
-            return Err(WeightsError::Element {
-                name: name.to_owned(),
-                element: tensor.element,
-                wanted: Some(ElementType::F32),
-            });
+        let element = self.element(tensor)?;
+        // Norms and biases are F32 in every file that ggml's tools write, and of the model's type in others.
+        if element.is_quantized() {
+            let hint = " there; F32, F16 or BF16 expected";
+            return Err(WeightsError::Element { name: self.file.spelt(name), element: tensor.element, hint });
         }
-        let (values, _) = self.file.data(tensor).as_chunks::<4>();
-        Ok(Some(values.iter().map(|value| f32::from_le_bytes(*value)).collect()))
+        let mut values = vec![0.0; len];
+        dequantize_row(element, self.file.data(tensor), &mut values)
+            .expect("the tensor's size was checked when the file was read");
+        if name.ends_with("norm.weight") {
+            let offset = self.file.norm_offset();
+            values.iter_mut().for_each(|value| *value += offset);
+        }
+        Ok(Some(values))
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, WeightsError> {
-        self.optional_vector(name, len)?.ok_or_else(|| WeightsError::Missing { name: name.to_owned() })
+        self.optional_vector(name, len)?.ok_or_else(|| WeightsError::Missing { name: self.file.spelt(name) })
     }
 
     fn head_norms(&mut self, q: &str, k: &str, len: usize) -> Result<Option<HeadNorms>, WeightsError> {
@@ -254,11 +257,11 @@ impl<'a> Loader<'a> {
         None
     }
 
-    fn element(&self, tensor: &TensorInfo) -> Result<TensorType, WeightsError> {
+    fn element(&self, tensor: &StoredTensor) -> Result<TensorType, WeightsError> {
         TensorType::from_ggml(tensor.element.ggml()).ok_or_else(|| WeightsError::Element {
-            name: tensor.name.clone(),
+            name: self.file.spelt(&tensor.name),
             element: tensor.element,
-            wanted: None,
+            hint: "",
         })
     }
 
@@ -273,7 +276,7 @@ impl<'a> Loader<'a> {
             packed.push(Part { ty, rows: own.len(), data });
         }
         Matrix::pack(&packed, cols, self.isa, self.pool)
-            .map_err(|source| WeightsError::Pack { name: parts[0].0.to_owned(), source })
+            .map_err(|source| WeightsError::Pack { name: self.file.spelt(parts[0].0), source })
     }
 
     fn embeddings(&mut self, name: &str, cols: usize, rows: usize) -> Result<Embeddings, WeightsError> {

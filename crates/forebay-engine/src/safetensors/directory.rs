@@ -1,14 +1,13 @@
 //! The weights of a Hugging Face directory: one file, or shards with an index.
 
 use std::collections::HashMap;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use forebay_kernels::{MapError, MappedFile};
 use serde::Deserialize;
 
 use super::{Dtype, Safetensors, SafetensorsError, TensorInfo};
+use crate::small_file::{self, SmallFileError};
 
 /// The weights of a directory that has them in one file.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
@@ -29,10 +28,8 @@ pub enum DirectoryError {
     Map(#[from] MapError),
     #[error("{} is no safetensors file that can be used", path.display())]
     File { path: PathBuf, source: SafetensorsError },
-    #[error("cannot read {}", path.display())]
-    Read { path: PathBuf, source: io::Error },
-    #[error("{} is {bytes} bytes long, the limit is {INDEX_BYTES_MAX}", path.display())]
-    IndexTooLong { path: PathBuf, bytes: u64 },
+    #[error("the index of shards cannot be read")]
+    Read(#[from] SmallFileError),
     #[error("{} is not an index of shards", path.display())]
     Index { path: PathBuf, source: serde_json::Error },
     #[error("{} names {shards} shards, the limit is {SHARDS_MAX}", path.display())]
@@ -156,9 +153,20 @@ impl Directory {
         Some(TensorView { dtype: *dtype, shape, data: &shard.bytes()[bytes.clone()] })
     }
 
+    /// All tensors with the number of their shard, for [`Directory::shard`].
+    pub fn tensors(&self) -> impl Iterator<Item = (usize, &TensorInfo)> {
+        let shards = self.shards.iter().enumerate();
+        shards.flat_map(|(number, shard)| shard.header.tensors().iter().map(move |tensor| (number, tensor)))
+    }
+
+    /// The bytes of a shard's file.
+    pub fn shard(&self, number: usize) -> &[u8] {
+        self.shards[number].bytes()
+    }
+
     /// Names of all tensors, shard by shard in the order of their bytes.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.shards.iter().flat_map(|shard| shard.header.tensors()).map(|tensor| tensor.name.as_str())
+        self.tensors().map(|(_, tensor)| tensor.name.as_str())
     }
 
     /// Bytes of all files.
@@ -168,12 +176,7 @@ impl Directory {
 }
 
 fn read_index(path: &Path) -> Result<HashMap<String, String>, DirectoryError> {
-    let failed = |source| DirectoryError::Read { path: path.to_owned(), source };
-    let bytes = fs::metadata(path).map_err(failed)?.len();
-    if bytes > INDEX_BYTES_MAX {
-        return Err(DirectoryError::IndexTooLong { path: path.to_owned(), bytes });
-    }
-    let text = fs::read(path).map_err(failed)?;
+    let text = small_file::read(path, INDEX_BYTES_MAX)?;
     let Index { weight_map } = serde_json::from_slice(&text)
         .map_err(|source| DirectoryError::Index { path: path.to_owned(), source })?;
     for (tensor, file) in &weight_map {

@@ -37,7 +37,8 @@ impl Dtype {
     pub const F16: Self = Self(1);
     pub const BF16: Self = Self(2);
 
-    pub(super) fn from_name(name: &str) -> Option<Self> {
+    /// As a header spells it.
+    pub fn from_name(name: &str) -> Option<Self> {
         TABLE.iter().position(|row| row.0 == name).map(Self)
     }
 

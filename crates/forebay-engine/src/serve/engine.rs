@@ -24,9 +24,8 @@ use super::prompt;
 use super::start_error::StartError;
 use super::step_loop::{LoopState, StepLoop};
 use super::submission::{How, Submission};
-use super::text::text_model;
 use super::words::BadWords;
-use super::{KvSink, Sinks};
+use super::{KvSink, Sinks, hf_text, text};
 use crate::config::EngineConfig;
 use crate::exec::{self, CpuOptions, Executor};
 use crate::kv_events::{KvEventSource, Publisher};
@@ -85,10 +84,9 @@ impl Engine {
         let kv_event_source = publisher.as_ref().map(Publisher::source);
         let file = Arc::new(ModelFile::open(path)?);
         let layout = Layout::plan(config, &file, path, cores())?;
-        check_memory(path, layout.kv_bytes())?;
+        check_memory(&file, layout.kv_bytes())?;
         let Layout { spec, ranks, block_size, blocks, positions_max } = layout;
-        let text =
-            text_model(file.gguf()).map_err(|source| StartError::Text { path: path.into(), source })?;
+        let text = text_of(&file, path)?;
         let threads = config.threads.map_or_else(cores, |n| n as usize);
         let pool = Arc::new(Pool::new(exec::threads_per_rank(threads, ranks)));
         let isa = deps.isa.unwrap_or_else(Isa::detect);
@@ -379,6 +377,17 @@ impl Stage<Placed> for Engine {
             }
             Ask::ListModels | Ask::GetModel(_) => Err(Fault::internal("model listings are the proxy's")),
         }
+    }
+}
+
+/// Tokenizer and chat template, wherever this kind of model has them.
+fn text_of(file: &ModelFile, path: &Path) -> Result<TextModel, StartError> {
+    match (file.gguf(), file.directory()) {
+        (Some(gguf), _) => {
+            text::text_model(gguf).map_err(|source| StartError::Text { path: path.into(), source })
+        }
+        (None, directory) => hf_text::text_model(directory.unwrap_or(path))
+            .map_err(|source| StartError::HfText { path: path.into(), source: Box::new(source) }),
     }
 }
 

@@ -23,8 +23,7 @@ impl Layout {
         path: &Path,
         cores: usize,
     ) -> Result<Self, StartError> {
-        let spec = ModelSpec::from_gguf(file.gguf())
-            .map_err(|source| StartError::Spec { path: path.into(), source })?;
+        let spec = file.spec().map_err(|source| StartError::Spec { path: path.into(), source })?;
         let block_size = config.block_size as usize;
         let ranks = config.ranks();
         ranks.check(&spec).map_err(|source| StartError::Ranks { path: path.into(), source })?;

@@ -3,13 +3,15 @@
 use std::path::Path;
 
 use super::StartError;
+use crate::model::ModelFile;
 
 /// Refuses to start where the kernel would have to kill us later. Only where the system says what is available.
-pub(super) fn check_memory(path: &Path, kv: u64) -> Result<(), StartError> {
+pub(super) fn check_memory(model: &ModelFile, kv: u64) -> Result<(), StartError> {
     let Some(available) = available_memory() else { return Ok(()) };
-    let file = std::fs::metadata(path).map_or(0, |m| m.len());
-    // Packed weights are a little larger than the file's (scales are widened).
-    let weights = file + file / 4;
+    let file = model.bytes();
+    // Packed weights are a little larger than the file's where these are quantised (scales are widened). A directory
+    // has floats only; what is left are rows that fill up a tile.
+    let weights = file + if model.gguf().is_some() { file / 4 } else { file / 64 };
     if weights + kv > available {
         let size = forebay_config::ByteSize::new;
         return Err(StartError::Memory { weights: size(weights), kv: size(kv), available: size(available) });

@@ -9,6 +9,7 @@ mod choice;
 mod constrain;
 mod engine;
 mod events;
+mod hf_text;
 mod layout;
 mod load;
 mod memory;
@@ -30,6 +31,7 @@ use forebay_kv::codec::LoadStat;
 use tokio::sync::watch;
 
 pub use engine::{Engine, EngineDeps};
+pub use hf_text::HfTextError;
 pub use start_error::StartError;
 pub use text::TextError;
 

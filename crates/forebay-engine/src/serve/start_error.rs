@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::hf_text::HfTextError;
 use super::text::TextError;
 use crate::config::EngineConfigError;
 use crate::exec::BuildError;
@@ -14,11 +15,13 @@ pub enum StartError {
     #[error(transparent)]
     Config(#[from] EngineConfigError),
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Open(Box<OpenError>),
     #[error("the model in {} can't be served", path.display())]
     Spec { path: PathBuf, source: SpecError },
     #[error("the model in {} can't be served", path.display())]
     Text { path: PathBuf, source: TextError },
+    #[error("the model in {} can't be served", path.display())]
+    HfText { path: PathBuf, source: Box<HfTextError> },
     #[error("the model in {} can't be loaded", path.display())]
     Build { path: PathBuf, source: BuildError },
     #[error(
@@ -52,11 +55,21 @@ pub enum StartError {
     Thread(#[source] std::io::Error),
 }
 
+impl From<OpenError> for StartError {
+    fn from(error: OpenError) -> Self {
+        Self::Open(Box::new(error))
+    }
+}
+
 impl StartError {
     /// The configuration key that is at fault, or is closest to it.
     pub fn at(&self) -> &'static str {
         match self {
-            Self::Open(_) | Self::Spec { .. } | Self::Text { .. } | Self::Build { .. } => "engine.model",
+            Self::Open(_)
+            | Self::Spec { .. }
+            | Self::Text { .. }
+            | Self::HfText { .. }
+            | Self::Build { .. } => "engine.model",
             Self::KvTooSmall { .. } | Self::Memory { .. } => "engine.kv-cache-memory",
             Self::ModelLen { .. } => "engine.max-model-len",
             Self::Ranks { source: RanksError::Layers { .. }, .. } => "engine.pipeline-parallel-size",

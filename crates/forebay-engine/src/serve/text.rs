@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn gemma_ids_equal_those_of_llama_cpp() {
         let Some(path) = std::env::var_os("FOREBAY_TEST_GEMMA") else { return };
-        let model = text_model(ModelFile::open(Path::new(&path)).unwrap().gguf()).unwrap();
+        let model = text_model(ModelFile::open(Path::new(&path)).unwrap().gguf().unwrap()).unwrap();
         let golden = include_str!("../../tests/fixtures/gemma3-tokens.json");
         for Case { text, ids } in serde_json::from_str::<Vec<Case>>(golden).unwrap() {
             assert_eq!(model.encode_text(&text, Special::NONE).unwrap(), ids, "{text:?}");

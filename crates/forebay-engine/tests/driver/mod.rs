@@ -147,12 +147,12 @@ pub(crate) fn kl_divergence(reference: impl Iterator<Item = (u32, f32)>, ours: &
 /// The same model with every tensor in F32, without its tokenizer.
 pub(crate) fn dequantised(model: &ModelFile) -> Vec<u8> {
     let mut file = Writer::new();
-    for (key, value) in model.gguf().metadata().filter(|(key, _)| !key.starts_with("tokenizer.")) {
+    for (key, value) in model.gguf().unwrap().metadata().filter(|(key, _)| !key.starts_with("tokenizer.")) {
         file.put(key, value);
     }
-    for tensor in model.gguf().tensors() {
+    for tensor in model.tensors() {
         let element = TensorType::from_ggml(tensor.element.ggml()).unwrap();
-        let mut values = vec![0.0; tensor.rows() * tensor.cols()];
+        let mut values = vec![0.0; tensor.shape.iter().product()];
         dequantize_row(element, model.data(tensor), &mut values).unwrap();
         file.tensor_f32(&tensor.name, &tensor.shape, &values);
     }

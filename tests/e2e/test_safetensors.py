@@ -1,0 +1,163 @@
+"""A model from a Hugging Face directory: it is served like any other, and what is wrong with a directory is said at the start.
+
+The model is random and small, its tokenizer a real one of 684 tokens. What the directory's numbers should give is tested
+against transformers in `crates/forebay-engine/tests/hf_reference.rs`.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import random
+import shutil
+from pathlib import Path
+
+import openai
+import pytest
+
+from harness import Worker, forebay, free_port, get
+
+TOKENIZER = Path(__file__).parents[2] / "crates/forebay-tokens/tests/fixtures/tiny.json"
+DIM, FFN, LAYERS, HEADS, KV_HEADS, VOCAB = 64, 96, 2, 4, 2, 704
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": DIM,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB,
+    "tie_word_embeddings": True,
+}
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def shapes() -> dict[str, list[int]]:
+    kv = DIM // HEADS * KV_HEADS
+    found = {"model.embed_tokens.weight": [VOCAB, DIM], "model.norm.weight": [DIM]}
+    for n in range(LAYERS):
+        for name, shape in {
+            "input_layernorm": [DIM],
+            "post_attention_layernorm": [DIM],
+            "self_attn.q_proj": [DIM, DIM],
+            "self_attn.k_proj": [kv, DIM],
+            "self_attn.v_proj": [kv, DIM],
+            "self_attn.o_proj": [DIM, DIM],
+            "mlp.gate_proj": [FFN, DIM],
+            "mlp.up_proj": [FFN, DIM],
+            "mlp.down_proj": [DIM, FFN],
+        }.items():
+            found[f"model.layers.{n}.{name}.weight"] = shape
+    return found
+
+
+def write_weights(path: Path, tensors: dict[str, list[int]]) -> None:
+    """Random F32 weights; norms around one."""
+    source = random.Random(7)
+    header, data = {}, b""
+    for name, shape in tensors.items():
+        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        centre = 1.0 if len(shape) == 1 else 0.0
+        values = array.array("f", (centre + source.uniform(-0.3, 0.3) for _ in range(count))).tobytes()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In two shards."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-1.5"
+    directory.mkdir()
+    write_json(directory / "config.json", CONFIG)
+    shutil.copy(TOKENIZER, directory / "tokenizer.json")
+    write_json(directory / "tokenizer_config.json", {"bos_token": "<|endoftext|>"})
+    write_json(directory / "special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"}})
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    names = list(shapes())
+    shards = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    for file, part in shards.items():
+        write_weights(directory / file, {name: shapes()[name] for name in part})
+    index = {name: file for file, part in shards.items() for name in part}
+    write_json(directory / "model.safetensors.index.json", {"weight_map": index})
+    return directory
+
+
+def test_a_directory_is_served_like_a_file(directory, tmp_path):
+    worker = Worker(tmp_path, model=directory)
+    try:
+        name = worker.model()
+        assert name == "tiny-1.5"
+        with openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0, timeout=60) as sdk:
+            ask = dict(model=name, temperature=0, max_tokens=8, extra_body={"ignore_eos": True})
+            chat = sdk.chat.completions.create(messages=[{"role": "user", "content": "Hi there"}], **ask)
+            assert chat.usage.completion_tokens == 8
+            again = sdk.chat.completions.create(messages=[{"role": "user", "content": "Hi there"}], **ask)
+            assert again.choices[0].message.content == chat.choices[0].message.content
+            one = sdk.completions.create(prompt="Hi", logprobs=2, **ask)
+            assert len(one.choices[0].logprobs.tokens) == 8
+        card = get(f"{worker.url}/v1/models").json()["data"][0]
+        assert card["max_model_len"] == 512
+    finally:
+        worker.close()
+    assert worker.trouble() is None
+
+
+def test_check_reads_the_directory(directory, tmp_path):
+    file = tmp_path / "forebay.yaml"
+    file.write_text(f"edge: {{}}\nengine:\n  model: {directory}\n  max-model-len: 1024\n")
+    out = forebay("check", str(file))
+    assert out.returncode == 1
+    assert "`engine.max-model-len` is 1024, but the model was trained for 512 tokens" in out.stderr
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def without(path: Path, key: str) -> None:
+    write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != key})
+
+
+def change(path: Path, **changes: object) -> None:
+    write_json(path, {**json.loads(path.read_text()), **changes})
+
+
+FIRST = "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda d: (d / "config.json").unlink(), "is a directory without `config.json`"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda d: without(d / "config.json", "hidden_size"), "the model file has no `hidden_size`"),
+        (
+            lambda d: change(d / "config.json", architectures=["MambaForCausalLM"]),
+            "architecture `MambaForCausalLM` is not supported; supported: LlamaForCausalLM",
+        ),
+        (lambda d: (d / "model.safetensors.index.json").unlink(), "no `model.safetensors` and no `model.safetensors.index.json`"),
+        (lambda d: (d / FIRST).unlink(), FIRST),
+        (lambda d: cut(d / FIRST), f"{FIRST} is no safetensors file that can be used"),
+        (lambda d: (d / FIRST).write_bytes(b"\xff" * 64), "the limit is 100000000; this is no safetensors file"),
+        (lambda d: change(d / "config.json", intermediate_size=95), "`model.layers.0.mlp.gate_proj.weight` has the shape [64, 96]"),
+        (lambda d: change(d / "config.json", num_hidden_layers=1), "`model.layers.1."),
+        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is not there"),
+        (lambda d: (d / "tokenizer.json").write_text("[]"), "tokenizer"),
+    ],
+)
+def test_what_is_wrong_with_a_directory_is_said(directory, tmp_path, damage, words):
+    broken = tmp_path / "broken"
+    shutil.copytree(directory, broken)
+    damage(broken)
+    out = forebay("worker", "--model", str(broken), "--port", str(free_port()), "--kv-cache-memory-bytes", "16MiB")
+    assert out.returncode not in (0, 101), out.stderr
+    assert "panicked" not in out.stderr
+    assert words in out.stderr, out.stderr
