@@ -171,9 +171,3 @@ def test_a_refused_request_leaves_the_connection_usable(server):
         for _ in range(3):
             assert http.post(CHAT, json=without("messages")).status_code == 400
             assert http.post(CHAT, json=GOOD).status_code == 200
-
-
-def test_echo_with_logprobs_is_refused_and_not_half_answered(client):
-    with pytest.raises(openai.BadRequestError) as error:
-        client.completions.create(model=MODEL, prompt="One", echo=True, logprobs=1, max_tokens=2)
-    assert error.value.param == "echo"

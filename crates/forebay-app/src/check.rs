@@ -14,7 +14,7 @@ use forebay_observe::Registry;
 use forebay_router::ReplicaTarget;
 use forebay_types::{Fault, ModelName};
 use forebay_upstream::{ClientConfig, HttpClient};
-use forebay_wire::Prompt;
+use forebay_wire::{Generate, Prompt};
 
 use crate::compose::{self, Shared};
 use crate::config::Config;
@@ -204,8 +204,8 @@ impl PromptEncoder for NotLoaded {
         Ok(())
     }
 
-    fn encode(&self, _: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault> {
-        Ok(PromptIds::estimate(prompt))
+    fn encode(&self, call: &Generate) -> Result<PromptIds, Fault> {
+        Ok(PromptIds::estimate(&call.prompt))
     }
 }
 

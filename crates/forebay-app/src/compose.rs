@@ -16,7 +16,7 @@ use forebay_proxy::{FleetCard, Proxy, ProxyDeps};
 use forebay_router::{PrefixView, Router, RouterConfig, RouterDeps};
 use forebay_types::{Fault, ModelName, ReplicaId};
 use forebay_upstream::HttpClient;
-use forebay_wire::Prompt;
+use forebay_wire::{Generate, Prompt};
 
 use crate::config::Config;
 use crate::error::BuildError;
@@ -151,11 +151,11 @@ impl PromptEncoder for EngineTokenizers {
         }
     }
 
-    fn encode(&self, model: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault> {
-        match self.engine(model) {
+    fn encode(&self, call: &Generate) -> Result<PromptIds, Fault> {
+        match self.engine(&call.model) {
             // The engine will not take a longer one, and then its tokens are of no use to anybody.
-            Some((engine, _)) if engine.fits(prompt).is_ok() => engine.encode(prompt),
-            Some(_) | None => Ok(PromptIds::estimate(prompt)),
+            Some((engine, _)) if engine.fits(&call.prompt).is_ok() => engine.encode(call),
+            Some(_) | None => Ok(PromptIds::estimate(&call.prompt)),
         }
     }
 }

@@ -23,8 +23,8 @@ impl PromptEncoder for Estimate {
         Ok(())
     }
 
-    fn encode(&self, _: &ModelName, prompt: &forebay_wire::Prompt) -> Result<PromptIds, Fault> {
-        Ok(PromptIds::estimate(prompt))
+    fn encode(&self, call: &forebay_wire::Generate) -> Result<PromptIds, Fault> {
+        Ok(PromptIds::estimate(&call.prompt))
     }
 }
 

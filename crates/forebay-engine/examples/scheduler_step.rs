@@ -134,6 +134,7 @@ impl Bench {
             cache_salt: None,
             priority: 0,
             tenant: ["a", "b", "c", "d"][id as usize % 4].into(),
+            prompt_logits: false,
         };
         let begin = Instant::now();
         self.scheduler.try_add(self.now, new)?;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use forebay_types::{Fault, ModelName, TokenId, TokenizerId};
-use forebay_wire::Prompt;
+use forebay_wire::{Generate, Prompt};
 
 /// A prompt's tokens.
 #[derive(Clone)]
@@ -48,7 +48,7 @@ pub trait PromptEncoder: Send + Sync + 'static {
     /// before the work of [`encode`](Self::encode). One that passes may still turn out to be too long.
     fn fits(&self, model: &ModelName, prompt: &Prompt) -> Result<(), Fault>;
 
-    /// `model` is the name that the client used. An unknown model is estimated, not refused: whether it exists is
-    /// the proxy's to say.
-    fn encode(&self, model: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault>;
+    /// The ids of the call's prompts, as the model is to see them: cut off where the call asks for it. An unknown model is
+    /// estimated, not refused: whether it exists is the proxy's to say.
+    fn encode(&self, call: &Generate) -> Result<PromptIds, Fault>;
 }

@@ -327,7 +327,7 @@ fn encode(
     if !is_wanted() {
         return Err(Fault::internal("the client left"));
     }
-    let ids = encoder.encode(&call.model, &call.prompt)?;
+    let ids = encoder.encode(call)?;
     let how = if matches!(ids, PromptIds::Exact { .. }) { "exact" } else { "estimated" };
     origin.trace.note(Layer::Gateway, "tokenize", start, format!("{} tokens, {how}", ids.tokens()));
     Ok((ask, ids))

@@ -39,6 +39,7 @@ mod matrix;
 mod pool;
 mod rope;
 mod simd;
+mod softmax;
 mod tensor;
 
 pub use activations::Activations;
@@ -52,4 +53,5 @@ pub use matmul::matmul;
 pub use matrix::{Matrix, PackError, Part};
 pub use pool::{Pool, spin};
 pub use rope::{RopeStyle, RopeTable, rope_in_place};
+pub use softmax::log_sum_exp;
 pub use tensor::{DequantizeError, TensorType, dequantize_row};

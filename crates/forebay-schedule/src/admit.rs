@@ -18,7 +18,7 @@ impl Scheduler {
     /// A sequence is admitted when its whole prompt fits, now, beside the output to be expected: otherwise it would hold
     /// blocks and be preempted before it brings anything. The first that doesn't fit ends admission, else small ones would
     /// pass it for ever. One whose next block is being computed by another is passed over instead; it waits as long as the
-    /// other prefills.
+    /// other prefills. So is one that wants its prompt's logits while others take all that a step may want.
     pub(crate) fn admit(&mut self, now: Duration) {
         let waits = self.admit_below(now, u32::MAX);
         self.prefix_waits += waits;
@@ -50,7 +50,7 @@ impl Scheduler {
                 break;
             };
             let awaits = self.awaits_prefix(slot);
-            if awaits || self.seqs[slot as usize].at_limit() {
+            if awaits || self.awaits_logits(slot) || self.seqs[slot as usize].at_limit() {
                 self.waiting.pass_over(self.seqs[slot as usize].tenant);
                 passed_over += 1;
                 waits += u64::from(awaits);
@@ -89,6 +89,11 @@ impl Scheduler {
         hashes.get(seen as usize).is_some_and(|hash| self.frontiers.contains(hash))
     }
 
+    /// Whether this step may want no more logits of prompts, and the sequence has some to come.
+    fn awaits_logits(&self, slot: u32) -> bool {
+        self.logits_left == 0 && self.seqs[slot as usize].logits_from().is_some()
+    }
+
     /// Whoever finds most of its prompt in the cache, of those who are next in `first`'s tenant and as important: what is cached
     /// now is used before it is pushed out, and sequences with one prefix run together. Nobody is passed by for longer
     /// than `ageing`; without ageing, arrival decides.
@@ -105,7 +110,7 @@ impl Scheduler {
             let seq = &self.seqs[slot as usize];
             if seq.priority == priority && !seq.at_limit() {
                 let cached = self.see_cached(slot);
-                if cached > best.0 && !self.awaits_prefix(slot) {
+                if cached > best.0 && !self.awaits_logits(slot) && !self.awaits_prefix(slot) {
                     best = (cached, slot);
                 }
             }
@@ -190,9 +195,9 @@ impl Scheduler {
     }
 }
 
-/// Blocks that a sequence may take from the cache: full ones, and never its last token, whose logits are wanted.
+/// Blocks that a sequence may take from the cache: full ones, and never a token whose logits are wanted, as its last one.
 fn usable(seq: &Seq, block_size: u32) -> &[forebay_types::BlockHash] {
-    let blocks = (seq.tokens() - 1) / block_size;
+    let blocks = seq.logits_from().unwrap_or(seq.tokens() - 1) / block_size;
     let hashes = seq.hasher.hashes();
     &hashes[..hashes.len().min(blocks as usize)]
 }

@@ -29,6 +29,10 @@ pub struct SchedulerConfig {
     pub chunk_tokens_min: u32,
     /// Prefill tokens of one sequence in one step. Below `step_tokens_max` it lets short prompts pass long ones.
     pub chunk_tokens_max: u32,
+    /// Logits of prompt tokens in one step, for sequences that want them ([`NewSeq::prompt_logits`](crate::NewSeq)): bounds
+    /// the memory that a step's logits take. A prompt is prefilled in chunks of so many tokens, at most; a running
+    /// prefill has one in every step all the same.
+    pub prompt_logits_max: u32,
     /// The most that a step may take in which sequences decode: prefill beside them is cut to fit, by what earlier steps
     /// took, but not below `chunk_tokens_min`. Where few prompts wait, steps keep well below it: twice what the decodes
     /// take, or an eighth of this. `None`: only `step_tokens_max` bounds them.
@@ -58,6 +62,7 @@ impl Default for SchedulerConfig {
             kv_events: false,
             chunk_tokens_min: 32,
             chunk_tokens_max: u32::MAX,
+            prompt_logits_max: 256,
             itl_slo: None,
             watermark_permille: 10,
             reserve_output: true,
@@ -75,6 +80,7 @@ impl SchedulerConfig {
         self.running_max = self.running_max.clamp(1, self.step_tokens_max);
         self.waiting_max = self.waiting_max.max(1);
         self.chunk_tokens_max = self.chunk_tokens_max.clamp(1, self.step_tokens_max);
+        self.prompt_logits_max = self.prompt_logits_max.max(1);
         self.chunk_tokens_min = self.chunk_tokens_min.clamp(1, self.chunk_tokens_max);
         self.watermark_permille = self.watermark_permille.min(1000);
         self

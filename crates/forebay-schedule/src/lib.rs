@@ -8,7 +8,7 @@
 //!     let plan = scheduler.plan_step(now);    // what to compute
 //!     executor.run(plan)?                     // else scheduler.on_step_failed()
 //!     scheduler.on_step_done(elapsed);        // how long it took, for bounds in time
-//!     scheduler.on_token(seq, token)          // one per entry of plan.logit_tokens
+//!     scheduler.on_token(seq, token)          // one per row that ends with the last known token
 //!     scheduler.finish(seq)                   // stop reached; abort(seq) when the client left
 //!     scheduler.drain_events(&mut events)     // for whoever indexes this cache
 //! }

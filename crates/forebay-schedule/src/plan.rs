@@ -18,6 +18,8 @@ pub struct SeqId(pub u64);
 /// | `table_starts`   | `[R + 1]`       | prefix sums into `block_tables`                            |
 /// | `logit_tokens`   | `[S]`           | indices into `[T]` whose next-token logits are wanted, ascending |
 ///
+/// Logits are wanted of every row's last known token, to choose the next one; and of the prompt's tokens before its
+/// last where a sequence asks for them, once each.///
 /// After the pass row `r` has `positions[row_starts[r + 1] - 1] + 1` tokens in its KV blocks. The tokens of a row
 /// are consecutive. A block is written by at most one row of a pass, and no other row of that pass reads it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -57,6 +57,8 @@ pub struct Scheduler {
     pub(crate) plan: StepPlan,
     /// What is left for prefill; valid within one `plan_step`.
     pub(crate) budget: PrefillBudget,
+    /// Logits of prompt tokens that this plan may still want.
+    pub(crate) logits_left: u32,
     pub(crate) pace: Pace,
     /// Tokens of prefill in the last step that had any beside decodes.
     pub(crate) prefill_beside: u32,
@@ -101,6 +103,7 @@ impl Scheduler {
             running: Vec::with_capacity((config.running_max as usize).min(4096)),
             plan: StepPlan::default(),
             budget: PrefillBudget::default(),
+            logits_left: config.prompt_logits_max,
             pace: Pace::default(),
             prefill_beside: 0,
             frontiers: Vec::new(),
@@ -152,6 +155,7 @@ impl Scheduler {
         seq.max_new_tokens = max_new_tokens;
         seq.computed_max = 0;
         seq.seen_cached = 0;
+        seq.prompt_logits = new.prompt_logits;
         seq.hasher.restart(new.cache_salt);
         if self.config.prefix_cache {
             seq.hasher.extend(&new.prompt);
@@ -171,7 +175,8 @@ impl Scheduler {
         Ok(Added { ahead })
     }
 
-    /// Appends a sampled token. Call it once per entry of the plan's `logit_tokens`, before the next plan.
+    /// Appends a sampled token. Call it once per row of the plan that ends with the sequence's last known token, before
+    /// the next plan.
     pub fn on_token(&mut self, id: SeqId, token: TokenId) -> TokenOutcome {
         let Some(&slot) = self.slots.get(&id) else {
             return TokenOutcome::Ignored;
@@ -319,6 +324,7 @@ impl Scheduler {
             prompt: self.no_prompt.clone(),
             generated: Vec::new(),
             max_new_tokens: 0,
+            prompt_logits: false,
             hasher: BlockHasher::new(self.config.block_size as usize, None),
             blocks: Vec::new(),
             computed: 0,

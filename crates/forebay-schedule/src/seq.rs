@@ -25,6 +25,9 @@ pub struct NewSeq {
     pub priority: i32,
     /// Who asks, for fairness between tenants.
     pub tenant: ConsumerName,
+    /// The logits of every prompt token but the last are wanted too. The cached prefix is not taken then, as logits are
+    /// not cached; what is computed is cached for others.
+    pub prompt_logits: bool,
 }
 
 impl fmt::Debug for NewSeq {
@@ -37,6 +40,7 @@ impl fmt::Debug for NewSeq {
             .field("cache_salt", &self.cache_salt)
             .field("priority", &self.priority)
             .field("tenant", &self.tenant)
+            .field("prompt_logits", &self.prompt_logits)
             .finish()
     }
 }
@@ -72,6 +76,7 @@ pub(crate) struct Seq {
     pub(crate) prompt: Arc<[TokenId]>,
     pub(crate) generated: Vec<TokenId>,
     pub(crate) max_new_tokens: u32,
+    pub(crate) prompt_logits: bool,
     pub(crate) hasher: BlockHasher,
     /// Its KV blocks, oldest first; empty while it waits.
     pub(crate) blocks: Vec<u32>,
@@ -104,6 +109,12 @@ impl Seq {
     /// Known tokens whose KV is not computed.
     pub(crate) fn missing(&self) -> u32 {
         if self.at_limit() { 0 } else { self.tokens() - self.computed }
+    }
+
+    /// The next prompt token whose logits are wanted: none of those before `computed_max` are, they were given already.
+    pub(crate) fn logits_from(&self) -> Option<u32> {
+        let from = self.computed_max.max(self.computed);
+        (self.prompt_logits && from + 1 < self.prompt.len() as u32).then_some(from)
     }
 
     /// Blocks that it needs to compute all its known tokens, and doesn't have.

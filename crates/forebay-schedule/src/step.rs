@@ -50,6 +50,7 @@ impl Scheduler {
         plan.table_starts.push(0);
         plan.logit_tokens.clear();
         self.frontiers.clear();
+        self.logits_left = self.config.prompt_logits_max;
     }
 
     /// Rows for all that run. `running_max <= step_tokens_max`, so there is at least one token for each.
@@ -107,7 +108,10 @@ impl Scheduler {
     /// block where that doesn't halve it: blocks then become shareable as early as possible.
     pub(crate) fn chunk(&self, seq: &Seq, budget: u32) -> u32 {
         let missing = seq.missing();
-        let chunk = missing.min(budget).min(self.config.chunk_tokens_max);
+        let mut chunk = missing.min(budget).min(self.config.chunk_tokens_max);
+        if let Some(from) = seq.logits_from() {
+            chunk = chunk.min(self.logits_left.max(1).saturating_add(from - seq.computed));
+        }
         if chunk == missing {
             return chunk;
         }
@@ -144,8 +148,14 @@ impl Scheduler {
         plan.row_starts.push(plan.token_ids.len() as u32);
         plan.block_tables.extend_from_slice(&seq.blocks[..end.div_ceil(block_size) as usize]);
         plan.table_starts.push(plan.block_tables.len() as u32);
+        let last = plan.token_ids.len() as u32 - 1;
+        if let Some(from) = seq.logits_from() {
+            let (from, to) = (from.max(start), end.min(seq.prompt.len() as u32 - 1));
+            plan.logit_tokens.extend((from..to).map(|position| last + 1 - (end - position)));
+            self.logits_left = self.logits_left.saturating_sub(to.saturating_sub(from));
+        }
         if end == seq.tokens() {
-            plan.logit_tokens.push(plan.token_ids.len() as u32 - 1);
+            plan.logit_tokens.push(last);
         }
         self.push_frontier(slot);
     }

@@ -15,6 +15,7 @@ struct Arrival {
     max_new: u32,
     priority: i32,
     salted: bool,
+    scored: bool,
     abort_after: Option<u64>,
 }
 
@@ -27,14 +28,16 @@ fn arrival() -> impl Strategy<Value = Arrival> {
         1u32..20,
         -1i32..2,
         prop::bool::weighted(0.2),
+        prop::bool::weighted(0.2),
         prop::option::weighted(0.2, 0u64..20),
     )
-        .prop_map(|(step, pieces, max_new, priority, salted, abort_after)| Arrival {
+        .prop_map(|(step, pieces, max_new, priority, salted, scored, abort_after)| Arrival {
             step,
             prompt: pieces.concat(),
             max_new,
             priority,
             salted,
+            scored,
             abort_after,
         })
 }
@@ -51,6 +54,7 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
         any::<bool>(),
         prop::option::of(0u64..60),
         any::<bool>(),
+        1u32..20,
     )
         .prop_map(
             |(
@@ -64,6 +68,7 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
                 ageing,
                 itl_slo,
                 reserve_output,
+                prompt_logits_max,
             )| {
                 SchedulerConfig {
                     block_size,
@@ -77,6 +82,7 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
                     kv_events: true,
                     chunk_tokens_min: chunk_min,
                     chunk_tokens_max: chunk_max,
+                    prompt_logits_max,
                     itl_slo: itl_slo.map(Duration::from_millis),
                     watermark_permille: watermark,
                     reserve_output,
@@ -114,7 +120,8 @@ proptest! {
                     } else {
                         seq(id, a.prompt.clone(), a.max_new)
                     };
-                    sim.try_add(forebay_schedule::NewSeq { priority: a.priority, ..new }).unwrap();
+                    let (priority, prompt_logits) = (a.priority, a.scored);
+                    sim.try_add(forebay_schedule::NewSeq { priority, prompt_logits, ..new }).unwrap();
                 }
                 if a.abort_after.is_some_and(|after| a.step + after == sim.steps) {
                     sim.abort(SeqId(id));
@@ -142,7 +149,7 @@ proptest! {
                 Some((output, info)) => {
                     prop_assert_eq!(output, &expected_output(&a.prompt, a.max_new));
                     prop_assert!(info.cached_tokens < info.prompt_tokens);
-                    prop_assert!(config.prefix_cache || info.cached_tokens == 0);
+                    prop_assert!((config.prefix_cache && !a.scored) || info.cached_tokens == 0);
                 }
                 None => prop_assert!(a.abort_after.is_some()),
             }

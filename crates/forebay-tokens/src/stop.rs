@@ -117,6 +117,15 @@ impl StopMatcher {
 
     /// Takes the next piece of the generation, gives the text that may be sent on.
     pub fn push<'a>(&'a mut self, text: &'a str) -> Piece<'a> {
+        self.take(text, true)
+    }
+
+    /// As [`push`](Self::push) for a text in which no stop string may end. One that begins in it can be hit later.
+    pub fn pass<'a>(&'a mut self, text: &'a str) -> &'a str {
+        self.take(text, false).text
+    }
+
+    fn take<'a>(&'a mut self, text: &'a str, may_end: bool) -> Piece<'a> {
         if self.hit.is_some() {
             return Piece { text: "", hit: self.hit };
         }
@@ -127,7 +136,7 @@ impl StopMatcher {
         let mut taken = text;
         for (at, &byte) in text.as_bytes().iter().enumerate() {
             self.state = step(&self.nodes, self.state, byte);
-            if let Some(stop) = self.nodes[self.state].stop {
+            if let Some(stop) = self.nodes[self.state].stop.filter(|_| may_end) {
                 self.hit = Some(stop.index);
                 taken = &text[..at + 1];
                 self.out.push_str(&self.held);
@@ -138,6 +147,10 @@ impl StopMatcher {
                 self.held.clear();
                 return Piece { text: &self.out, hit: self.hit };
             }
+        }
+        // What no stop string goes on from is not held, though it was let pass as one.
+        while self.state != 0 && self.nodes[self.state].next.is_empty() {
+            self.state = self.nodes[self.state].fail;
         }
         // All text seen ends in `hold` bytes that may become a stop string. A stop string starts with a whole
         // character, so this is a character boundary.
@@ -255,6 +268,21 @@ mod tests {
             .filter_map(|(index, stop)| text.find(stop.as_str()).map(|at| (at + stop.len(), at, index)))
             .min()
             .map(|(_, at, index)| (at, index))
+    }
+
+    #[test]
+    fn a_stop_string_may_begin_where_none_may_end() {
+        let check = |list: &[&str], passed: &str, rest: &str, expect: &str, hit: Option<usize>| {
+            let mut matcher = StopMatcher::new(&stops(list), false).unwrap();
+            let mut out = matcher.pass(passed).to_owned();
+            out.push_str(matcher.push(rest).text);
+            assert_eq!((out.as_str(), matcher.hit()), (expect, hit), "{list:?} in {passed:?}, {rest:?}");
+        };
+        check(&["END"], "one EN", "D two", "one ", Some(0));
+        check(&["END"], "one END", " END", "one END ", Some(0));
+        check(&["END"], "one END", "ING", "one ENDING", None);
+        check(&["aa"], "aa", "a", "a", Some(0));
+        check(&["b", "bcd"], "ab", "cd", "a", Some(1));
     }
 
     proptest! {

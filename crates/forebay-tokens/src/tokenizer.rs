@@ -261,10 +261,12 @@ impl Tokenizer {
             segments.push(Segment { range: 0..text.len(), id: None });
         }
         let ids = self.encode_segments(text, segments)?;
-        if !special.add {
-            return Ok(ids);
-        }
-        Ok([&self.inner.prefix[..], &ids, &self.inner.suffix].concat())
+        Ok(if special.add { self.with_special(&ids) } else { ids })
+    }
+
+    /// Ids with what the model wants around a text.
+    pub fn with_special(&self, ids: &[TokenId]) -> Vec<TokenId> {
+        [&self.inner.prefix[..], ids, &self.inner.suffix].concat()
     }
 
     /// Ids of a template's output whose client text went through [`Tokenizer::guard`].

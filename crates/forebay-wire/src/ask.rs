@@ -52,7 +52,7 @@ pub struct Generate {
     pub prompt: Prompt,
     /// Choices per prompt, at least 1.
     pub n: u32,
-    /// New tokens at most; `None` is the API's default (16 for completions, the rest of the context for chat).
+    /// New tokens at most, 0 only with `echo`; `None` is the API's default (16 for completions, the rest of the context for chat).
     pub max_tokens: Option<u32>,
     pub min_tokens: u32,
     pub sampling: Sampling,
@@ -62,7 +62,10 @@ pub struct Generate {
     pub ignore_eos: bool,
     /// `Some(k)`: the chosen token's log-probability and the `k` most likely (0 to 20).
     pub logprobs: Option<u32>,
-    /// Completions: repeat the prompt's text before the output.
+    /// vLLM's `logprob_token_ids`: with `logprobs`, these tokens' log-probabilities instead of the most likely ones.
+    pub logprob_token_ids: Vec<TokenId>,
+    /// Completions: repeat the prompt's text before the output. Chat: repeat the last message's, where the assistant
+    /// wrote it.
     pub echo: bool,
     pub stream: bool,
     /// `stream_options.include_usage`
@@ -91,9 +94,22 @@ pub struct Generate {
     pub return_token_ids: bool,
     /// vLLM's `return_tokens_as_token_ids`: log-probabilities name tokens as `token_id:ID`.
     pub tokens_as_ids: bool,
-    /// vLLM's `truncate_prompt_tokens`: keep only this many tokens of the prompt, the last ones; -1 is the model's
-    /// context.
+    /// vLLM's `truncate_prompt_tokens`: keep only this many tokens of the prompt; -1 is as many as fit beside the
+    /// output.
     pub truncate_prompt_tokens: Option<i32>,
+    /// vLLM's `truncation_side`: what is cut off.
+    pub truncation_side: TruncationSide,
+    /// vLLM's `add_special_tokens`: put in what the model wants around a text; `None` is the API's default (true for
+    /// completions; false for chat, whose template does it).
+    pub add_special_tokens: Option<bool>,
+    /// vLLM's `continue_final_message`: the answer goes on in the conversation's last message.
+    pub continue_final_message: bool,
+    /// vLLM's `skip_special_tokens`, `true` unless asked otherwise: control tokens are left out of the text.
+    pub skip_special_tokens: bool,
+    /// vLLM's `stream_interval`: tokens per frame of a stream, at least 1.
+    pub stream_interval: u32,
+    /// vLLM's `request_id`: what the reply's `id` is made of, instead of the id that the edge gave.
+    pub request_id: Option<String>,
     /// What is asked for beyond all of this, and so what an answer made in this process would lack.
     pub needs: Vec<Need>,
     /// The body as it came, for forwarding in the same dialect with only changed fields spliced.
@@ -113,6 +129,16 @@ pub enum Constraint {
     Choice(Vec<String>),
     /// A context-free grammar in Lark's notation.
     Grammar(String),
+}
+
+/// The end of a prompt that is cut off where it is too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TruncationSide {
+    /// The last tokens stay.
+    #[default]
+    Left,
+    /// The first tokens stay.
+    Right,
 }
 
 /// OpenAI's `tool_choice`.
@@ -290,6 +316,7 @@ impl Generate {
             include_stop_str_in_output: false,
             ignore_eos: false,
             logprobs: None,
+            logprob_token_ids: Vec::new(),
             echo: false,
             stream: false,
             include_usage: false,
@@ -306,6 +333,12 @@ impl Generate {
             return_token_ids: false,
             tokens_as_ids: false,
             truncate_prompt_tokens: None,
+            truncation_side: TruncationSide::Left,
+            add_special_tokens: None,
+            continue_final_message: false,
+            skip_special_tokens: true,
+            stream_interval: 1,
+            request_id: None,
             needs: Vec::new(),
             body: Bytes::new(),
         }

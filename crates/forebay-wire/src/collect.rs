@@ -1,13 +1,14 @@
 //! Events to one JSON body, for a client that did not ask for a stream.
 
 use bytes::{Bytes, BytesMut};
-use forebay_types::{Blame, Class, Classify, Code, FinishReason, Usage};
+use forebay_types::{Blame, Class, Classify, Code, FinishReason, TokenId, Usage};
 
 use crate::json::{put, put_raw, put_usage};
 use crate::render::{
-    RenderSpec, put_call, put_chat_logprobs, put_completion_logprobs, put_identity, put_reasoning,
+    RenderSpec, put_call, put_chat_logprobs, put_completion_logprobs, put_identity, put_prompt_ids,
+    put_prompt_logprobs, put_reasoning, put_token_ids,
 };
-use crate::{Api, Event, TokenLogprob, ToolCallDelta};
+use crate::{Api, Event, PromptTokens, TokenLogprob, ToolCallDelta};
 
 /// Why the events make no whole reply.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -35,6 +36,7 @@ struct Choice {
     reasoning: String,
     calls: Vec<ToolCallDelta>,
     logprobs: Vec<TokenLogprob>,
+    token_ids: Vec<TokenId>,
     reason: Option<FinishReason>,
 }
 
@@ -77,6 +79,8 @@ pub struct Collector {
     created_unix: u64,
     spec: RenderSpec,
     choices: Vec<Choice>,
+    /// Those that came, in any order.
+    prompts: Vec<PromptTokens>,
     usage: Option<Usage>,
     error: Option<CollectError>,
 }
@@ -89,6 +93,7 @@ impl Collector {
             created_unix,
             spec: spec.clone(),
             choices: (0..spec.choices).map(|_| Choice::default()).collect(),
+            prompts: Vec::new(),
             usage: None,
             error: None,
         }
@@ -96,7 +101,8 @@ impl Collector {
 
     pub fn push(&mut self, event: Event) {
         match event {
-            Event::Started { .. } | Event::Prompt(_) => {}
+            Event::Started { .. } => {}
+            Event::Prompt(prompt) => self.prompts.push(prompt),
             Event::Delta(delta) => {
                 if let Some(choice) = self.choice(delta.choice) {
                     if choice.text.is_empty() {
@@ -107,6 +113,7 @@ impl Collector {
                     choice.reasoning.push_str(&delta.reasoning);
                     delta.tool_calls.into_iter().for_each(|piece| choice.on_call(piece));
                     choice.logprobs.extend(delta.logprobs);
+                    choice.token_ids.extend(delta.token_ids);
                 }
             }
             Event::Finished { choice, reason } => {
@@ -118,6 +125,18 @@ impl Collector {
                 }
             }
             Event::Done { usage } => self.usage = Some(usage),
+        }
+    }
+
+    /// What is to be said of a prompt: members, each behind a comma. A chat has them beside its choices, a completion in
+    /// each of the prompt's choices.
+    fn put_prompt(&self, out: &mut BytesMut, prompt: u32) {
+        let Some(prompt) = self.prompts.iter().find(|seen| seen.prompt == prompt) else { return };
+        if let Some(logprobs) = &prompt.logprobs {
+            put_prompt_logprobs(out, logprobs);
+        }
+        if self.spec.token_ids {
+            put_prompt_ids(out, &prompt.ids);
         }
     }
 
@@ -152,14 +171,18 @@ impl Collector {
                     put_raw(&mut out, ",\"message\":{");
                     choice.put_message(&mut out);
                     put_raw(&mut out, "},\"logprobs\":");
-                    put_chat_logprobs(&mut out, &choice.logprobs);
+                    put_chat_logprobs(&mut out, &choice.logprobs, self.spec.tokens_as_ids);
                 }
                 Api::Completions => {
                     put_raw(&mut out, ",\"text\":");
                     put(&mut out, &choice.text);
                     put_raw(&mut out, ",\"logprobs\":");
-                    put_completion_logprobs(&mut out, &choice.logprobs, &mut 0);
+                    put_completion_logprobs(&mut out, &choice.logprobs, &mut 0, self.spec.tokens_as_ids);
+                    self.put_prompt(&mut out, index as u32 / self.spec.choices_per_prompt);
                 }
+            }
+            if self.spec.token_ids {
+                put_token_ids(&mut out, &choice.token_ids);
             }
             put_raw(&mut out, ",\"finish_reason\":\"");
             put_raw(&mut out, reason.as_str());
@@ -167,6 +190,9 @@ impl Collector {
         }
         put_raw(&mut out, "],\"usage\":");
         put_usage(&mut out, &usage);
+        if self.spec.api == Api::ChatCompletions {
+            self.put_prompt(&mut out, 0);
+        }
         put_raw(&mut out, "}");
         Ok(out.freeze())
     }

@@ -32,8 +32,20 @@ pub struct PromptTokens {
     /// Index of the prompt in the call.
     pub prompt: u32,
     pub ids: Vec<TokenId>,
-    /// One entry per token, the first without a log-probability; empty where they were not asked for.
-    pub logprobs: Vec<TokenLogprob>,
+    /// One entry per token: the token itself, then the most likely ones that are not it. The first entry is empty, as
+    /// nothing comes before its token. `None` where they were not asked for.
+    pub logprobs: Option<Vec<Vec<RankedLogprob>>>,
+}
+
+/// One token's log-probability where a prompt has it or could have had it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RankedLogprob {
+    pub token: TokenId,
+    /// The token alone, invalid UTF-8 replaced.
+    pub text: String,
+    pub logprob: f32,
+    /// 1 is the most likely.
+    pub rank: u32,
 }
 
 /// New text of one choice. `text` is valid UTF-8 and may be empty while bytes or a stop-string match are held back.

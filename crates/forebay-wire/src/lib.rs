@@ -30,11 +30,11 @@ mod tokenized;
 
 pub use ask::{
     Api, Ask, ChatMessage, Constraint, Content, Detokenize, Generate, Prompt, Sampling, Tokenize,
-    TokenizeInput, ToolChoice,
+    TokenizeInput, ToolChoice, TruncationSide,
 };
 pub use collect::{CollectError, Collector};
 pub use error::{ErrorRow, UpstreamError, error_row, error_rows, fault_frame, parse_error, render_fault};
-pub use event::{Chunk, Delta, Event, PromptTokens, TokenLogprob, ToolCallDelta, TopLogprob};
+pub use event::{Chunk, Delta, Event, PromptTokens, RankedLogprob, TokenLogprob, ToolCallDelta, TopLogprob};
 pub use models::{ModelCard, render_model, render_models};
 pub use need::Need;
 pub use parse::{ParseError, check_encoding, parse};

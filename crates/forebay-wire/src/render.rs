@@ -2,13 +2,17 @@
 //!
 //! Knows nothing of HTTP: the caller sends the bytes. Frames of an upstream are not rendered, they pass as they came.
 
-use std::borrow::Cow;
+use std::sync::Arc;
 
 use bytes::BytesMut;
-use forebay_types::{FinishReason, ModelName, Usage};
+use forebay_types::{FinishReason, ModelName, TokenId, Usage};
 
-use crate::json::{put, put_logprob, put_raw, put_usage};
-use crate::{Api, Delta, Event, Generate, TokenLogprob, ToolCallDelta};
+use crate::json::{put, put_raw, put_usage};
+use crate::{Api, Delta, Event, Generate, PromptTokens, ToolCallDelta};
+
+mod logprobs;
+
+pub(crate) use logprobs::{put_chat_logprobs, put_completion_logprobs, put_prompt_logprobs};
 
 /// What rendering needs to know of the call: small enough to travel with the reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,10 +22,18 @@ pub struct RenderSpec {
     pub model: ModelName,
     /// Choices over all prompts.
     pub choices: u32,
+    /// Choices of each prompt, at least 1.
+    pub choices_per_prompt: u32,
     pub stream: bool,
     pub include_usage: bool,
     /// Usage so far in every frame; only with `include_usage`.
     pub continuous_usage: bool,
+    /// The ids of prompt and output beside the text.
+    pub token_ids: bool,
+    /// Log-probabilities name tokens by their ids.
+    pub tokens_as_ids: bool,
+    /// What the client wants the reply's id to be made of.
+    pub request_id: Option<String>,
 }
 
 impl RenderSpec {
@@ -30,9 +42,13 @@ impl RenderSpec {
             api: call.api,
             model: call.model.clone(),
             choices: (call.prompt.count() as u32).saturating_mul(call.n),
+            choices_per_prompt: call.n.max(1),
             stream: call.stream,
             include_usage: call.include_usage,
             continuous_usage: call.include_usage && call.continuous_usage,
+            token_ids: call.return_token_ids,
+            tokens_as_ids: call.tokens_as_ids,
+            request_id: call.request_id.clone(),
         }
     }
 }
@@ -42,14 +58,19 @@ impl RenderSpec {
 pub struct Renderer {
     api: Api,
     choices: u32,
+    choices_per_prompt: u32,
     include_usage: bool,
+    token_ids: bool,
+    tokens_as_ids: bool,
     /// `data: {"id":…,"choices":[`, the same in every frame.
     head: String,
-    /// `],"usage":null}` or `]}`, and the blank line.
+    /// `,"usage":null}` or `}`, and the blank line.
     tail: &'static str,
     /// What was used so far, where every frame says it.
     so_far: Option<Usage>,
     offsets: TextOffsets,
+    /// Of each choice whose first frame is to come: its prompt's ids, in JSON.
+    prompt_ids: Vec<(u32, Arc<str>)>,
 }
 
 impl Renderer {
@@ -62,17 +83,21 @@ impl Renderer {
         Self {
             api: spec.api,
             choices: spec.choices,
+            choices_per_prompt: spec.choices_per_prompt,
             include_usage: spec.include_usage,
+            token_ids: spec.token_ids,
+            tokens_as_ids: spec.tokens_as_ids,
             head: String::from_utf8(head.to_vec()).expect("JSON of strings is UTF-8"),
-            tail: if spec.include_usage { "],\"usage\":null}\n\n" } else { "]}\n\n" },
+            tail: if spec.include_usage { ",\"usage\":null}\n\n" } else { "}\n\n" },
             so_far: spec.continuous_usage.then(Usage::default),
             offsets: TextOffsets::default(),
+            prompt_ids: Vec::new(),
         }
     }
 
     /// Appends the frames of one event: mostly one, none for a delta that holds everything back.
     ///
-    /// - `Started`: for chat, the role frame of each choice.
+    /// - `Started`: for chat, the role frame of each choice; where the prompt's ids go with it, that is at `Prompt`.
     /// - `Done`: the usage frame where it was asked for, then `[DONE]`.
     pub fn frame(&mut self, event: &Event, out: &mut BytesMut) {
         match event {
@@ -80,16 +105,15 @@ impl Renderer {
                 if let Some(usage) = &mut self.so_far {
                     (usage.prompt_tokens, usage.cached_tokens) = (*prompt_tokens, *cached_tokens);
                 }
-                if self.api == Api::ChatCompletions {
-                    for choice in 0..self.choices {
-                        self.chat_choice(out, choice, "{\"role\":\"assistant\",\"content\":\"\"}", None);
-                    }
+                if self.api == Api::ChatCompletions && !self.token_ids {
+                    self.roles("", out);
                 }
             }
+            Event::Prompt(prompt) if self.token_ids => self.prompt(prompt, out),
             Event::Prompt(_) => {}
             Event::Delta(delta) => self.delta(delta, out),
             Event::Finished { choice, reason } => match self.api {
-                Api::ChatCompletions => self.chat_choice(out, *choice, "{}", Some(*reason)),
+                Api::ChatCompletions => self.chat_choice(out, *choice, "{}", Some(*reason), ""),
                 Api::Completions => {
                     put_raw(out, &self.head);
                     put_raw(out, "{\"index\":");
@@ -97,7 +121,7 @@ impl Renderer {
                     put_raw(out, ",\"text\":\"\",\"logprobs\":null,\"finish_reason\":\"");
                     put_raw(out, reason.as_str());
                     put_raw(out, "\"}");
-                    self.end(out);
+                    self.end(out, "");
                 }
             },
             Event::Done { usage } => {
@@ -109,12 +133,34 @@ impl Renderer {
         }
     }
 
+    /// The first frame of each choice of a chat. `extra` are members of the frame, each behind a comma.
+    fn roles(&self, extra: &str, out: &mut BytesMut) {
+        for choice in 0..self.choices {
+            self.chat_choice(out, choice, "{\"role\":\"assistant\",\"content\":\"\"}", None, extra);
+        }
+    }
+
+    /// A chat has the prompt's ids in its first frames, a completion in the first frame of each choice.
+    fn prompt(&mut self, prompt: &PromptTokens, out: &mut BytesMut) {
+        let mut member = BytesMut::new();
+        put_prompt_ids(&mut member, &prompt.ids);
+        let member: Arc<str> = String::from_utf8_lossy(&member).into();
+        match self.api {
+            Api::ChatCompletions => self.roles(&member, out),
+            Api::Completions => {
+                let first = prompt.prompt * self.choices_per_prompt;
+                let choices = first..first + self.choices_per_prompt;
+                self.prompt_ids.extend(choices.map(|choice| (choice, member.clone())));
+            }
+        }
+    }
+
     fn delta(&mut self, delta: &Delta, out: &mut BytesMut) {
         if let Some(usage) = &mut self.so_far {
             usage.completion_tokens = usage.completion_tokens.saturating_add(delta.tokens);
         }
         let calls = !delta.reasoning.is_empty() || !delta.tool_calls.is_empty();
-        if delta.text.is_empty() && delta.logprobs.is_empty() && !calls {
+        if delta.text.is_empty() && delta.logprobs.is_empty() && delta.token_ids.is_empty() && !calls {
             return;
         }
         put_raw(out, &self.head);
@@ -125,20 +171,34 @@ impl Renderer {
                 put_raw(out, ",\"delta\":{");
                 put_chat_delta(out, delta);
                 put_raw(out, "},\"logprobs\":");
-                put_chat_logprobs(out, &delta.logprobs);
+                put_chat_logprobs(out, &delta.logprobs, self.tokens_as_ids);
             }
             Api::Completions => {
                 put_raw(out, ",\"text\":");
                 put(out, &delta.text);
                 put_raw(out, ",\"logprobs\":");
-                put_completion_logprobs(out, &delta.logprobs, self.offsets.of(delta.choice));
+                let offset = self.offsets.of(delta.choice);
+                put_completion_logprobs(out, &delta.logprobs, offset, self.tokens_as_ids);
+                if let Some(at) = self.prompt_ids.iter().position(|(choice, _)| *choice == delta.choice) {
+                    put_raw(out, &self.prompt_ids.swap_remove(at).1);
+                }
             }
         }
+        if self.token_ids {
+            put_token_ids(out, &delta.token_ids);
+        }
         put_raw(out, ",\"finish_reason\":null}");
-        self.end(out);
+        self.end(out, "");
     }
 
-    fn chat_choice(&self, out: &mut BytesMut, choice: u32, delta: &str, reason: Option<FinishReason>) {
+    fn chat_choice(
+        &self,
+        out: &mut BytesMut,
+        choice: u32,
+        delta: &str,
+        reason: Option<FinishReason>,
+        extra: &str,
+    ) {
         put_raw(out, &self.head);
         put_raw(out, "{\"index\":");
         put(out, &choice);
@@ -147,16 +207,19 @@ impl Renderer {
         put_raw(out, ",\"logprobs\":null,\"finish_reason\":");
         put(out, &reason.map(FinishReason::as_str));
         put_raw(out, "}");
-        self.end(out);
+        self.end(out, extra);
     }
 
     fn usage(&self, usage: &Usage, out: &mut BytesMut) {
         put_raw(out, &self.head);
+        put_raw(out, "]");
         put_tail(out, usage);
     }
 
-    /// Behind the last choice.
-    fn end(&self, out: &mut BytesMut) {
+    /// Behind the last choice. `extra` are further members, each behind a comma.
+    fn end(&self, out: &mut BytesMut, extra: &str) {
+        put_raw(out, "]");
+        put_raw(out, extra);
         match &self.so_far {
             Some(usage) => put_tail(out, usage),
             None => put_raw(out, self.tail),
@@ -164,9 +227,9 @@ impl Renderer {
     }
 }
 
-/// `],"usage":{…}}` and the blank line.
+/// `,"usage":{…}}` and the blank line.
 fn put_tail(out: &mut BytesMut, usage: &Usage) {
-    put_raw(out, "],\"usage\":");
+    put_raw(out, ",\"usage\":");
     put_usage(out, usage);
     put_raw(out, "}\n\n");
 }
@@ -179,13 +242,25 @@ pub(crate) fn put_identity(out: &mut BytesMut, id: &str, created_unix: u64, spec
         (Api::Completions, _) => ("cmpl-", "text_completion"),
     };
     put_raw(out, "\"id\":");
-    put(out, &format!("{prefix}{id}"));
+    put(out, &format!("{prefix}{}", spec.request_id.as_deref().unwrap_or(id)));
     put_raw(out, ",\"object\":\"");
     put_raw(out, object);
     put_raw(out, "\",\"created\":");
     put(out, &created_unix);
     put_raw(out, ",\"model\":");
     put(out, spec.model.as_str());
+}
+
+/// `,"prompt_token_ids":[…]`
+pub(crate) fn put_prompt_ids(out: &mut BytesMut, ids: &[TokenId]) {
+    put_raw(out, ",\"prompt_token_ids\":");
+    put(out, ids);
+}
+
+/// `,"token_ids":[…]`
+pub(crate) fn put_token_ids(out: &mut BytesMut, ids: &[TokenId]) {
+    put_raw(out, ",\"token_ids\":");
+    put(out, ids);
 }
 
 /// The members of a chat delta. `content` is there unless only reasoning or calls are new.
@@ -253,110 +328,6 @@ impl TextOffsets {
         });
         &mut self.0[at].1
     }
-}
-
-/// `null`, or `{"content":[{"token","logprob","bytes","top_logprobs"}…],"refusal":null}`.
-pub(crate) fn put_chat_logprobs(out: &mut BytesMut, logprobs: &[TokenLogprob]) {
-    if logprobs.is_empty() {
-        return put_raw(out, "null");
-    }
-    put_raw(out, "{\"content\":[");
-    for (i, entry) in logprobs.iter().enumerate() {
-        if i > 0 {
-            put_raw(out, ",");
-        }
-        // The schema has no null here. Chat has no echo, so every token has a log-probability.
-        put_token(out, &entry.text, entry.logprob.unwrap_or(0.0), &entry.bytes);
-        put_raw(out, ",\"top_logprobs\":[");
-        for (i, top) in entry.top.iter().enumerate() {
-            if i > 0 {
-                put_raw(out, ",");
-            }
-            put_token(out, &top.text, top.logprob, &top.bytes);
-            put_raw(out, "}");
-        }
-        put_raw(out, "]}");
-    }
-    put_raw(out, "],\"refusal\":null}");
-}
-
-/// `{"token":…,"logprob":…,"bytes":…`, left open.
-fn put_token(out: &mut BytesMut, text: &str, logprob: f32, bytes: &[u8]) {
-    put_raw(out, "{\"token\":");
-    put(out, text);
-    put_raw(out, ",\"logprob\":");
-    put_logprob(out, logprob);
-    put_raw(out, ",\"bytes\":");
-    put(out, bytes);
-}
-
-/// `null`, or `{"text_offset":[…],"token_logprobs":[…],"tokens":[…],"top_logprobs":[{token: logprob}…]}`.
-///
-/// `offset` is where the first of these tokens begins, and is moved behind the last. The chosen token is in
-/// `top_logprobs` even where it is not among the most likely, as OpenAI documents.
-pub(crate) fn put_completion_logprobs(out: &mut BytesMut, logprobs: &[TokenLogprob], offset: &mut usize) {
-    if logprobs.is_empty() {
-        return put_raw(out, "null");
-    }
-    let list = |out: &mut BytesMut, name: &str, item: &mut dyn FnMut(&mut BytesMut, &TokenLogprob)| {
-        put_raw(out, name);
-        for (i, entry) in logprobs.iter().enumerate() {
-            put_raw(out, if i > 0 { "," } else { "[" });
-            item(out, entry);
-        }
-        put_raw(out, "]");
-    };
-    list(out, "{\"text_offset\":", &mut |out, entry| {
-        put(out, offset);
-        *offset += entry.text.chars().count();
-    });
-    list(out, ",\"token_logprobs\":", &mut |out, entry| match entry.logprob {
-        Some(logprob) => put_logprob(out, logprob),
-        None => put_raw(out, "null"),
-    });
-    list(out, ",\"tokens\":", &mut |out, entry| put(out, &*completion_key(&entry.text, &entry.bytes)));
-    list(out, ",\"top_logprobs\":", &mut |out, entry| match entry.logprob {
-        Some(logprob) => put_top(out, entry, logprob),
-        None => put_raw(out, "null"),
-    });
-    put_raw(out, "}");
-}
-
-/// `{text: logprob…}`. Tokens that read the same keep the first, as an object has no double keys.
-fn put_top(out: &mut BytesMut, entry: &TokenLogprob, logprob: f32) {
-    let TokenLogprob { token, text, bytes, top, .. } = entry;
-    let chosen = (!top.iter().any(|t| t.token == *token)).then(|| (completion_key(text, bytes), logprob));
-    let top = top.iter().map(|t| (completion_key(&t.text, &t.bytes), t.logprob));
-    let entries: Vec<_> = chosen.into_iter().chain(top).collect();
-    put_raw(out, "{");
-    for (i, (text, logprob)) in entries.iter().enumerate() {
-        if entries[..i].iter().any(|(earlier, _)| earlier == text) {
-            continue;
-        }
-        if i > 0 {
-            put_raw(out, ",");
-        }
-        put(out, &**text);
-        put_raw(out, ":");
-        put_logprob(out, *logprob);
-    }
-    put_raw(out, "}");
-}
-
-/// A token as the completions API names it, which has no `bytes` beside it: its text, or `bytes:\xe2\x80` for a part of a
-/// character. The form is OpenAI's; printable ASCII stands for itself in it, so that no two tokens read the same.
-fn completion_key<'t>(text: &'t str, bytes: &[u8]) -> Cow<'t, str> {
-    if std::str::from_utf8(bytes).is_ok() {
-        return Cow::Borrowed(text);
-    }
-    let mut key = String::from("bytes:");
-    for &byte in bytes {
-        match byte {
-            b' '..=b'~' if byte != b'\\' => key.push(char::from(byte)),
-            _ => key.extend(["\\x", &format!("{byte:02x}")]),
-        }
-    }
-    Cow::Owned(key)
 }
 
 #[cfg(test)]

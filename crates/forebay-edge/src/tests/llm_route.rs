@@ -3,7 +3,7 @@
 use super::*;
 use crate::{BindError, RouteConfig};
 use forebay_types::{Blame, Class, Code, FinishReason, Retry, Usage};
-use forebay_wire::{Api, Delta, Event, RenderSpec};
+use forebay_wire::{Api, Delta, Event, Generate, Prompt, RenderSpec};
 
 fn llm_at(path: &str) -> EdgeConfig {
     let route = RouteConfig {
@@ -134,14 +134,9 @@ fn events(form: ReplyForm, with_spec: bool, events: Vec<Event>) -> LlmStage {
         let chunks: Vec<_> = events.iter().map(|event| Ok(Chunk::Event(event.clone()))).collect();
         let mut reply = Reply::new(form, Box::pin(futures_util::stream::iter(chunks)));
         if with_spec {
-            reply.render = Some(RenderSpec {
-                api: Api::Completions,
-                model: "m".into(),
-                choices: 1,
-                stream: form == ReplyForm::Sse,
-                include_usage: false,
-                continuous_usage: false,
-            });
+            let prompt = Prompt::Text(vec!["hi".into()]);
+            let call = Generate::new(Api::Completions, "m".into(), prompt);
+            reply.render = Some(RenderSpec { stream: form == ReplyForm::Sse, ..RenderSpec::new(&call) });
         }
         reply.headers.insert("x-ratelimit-limit-requests", http::HeaderValue::from_static("5"));
         Box::pin(async { Ok(reply) })

@@ -89,24 +89,46 @@ fn by_probability(a: &(TokenId, f32), b: &(TokenId, f32)) -> std::cmp::Ordering 
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
-/// The `k` largest logits, largest first, ties by id.
-pub fn top_k(logits: &[f32], k: usize) -> Vec<(TokenId, f32)> {
-    let k = k.min(logits.len());
-    if k == 0 {
-        return Vec::new();
-    }
-    let mut all: Vec<(TokenId, f32)> = logits.iter().enumerate().map(|(id, &l)| (id as TokenId, l)).collect();
-    if k < all.len() {
-        all.select_nth_unstable_by(k - 1, by_probability);
-        all.truncate(k);
-    }
-    all.sort_unstable_by(by_probability);
-    all
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Every token is drawn for exactly its share of the uniform numbers, and no other token for any.
+    #[test]
+    fn a_known_distribution_is_cut_and_drawn_exactly() {
+        let logits = [0.5f32, 0.25, 0.125, 0.0625, 0.0625].map(f32::ln);
+        let check = |change: &dyn Fn(&mut Sampling), weights: [u32; 5]| {
+            let mut params = Sampling::default();
+            change(&mut params);
+            let draws = weights.iter().sum::<u32>() * 16;
+            let mut counts = [0; 5];
+            let mut candidates = Candidates::default();
+            for draw in 0..draws {
+                // The middle of each step: rounding can't move it over a border.
+                let uniform = (f64::from(draw) + 0.5) / f64::from(draws);
+                counts[candidates.draw(&logits, &params, uniform) as usize] += 1;
+            }
+            assert_eq!(counts, weights.map(|weight| weight * 16), "{params:?}");
+        };
+        check(&|_| {}, [8, 4, 2, 1, 1]);
+        check(&|p| p.temperature = 0.5, [64, 16, 4, 1, 1]);
+        check(&|p| p.top_k = 1, [1, 0, 0, 0, 0]);
+        check(&|p| p.top_k = 2, [2, 1, 0, 0, 0]);
+        check(&|p| p.top_k = 4, [8, 4, 2, 1, 0]); // of equals, the lower id
+        check(&|p| p.top_k = 9, [8, 4, 2, 1, 1]);
+        check(&|p| p.top_p = 0.4, [1, 0, 0, 0, 0]);
+        check(&|p| p.top_p = 0.6, [2, 1, 0, 0, 0]);
+        check(&|p| p.top_p = 0.8, [4, 2, 1, 0, 0]); // the first sum that is not below it
+        check(&|p| p.top_p = 0.9, [8, 4, 2, 1, 0]);
+        check(&|p| p.min_p = 0.2, [4, 2, 1, 0, 0]); // of the most likely one's probability
+        check(&|p| p.min_p = 0.6, [1, 0, 0, 0, 0]);
+        check(&|p| p.min_p = 0.1, [8, 4, 2, 1, 1]);
+        // One after another: `top_p` is a share of what the others left.
+        check(&|p| (p.top_k, p.top_p) = (3, 0.8), [2, 1, 0, 0, 0]);
+        check(&|p| (p.min_p, p.top_p) = (0.2, 0.8), [2, 1, 0, 0, 0]);
+        check(&|p| (p.min_p, p.top_k) = (0.2, 2), [2, 1, 0, 0, 0]);
+        check(&|p| (p.temperature, p.min_p) = (0.5, 0.2), [4, 1, 0, 0, 0]); // `min_p` after the temperature
+    }
 
     /// The filtered draw against the plain definition: sort everything, cut, walk.
     #[test]

@@ -11,7 +11,7 @@ use super::submission::PromptAsk;
 /// Prompts (times choices) of one request: OpenAI's limit of `n`, and of a batch of prompts.
 const CHOICES_MAX: usize = 2048;
 /// `max_tokens` of the completions API where the request has none.
-const COMPLETION_TOKENS_DEFAULT: u32 = 16;
+pub(super) const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 
 impl Engine {
     /// Refuses prompts that can't fit, by their size alone. One that passes may still be too long.
@@ -38,12 +38,6 @@ impl Engine {
         call: &Generate,
         prompts: Vec<Arc<[TokenId]>>,
     ) -> Result<Vec<PromptAsk>, Fault> {
-        if call.echo && call.logprobs.is_some() {
-            // The prompt's own log-probabilities would be missing: refused rather than answered by half.
-            let class = Class::new(Code::NotSupported, Blame::Client);
-            let message = "`echo` together with `logprobs` is not supported; ask for one of them";
-            return Err(Fault::new(class, message).param("echo"));
-        }
         let choices = prompts.len().saturating_mul(call.n as usize);
         if choices > CHOICES_MAX {
             let message = format!(
@@ -81,20 +75,30 @@ impl Engine {
                     );
                     return Err(Fault::bad_request(message).param("min_tokens"));
                 }
-                let echo = call.echo.then(|| match &call.prompt {
-                    Prompt::Text(texts) => texts.get(p).cloned().unwrap_or_default(),
-                    _ => self.text.tokenizer().decode(&ids, false),
-                });
+                let echo = call.echo.then(|| self.echo(&call.prompt, p, &ids, call.truncate_prompt_tokens.is_some()));
                 Ok(PromptAsk { ids, max_tokens, echo })
             })
             .collect()
+    }
+
+    /// What stands before the output. Of a chat, the text of its last message, where the answer goes on in it.
+    fn echo(&self, prompt: &Prompt, number: usize, ids: &[TokenId], cut: bool) -> String {
+        match prompt {
+            Prompt::Text(texts) if !cut => texts.get(number).cloned().unwrap_or_default(),
+            Prompt::Text(_) | Prompt::Tokens(_) => self.text.tokenizer().decode(ids, false),
+            Prompt::Chat { messages, .. } => {
+                let last = messages.last().filter(|message| message.role == "assistant");
+                last.map(|message| message.content.to_text().into_owned()).unwrap_or_default()
+            }
+        }
     }
 
     /// A bias on a token that isn't there would do nothing, silently.
     pub(super) fn check_ids(&self, call: &Generate) -> Result<(), Fault> {
         let biased = call.sampling.logit_bias.iter().map(|(id, _)| (*id, "logit_bias"));
         let allowed = call.sampling.allowed_token_ids.iter().flatten().map(|id| (*id, "allowed_token_ids"));
-        let unknown = biased.chain(allowed).find(|(id, _)| *id as usize >= self.vocab_size);
+        let scored = call.logprob_token_ids.iter().map(|id| (*id, "logprob_token_ids"));
+        let unknown = biased.chain(allowed).chain(scored).find(|(id, _)| *id as usize >= self.vocab_size);
         unknown.map_or(Ok(()), |(id, param)| {
             let message = format!("token id {id} is out of the vocabulary of {} tokens", self.vocab_size);
             Err(Fault::bad_request(message).param(param))

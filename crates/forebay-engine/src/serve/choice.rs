@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use forebay_tokens::{Detokenizer, StopMatcher, Tokenizer};
 use forebay_types::{FinishReason, TokenId};
-use forebay_wire::{Delta, TokenLogprob, TopLogprob};
+use forebay_wire::Delta;
 
-use crate::sample::{Choice as Sampled, Sampler};
+use crate::sample::{Choice as Sampled, Sampler, Wanted};
 
 use super::constrain::{Beginning, Constrained};
+use super::scores::entry;
 use super::submission::How;
 
 /// State of one choice.
@@ -66,7 +67,7 @@ impl ChoiceState {
             generated: 0,
             max_tokens,
             recent: Vec::new(),
-            detokenizer: Detokenizer::new(tokenizer.clone(), true),
+            detokenizer: Detokenizer::new(tokenizer.clone(), how.skip_special),
             stop,
             tokenizer,
             how,
@@ -95,25 +96,35 @@ impl ChoiceState {
         self.how.allowed.is_some().then_some(&self.how)
     }
 
-    pub fn logprobs(&self) -> Option<u32> {
-        self.how.logprobs
+    pub fn logprobs(&self) -> Option<Wanted> {
+        self.how.logprobs.clone()
     }
 
-    /// Takes the next token. A token that ends the choice counts as generated and is not in the text.
+    /// Takes the next token. A token that ends the choice counts as generated, has its log-probability, and is in the text
+    /// only where a stop string would be. Where none was asked for, the token is dropped.
     pub fn on_token(&mut self, sampled: &Sampled) -> Advance {
+        if self.max_tokens == 0 {
+            return Advance { delta: None, finished: Some(FinishReason::Length) };
+        }
         let token = sampled.token;
         self.generated += 1;
         self.held.tokens += 1;
         self.remember(token);
+        if let Some(logprobs) = &sampled.logprobs {
+            self.held.logprobs.push(entry(&self.tokenizer, token, logprobs.logprob, &logprobs.others));
+        }
+        if self.how.token_ids {
+            self.held.token_ids.push(token);
+        }
         // Under a constraint an end comes only where it has to: `ignore_eos` would go on with nothing.
         let ends = self.how.end_tokens.contains(&token)
             || (self.how.constrained.is_some() && self.tokenizer.is_eog(token));
         if ends {
+            if self.how.include_stop {
+                self.detokenize(token);
+                self.feed();
+            }
             return self.end(FinishReason::Stop);
-        }
-        if self.how.logprobs.is_some() {
-            let entry = self.logprob_entry(sampled);
-            self.held.logprobs.push(entry);
         }
         self.detokenize(token);
         if self.feed() {
@@ -122,8 +133,9 @@ impl ChoiceState {
         if self.generated >= self.max_tokens {
             return self.end(FinishReason::Length);
         }
-        let delta =
-            if self.held.text.is_empty() && self.held.logprobs.is_empty() { None } else { self.take() };
+        let empty = self.held.text.is_empty() && self.held.logprobs.is_empty();
+        let waits = self.held.tokens < self.how.interval && self.generated > 1;
+        let delta = if empty || waits { None } else { self.take() };
         Advance { delta, finished: None }
     }
 
@@ -158,9 +170,9 @@ impl ChoiceState {
 
     /// Adds what the stop matcher lets through of `text`; true where a stop string was hit.
     fn feed(&mut self) -> bool {
-        // As in vLLM, a stop string counts only in the text of tokens after the first `min_tokens`.
-        if self.how.stop.is_empty() || self.generated <= self.how.min_tokens {
-            self.held.text.push_str(&self.text);
+        // As in vLLM, a stop string counts only where it ends in the text of tokens after the first `min_tokens`.
+        if self.generated <= self.how.min_tokens {
+            self.held.text.push_str(self.stop.pass(&self.text));
             return false;
         }
         let piece = self.stop.push(&self.text);
@@ -172,22 +184,5 @@ impl ChoiceState {
         let next = Delta { choice: self.number, ..Delta::default() };
         let delta = std::mem::replace(&mut self.held, next);
         (delta.tokens > 0 || !delta.text.is_empty()).then_some(delta)
-    }
-
-    fn logprob_entry(&self, sampled: &Sampled) -> TokenLogprob {
-        let name = |token: TokenId| {
-            let bytes = self.tokenizer.token_bytes(token).to_vec();
-            (String::from_utf8_lossy(&bytes).into_owned(), bytes)
-        };
-        let (text, bytes) = name(sampled.token);
-        let top = sampled
-            .top
-            .iter()
-            .map(|&(token, logprob)| {
-                let (text, bytes) = name(token);
-                TopLogprob { token, text, bytes, logprob }
-            })
-            .collect();
-        TokenLogprob { token: sampled.token, text, bytes, logprob: Some(sampled.logprob), top }
     }
 }

@@ -12,7 +12,7 @@ use forebay_observe::Layer;
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{StopMatcher, TextModel};
 use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, TokenizerId};
-use forebay_wire::{Ask, Constraint, Event, Generate, Prompt, TokenizeInput};
+use forebay_wire::{Api, Ask, Constraint, Event, Generate, TokenizeInput};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::constrain::Beginning;
@@ -21,6 +21,7 @@ use super::layout::{Layout, cores};
 use super::load::LoadReport;
 use super::memory::check_memory;
 use super::prompt;
+use super::scores::rows_max;
 use super::start_error::StartError;
 use super::step_loop::{LoopState, StepLoop};
 use super::submission::{How, Submission};
@@ -31,6 +32,7 @@ use crate::exec::{self, CpuOptions, Executor};
 use crate::kv_events::{KvEventSource, Publisher};
 use crate::metrics::{EngineMetrics, KvInfo};
 use crate::model::{ModelFile, Ranks};
+use crate::sample::Wanted;
 
 /// Submissions on their way to the step thread. It takes them between steps, so this bounds what arrives during one.
 pub(super) const INBOX_MAX: usize = 1024;
@@ -109,6 +111,7 @@ impl Engine {
             prefix_cache: config.enable_prefix_caching,
             kv_events: sinks.kv.is_some(),
             itl_slo: Some(config.itl_slo.get()),
+            prompt_logits_max: rows_max(spec.vocab_size),
             ..SchedulerConfig::default()
         });
         let kv = KvInfo {
@@ -245,8 +248,8 @@ impl Engine {
     }
 
     /// The ids of each prompt of a call. Pure CPU work, 20 to 50 ms per MB of text.
-    pub fn encode(&self, prompt: &Prompt) -> Result<PromptIds, Fault> {
-        prompt::encode(&self.text, prompt)
+    pub fn encode(&self, call: &Generate) -> Result<PromptIds, Fault> {
+        prompt::encode(&self.text, call, self.model_len)
     }
 
     async fn generate(&self, flow: Flow<Placed>) -> Result<Reply, Fault> {
@@ -285,11 +288,19 @@ impl Engine {
             how: Arc::new(How {
                 sampling: call.sampling.clone(),
                 seed,
-                stop: call.stop.clone(),
+                include_stop: call.include_stop_str_in_output,
                 matcher,
                 end_tokens,
                 min_tokens: call.min_tokens,
-                logprobs: call.logprobs,
+                logprobs: call.logprobs.map(|top| match &call.logprob_token_ids[..] {
+                    [] => Wanted::Top(top),
+                    ids => Wanted::Ids(ids.into()),
+                }),
+                prompt_logprobs: call.prompt_logprobs,
+                echo_logprobs: call.logprobs.filter(|_| call.echo && call.api == Api::Completions),
+                token_ids: call.return_token_ids,
+                skip_special: call.skip_special_tokens,
+                interval: if call.stream { call.stream_interval } else { 1 },
                 constrained,
                 allowed,
                 bad_words,
@@ -340,8 +351,8 @@ impl Engine {
 
     async fn encode_off_thread(&self, call: &Generate) -> Result<PromptIds, Fault> {
         self.fits(&call.prompt)?;
-        let (text, prompt) = (self.text.clone(), call.prompt.clone());
-        self.off_thread(move || prompt::encode(&text, &prompt)).await
+        let (text, call, len) = (self.text.clone(), call.clone(), self.model_len);
+        self.off_thread(move || prompt::encode(&text, &call, len)).await
     }
 
     /// Runs the tokenizer on a thread for blocking work. A client that leaves while others are before it is forgotten.

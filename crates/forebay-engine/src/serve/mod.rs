@@ -15,6 +15,7 @@ mod load;
 mod memory;
 mod prompt;
 mod sampling;
+mod scores;
 mod start_error;
 mod step_loop;
 mod submission;

@@ -7,42 +7,84 @@ use forebay_flow::{PromptIds, Reply};
 use forebay_tokens::{ChatPrompt, CivilTime, Special, TextModel};
 use forebay_types::{Fault, TokenId};
 use forebay_wire::{
-    ChatMessage, Content, Detokenize, Prompt, Tokenize, TokenizeInput, render_detokenized, render_tokenized,
+    Api, ChatMessage, Content, Detokenize, Generate, Prompt, Tokenize, TokenizeInput, TruncationSide,
+    render_detokenized, render_tokenized,
 };
 use serde_json::{Map, Value};
 
-pub(super) fn encode(text: &TextModel, prompt: &Prompt) -> Result<PromptIds, Fault> {
-    let prompts: Vec<Arc<[TokenId]>> = match prompt {
+use super::checks::COMPLETION_TOKENS_DEFAULT;
+
+/// The ids of a call's prompts, cut off where it asks for it. `model_len`: tokens that prompt and output may have.
+pub(super) fn encode(text: &TextModel, call: &Generate, model_len: u32) -> Result<PromptIds, Fault> {
+    let keep = tokens_kept(call, model_len)?;
+    let cut = |mut ids: Vec<TokenId>| -> Arc<[TokenId]> {
+        if let Some(over) = keep.and_then(|keep| ids.len().checked_sub(keep)) {
+            match call.truncation_side {
+                TruncationSide::Left => drop(ids.drain(..over)),
+                TruncationSide::Right => ids.truncate(ids.len() - over),
+            }
+        }
+        ids.into()
+    };
+    let prompts: Vec<Arc<[TokenId]>> = match &call.prompt {
         Prompt::Chat { messages, tools, add_generation_prompt, chat_template_kwargs } => {
-            vec![
-                chat(text, messages, tools.as_ref(), *add_generation_prompt, chat_template_kwargs.as_ref())?
-                    .into(),
-            ]
+            let prompt = ChatPrompt {
+                add_generation_prompt: *add_generation_prompt,
+                continue_final_message: call.continue_final_message,
+                kwargs: chat_template_kwargs.as_ref(),
+                ..ChatPrompt::new(&[])
+            };
+            let ids = chat(text, messages, tools.as_ref(), prompt)?;
+            let special = call.add_special_tokens.unwrap_or(false);
+            vec![cut(if special { text.tokenizer().with_special(&ids) } else { ids })]
         }
         Prompt::Text(texts) => texts
             .iter()
             // A raw prompt may write control tokens, as with OpenAI and vLLM.
-            .map(|one| Ok(text.encode_text(one, Special::ALL)?.into()))
+            .map(|one| {
+                let special = Special { add: call.add_special_tokens.unwrap_or(true), ..Special::ALL };
+                Ok(cut(text.encode_text(one, special)?))
+            })
             .collect::<Result<_, Fault>>()?,
-        Prompt::Tokens(prompts) => prompts.iter().map(|ids| ids.as_slice().into()).collect(),
+        Prompt::Tokens(prompts) => prompts.iter().map(|ids| cut(ids.clone())).collect(),
     };
     Ok(PromptIds::Exact { tokenizer: text.tokenizer().id(), prompts })
+}
+
+/// How many tokens of each prompt stay; `None` is all.
+fn tokens_kept(call: &Generate, model_len: u32) -> Result<Option<usize>, Fault> {
+    let Some(asked) = call.truncate_prompt_tokens else { return Ok(None) };
+    let output = match call.api {
+        Api::Completions => call.max_tokens.unwrap_or(COMPLETION_TOKENS_DEFAULT),
+        Api::ChatCompletions => call.max_tokens.unwrap_or(1),
+    };
+    let fits = model_len.saturating_sub(output.max(1));
+    match u32::try_from(asked) {
+        Ok(asked) if asked > fits => {
+            let message = format!(
+                "truncate_prompt_tokens={asked} cannot be greater than max_model_len - max_tokens = {fits}. Please request a \
+                 smaller truncation size."
+            );
+            Err(Fault::bad_request(message).param("truncate_prompt_tokens"))
+        }
+        Ok(asked) => Ok(Some(asked as usize)),
+        Err(_) if fits == 0 => Ok(None), // refused with its lengths later
+        Err(_) => Ok(Some(fits as usize)),
+    }
 }
 
 fn chat(
     text: &TextModel,
     messages: &[ChatMessage],
     tools: Option<&Value>,
-    add_generation_prompt: bool,
-    kwargs: Option<&Map<String, Value>>,
+    prompt: ChatPrompt<'_>,
 ) -> Result<Vec<TokenId>, Fault> {
     let messages: Vec<Value> = messages.iter().map(message_json).collect();
     let prompt = ChatPrompt {
+        messages: &messages,
         tools: tools.and_then(Value::as_array).map(Vec::as_slice),
-        add_generation_prompt,
-        kwargs,
         now: CivilTime::from(SystemTime::now()),
-        ..ChatPrompt::new(&messages)
+        ..prompt
     };
     Ok(text.encode_chat(&prompt)?)
 }
@@ -68,7 +110,8 @@ pub(super) fn tokenize(text: &TextModel, call: &Tokenize, model_len: u32) -> Res
             text.encode_text(prompt, special)?
         }
         TokenizeInput::Messages { messages, tools, add_generation_prompt } => {
-            chat(text, messages, tools.as_ref(), *add_generation_prompt, None)?
+            let prompt = ChatPrompt { add_generation_prompt: *add_generation_prompt, ..ChatPrompt::new(&[]) };
+            chat(text, messages, tools.as_ref(), prompt)?
         }
     };
     let tokenizer = text.tokenizer();

@@ -10,7 +10,7 @@ use forebay_types::TokenId;
 use super::constrain::Constrained;
 use super::step_loop::LoopState;
 use super::submission::How;
-use crate::sample::{Choice as Sampled, Sampler};
+use crate::sample::{Choice as Sampled, Sampler, Wanted};
 
 pub(super) struct SampleJob {
     pub seq: SeqId,
@@ -22,7 +22,7 @@ pub(super) struct SampleJob {
     pub bad: Vec<TokenId>,
     /// Whose allowed tokens are the only ones.
     pub allowed: Option<Arc<How>>,
-    pub logprobs: Option<u32>,
+    pub logprobs: Option<Wanted>,
     pub constrained: Option<Constrained>,
     pub mask: Option<Mask>,
     pub sampled: Option<Sampled>,
@@ -36,7 +36,8 @@ impl SampleJob {
         if let Some(ends) = &self.banned {
             self.bad.extend_from_slice(&ends.end_tokens);
         }
-        self.sampled = Some(sampler.choose(row, &self.bad, self.mask.as_ref().or(allowed), self.logprobs));
+        let mask = self.mask.as_ref().or(allowed);
+        self.sampled = Some(sampler.choose(row, &self.bad, mask, self.logprobs.as_ref()));
     }
 }
 
@@ -63,17 +64,38 @@ impl LoopState {
         }
     }
 
+    /// What the step told of prompts joins what is known of them.
+    pub(super) fn apply_scores(&mut self) {
+        for mut job in self.score_jobs.drain(..) {
+            let request = self.requests.get_mut(&job.request);
+            if let Some(scores) = request.and_then(|request| request.scores.get_mut(job.prompt)) {
+                scores.take(&mut job);
+            }
+        }
+    }
+
     /// Takes the samplers of the rows that want a token out of their choices, so that rows can be sampled in
-    /// parallel.
+    /// parallel. Beside the last of a prompt, its other tokens may be wanted, too: those are lined up to be scored.
     pub(super) fn line_up(&mut self, plan: &StepPlan, now: Instant) {
         self.jobs.clear();
-        let mut wanted = plan.logit_tokens.iter().enumerate().peekable();
+        self.score_jobs.clear();
+        let mut next = 0;
         for (r, &seq) in plan.seqs.iter().enumerate() {
-            let range = plan.row(r);
-            let row = wanted.next_if(|&(_, &t)| range.contains(&(t as usize))).map(|(row, _)| row);
-            let Some((_, choice)) = self.choices.get_mut(&seq) else { continue };
+            let end = plan.row(r).end as u32;
+            let rows = next..plan.logit_tokens.partition_point(|&token| token < end);
+            next = rows.end;
+            let Some((id, choice)) = self.choices.get_mut(&seq) else { continue };
             choice.first_scheduled.get_or_insert(now);
-            if let Some(row) = row {
+            let Some(last) = rows.clone().last() else { continue };
+            let Some(request) = self.requests.get_mut(id) else { continue };
+            let ids = &request.submission.prompts[choice.prompt].ids;
+            if let Some(scores) = request.scores.get_mut(choice.prompt) {
+                scores.line_up((*id, choice.prompt), ids, plan, rows, &mut self.score_jobs);
+            }
+            // The place behind the prompt's last token is the first that is sampled.
+            let position = plan.positions[plan.logit_tokens[last] as usize] as usize;
+            if position + 1 >= ids.len() {
+                let row = last;
                 self.jobs.push(SampleJob {
                     seq,
                     row,

@@ -27,6 +27,7 @@ use super::engine::INBOX_MAX;
 use super::events::stopped;
 use super::load::LoadReport;
 use super::sampling::SampleJob;
+use super::scores::{PromptScores, ScoreJob, prompt_event};
 use super::submission::Submission;
 
 /// How long the loop sleeps where work waits but nothing can be planned: only a defect of the scheduler leads here,
@@ -52,10 +53,11 @@ pub(crate) struct LoopState {
     begun: Instant,
     next_seq: u64,
     next_request: u64,
-    requests: HashMap<u64, Request>,
+    pub(super) requests: HashMap<u64, Request>,
     pub(super) choices: HashMap<SeqId, (u64, ChoiceState)>,
     kv_events: Vec<KvEvent>,
     pub(super) jobs: Vec<SampleJob>,
+    pub(super) score_jobs: Vec<ScoreJob>,
     /// Choices whose constraint could not be followed in this turn.
     pub(super) broken: Vec<(SeqId, Fault)>,
     /// Started by the first constrained choice.
@@ -74,13 +76,15 @@ struct Seen {
 }
 
 /// One request while any of its choices runs.
-struct Request {
-    submission: Submission,
+pub(super) struct Request {
+    pub(super) submission: Submission,
     seqs: Vec<SeqId>,
     open: usize,
     started: bool,
     /// Per prompt: tokens that came from the cache, once known.
     cached: Vec<Option<u32>>,
+    /// Per prompt, where its log-probabilities are wanted.
+    pub(super) scores: Vec<PromptScores>,
     completion_tokens: u32,
 }
 
@@ -104,6 +108,7 @@ impl LoopState {
             choices: HashMap::new(),
             kv_events: Vec::new(),
             jobs: Vec::new(),
+            score_jobs: Vec::new(),
             broken: Vec::new(),
             masks: None,
             seen: Seen::default(),
@@ -150,19 +155,20 @@ impl<E: Executor> StepLoop<E> {
             std::thread::sleep(STUCK_NAP);
             return Turn::Worked;
         }
-        let (tokens, sampled) = (plan.tokens(), plan.logit_tokens.len());
+        let (tokens, rows) = (plan.tokens(), plan.logit_tokens.len());
         load.on_plan(plan);
         state.stuck = false;
         state.line_up(plan, now);
         let failed = match executor.execute(plan) {
             Ok(logits) => {
-                let stride = logits.len() / sampled.max(1);
+                let stride = logits.len() / rows.max(1);
+                let logits = |row: usize| &logits[row * stride..(row + 1) * stride];
                 state.take_masks();
+                pool.run_rows(&mut state.score_jobs, 1, 1, &|_, jobs| {
+                    jobs.iter_mut().for_each(|job| job.score(logits(job.row())));
+                });
                 pool.run_rows(&mut state.jobs, 1, 1, &|_, jobs| {
-                    for job in jobs {
-                        let row = &logits[job.row * stride..(job.row + 1) * stride];
-                        job.sample(row);
-                    }
+                    jobs.iter_mut().for_each(|job| job.sample(logits(job.row)));
                 });
                 None
             }
@@ -176,7 +182,7 @@ impl<E: Executor> StepLoop<E> {
                 Some((plan.seqs.clone(), Fault::internal(error.to_string())))
             }
         };
-        match failed {
+        let generated = match failed {
             None => {
                 let elapsed = now.elapsed();
                 self.scheduler.on_step_done(elapsed);
@@ -186,19 +192,22 @@ impl<E: Executor> StepLoop<E> {
                         self.fail(request, fault, FinishReason::Error);
                     }
                 }
-                self.apply_samples();
+                self.state.apply_scores();
+                self.apply_samples()
             }
             Some((seqs, fault)) => {
                 self.scheduler.on_step_failed();
                 self.state.jobs.clear();
+                self.state.score_jobs.clear();
                 for seq in seqs {
                     if let Some(&(request, _)) = self.state.choices.get(&seq) {
                         self.fail(request, fault.clone(), FinishReason::Error);
                     }
                 }
+                0
             }
-        }
-        self.publish(tokens, sampled);
+        };
+        self.publish(tokens, generated);
         Turn::Worked
     }
 
@@ -251,6 +260,7 @@ impl<E: Executor> StepLoop<E> {
                     // vLLM counts the other way: lower goes first.
                     priority: submission.how.priority.saturating_neg(),
                     tenant: submission.how.tenant.clone(),
+                    prompt_logits: submission.how.prompt_scores().is_some(),
                 };
                 if let Err(error) = self.scheduler.try_add(now, new) {
                     refused = Some(error);
@@ -295,6 +305,7 @@ impl<E: Executor> StepLoop<E> {
             seqs,
             started: false,
             cached: vec![None; submission.prompts.len()],
+            scores: PromptScores::of(&submission),
             completion_tokens: 0,
             submission,
         };
@@ -335,8 +346,10 @@ impl<E: Executor> StepLoop<E> {
         let _ = request.submission.events.try_send(Err(fault));
     }
 
-    fn apply_samples(&mut self) {
+    /// Gives every choice its token. Returns how many tokens were generated.
+    fn apply_samples(&mut self) -> usize {
         let now = Instant::now();
+        let mut generated = 0;
         let mut jobs = std::mem::take(&mut self.state.jobs);
         for job in &mut jobs {
             let (Some(sampler), Some(sampled)) = (job.sampler.take(), job.sampled.take()) else { continue };
@@ -348,13 +361,17 @@ impl<E: Executor> StepLoop<E> {
                 Some(last) => self.metrics.on_next_token(now.saturating_duration_since(last)),
                 None => choice.first_token = Some(now),
             }
-            let first = choice.generated == 0;
+            let before = choice.generated;
             let advance = choice.on_token(&sampled);
-            let (number, prompt) = (choice.number, choice.prompt);
-            if first {
+            let (number, prompt, new) = (choice.number, choice.prompt, choice.generated - before);
+            generated += new as usize;
+            if before == 0 {
                 self.on_first(id, job.seq, number, prompt, now);
             }
-            if advance.finished.is_some() {
+            if advance.finished.is_some() && new == 0 {
+                // Nothing was to be generated: no example of how long outputs are.
+                self.scheduler.abort(job.seq);
+            } else if advance.finished.is_some() {
                 self.scheduler.finish(job.seq);
             } else {
                 self.scheduler.on_token(job.seq, sampled.token);
@@ -364,7 +381,7 @@ impl<E: Executor> StepLoop<E> {
                 self.send(id, Event::Delta(delta));
             }
             if let Some(request) = self.state.requests.get_mut(&id) {
-                request.completion_tokens += 1;
+                request.completion_tokens += new;
             }
             if let Some(reason) = advance.finished {
                 self.close_choice(id, job.seq, number, reason);
@@ -372,6 +389,7 @@ impl<E: Executor> StepLoop<E> {
         }
         jobs.clear();
         self.state.jobs = jobs;
+        generated
     }
 
     /// Has the mask behind `token` made, while the next step is computed.
@@ -402,7 +420,16 @@ impl<E: Executor> StepLoop<E> {
         request.cached[prompt].get_or_insert(cached);
         let prompt_tokens = request.submission.prompts[prompt].ids.len() as u32;
         self.metrics.on_first_token(now.saturating_duration_since(request.submission.arrived), prompt_tokens);
-        let echo = request.submission.prompts[prompt].echo.clone();
+        let scores = request.scores.get(prompt);
+        let about = first_of_prompt
+            .then(|| prompt_event(&request.submission, prompt, scores, &self.tokenizer))
+            .flatten();
+        let ask = &request.submission.prompts[prompt];
+        let echo = ask.echo.clone().map(|text| {
+            let echoed = request.submission.how.echo_logprobs.zip(scores);
+            let logprobs = echoed.map(|(top, scores)| scores.echoed(&ask.ids, top, &self.tokenizer));
+            Delta { choice: number, text, logprobs: logprobs.unwrap_or_default(), ..Delta::default() }
+        });
         if !request.started {
             request.started = true;
             let usage = request.usage();
@@ -411,8 +438,11 @@ impl<E: Executor> StepLoop<E> {
             self.send(id, started);
         }
         tracing::trace!(request = id, choice = number, cached, first_of_prompt, "first token");
-        if let Some(text) = echo {
-            self.send(id, Event::Delta(Delta { choice: number, text, ..Delta::default() }));
+        if let Some(about) = about {
+            self.send(id, Event::Prompt(about));
+        }
+        if let Some(echo) = echo {
+            self.send(id, Event::Delta(echo));
         }
     }
 

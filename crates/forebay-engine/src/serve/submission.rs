@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::constrain::Beginning;
 use super::words::BadWords;
+use crate::sample::Wanted;
 
 /// One request: prompts, and how to continue each of them.
 pub(crate) struct Submission {
@@ -27,7 +28,7 @@ pub(crate) struct Submission {
 
 pub(crate) struct PromptAsk {
     pub ids: Arc<[TokenId]>,
-    /// New tokens per choice at most, at least 1; prompt and this fit the model.
+    /// New tokens per choice at most; prompt and this fit the model. 0: only the prompt is looked at.
     pub max_tokens: u32,
     /// Text to repeat before the output.
     pub echo: Option<String>,
@@ -38,14 +39,24 @@ pub(crate) struct How {
     pub sampling: Sampling,
     /// Choice `i` of each prompt draws with `seed + i`: a prompt's answer is the same alone and in a list.
     pub seed: u64,
-    pub stop: Vec<String>,
-    /// Made once per request from `stop`; every choice has a state of its own over the shared automaton.
+    pub include_stop: bool,
+    /// Made once per request from its `stop`; every choice has a state of its own over the shared automaton.
     pub matcher: StopMatcher,
     /// Tokens that end a choice, and may not be chosen under `min_tokens`: the model's unless the request ignores
     /// them, and the request's own.
     pub end_tokens: Vec<TokenId>,
     pub min_tokens: u32,
-    pub logprobs: Option<u32>,
+    pub logprobs: Option<Wanted>,
+    /// The most likely tokens at each place of the prompt, for `prompt_logprobs`.
+    pub prompt_logprobs: Option<u32>,
+    /// The same for the log-probabilities of an echo.
+    pub echo_logprobs: Option<u32>,
+    /// The ids of prompt and output are sent, too.
+    pub token_ids: bool,
+    /// Control tokens are left out of the text.
+    pub skip_special: bool,
+    /// Tokens per delta, except the first and the last.
+    pub interval: u32,
     /// What every choice has to match, at its beginning.
     pub constrained: Option<Beginning>,
     /// Only these tokens may come, as vLLM's `allowed_token_ids`.
@@ -56,10 +67,18 @@ pub(crate) struct How {
     pub tenant: ConsumerName,
 }
 
+impl How {
+    /// How many of the most likely tokens are wanted at each place of the prompts; `None` for no log-probabilities.
+    pub fn prompt_scores(&self) -> Option<u32> {
+        self.prompt_logprobs.max(self.echo_logprobs)
+    }
+}
+
 impl Submission {
-    /// Events that this request can produce at most: one per token, echo and finish per choice, start and end.
+    /// Events that this request can produce at most: one per token, echo and finish per choice, one per prompt, start and
+    /// end.
     pub fn events_max(prompts: &[PromptAsk], n: u32) -> usize {
-        let per_prompt = prompts.iter().map(|p| (p.max_tokens as usize + 3) * n as usize);
+        let per_prompt = prompts.iter().map(|p| (p.max_tokens as usize + 3) * n as usize + 1);
         per_prompt.sum::<usize>() + 3
     }
 }

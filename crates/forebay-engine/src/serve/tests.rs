@@ -2,6 +2,8 @@
 //! cancellation, failures. No model, no HTTP.
 
 mod constrained;
+mod scores;
+mod tokens;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -230,7 +232,15 @@ async fn limits_and_stops_end_a_choice() {
     )
     .await;
     check(|c| c.stop_token_ids = vec![u32::from(b't')], "one ", FinishReason::Stop).await;
+    check(
+        |c| (c.stop_token_ids, c.include_stop_str_in_output) = (vec![u32::from(b't')], true),
+        "one t",
+        FinishReason::Stop,
+    )
+    .await;
     check(|c| (c.stop, c.min_tokens) = (vec!["o".into()], 5), "one tw", FinishReason::Stop).await;
+    // It may begin in the text of the first tokens: only its end counts.
+    check(|c| (c.stop, c.min_tokens) = (vec!["e two".into()], 5), "on", FinishReason::Stop).await;
     // The seventh token is one of the first seven: its text can't stop the choice.
     check(|c| (c.stop, c.min_tokens) = (vec!["o".into()], 7), "one two three", FinishReason::Stop).await;
     check(|c| c.echo = true, "goone two three", FinishReason::Stop).await;
@@ -513,7 +523,7 @@ async fn logprobs_come_with_every_token() {
         .filter_map(|e| if let Event::Delta(d) = e { Some(d.logprobs.clone()) } else { None })
         .flatten()
         .collect();
-    assert_eq!(entries.iter().map(|e| e.text.as_str()).collect::<String>(), "ok");
+    assert_eq!(entries.iter().map(|e| e.text.as_str()).collect::<String>(), "ok<|end|>");
     for entry in &entries {
         assert_eq!(entry.top.len(), 3);
         assert_eq!(entry.top[0].token, entry.token, "greedy takes the most likely");

@@ -11,6 +11,7 @@ fn add(scheduler: &mut Scheduler, id: u64, prompt_tokens: u32) {
         max_new_tokens: 60,
         cache_salt: None,
         priority: 0,
+        prompt_logits: false,
         tenant: "t".into(),
     };
     scheduler.try_add(Duration::ZERO, new).unwrap();

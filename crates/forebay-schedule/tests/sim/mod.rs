@@ -37,6 +37,8 @@ pub struct Sim {
     pub done: HashMap<SeqId, (Vec<TokenId>, SeqInfo)>,
     pub steps: u64,
     prompts: HashMap<SeqId, usize>,
+    /// Who wants the logits of its prompt: the next position to come.
+    scored: HashMap<SeqId, u32>,
     /// `[block][offset]`: the token whose KV is there.
     kv: Vec<Vec<Option<TokenId>>>,
     index: PrefixIndex,
@@ -53,6 +55,7 @@ impl Sim {
             done: HashMap::new(),
             steps: 0,
             prompts: HashMap::new(),
+            scored: HashMap::new(),
             kv: vec![vec![None; config.block_size as usize]; config.blocks as usize],
             index: PrefixIndex::new(config.blocks),
             events: Vec::new(),
@@ -61,9 +64,12 @@ impl Sim {
     }
 
     pub fn try_add(&mut self, seq: NewSeq) -> Result<Added, AddError> {
-        let (id, prompt) = (seq.id, seq.prompt.clone());
+        let (id, prompt, scores) = (seq.id, seq.prompt.clone(), seq.prompt_logits);
         let added = self.scheduler.try_add(self.now, seq)?;
         self.prompts.insert(id, prompt.len());
+        if scores {
+            self.scored.insert(id, 0);
+        }
         self.alive.insert(id, prompt.to_vec());
         self.check();
         Ok(added)
@@ -110,9 +116,13 @@ impl Sim {
         }
         // A millisecond a token, so that bounds in time are sometimes kept and sometimes can't be.
         self.scheduler.on_step_done(Duration::from_millis(plan.tokens() as u64));
-        for id in sampled(plan) {
-            if self.alive.contains_key(&id) {
-                self.sample(id);
+        for &t in &plan.logit_tokens {
+            let r = plan.row_starts.partition_point(|start| *start <= t) - 1;
+            let (id, next) = (plan.seqs[r], plan.positions[t as usize] + 1);
+            match self.scored.get_mut(&id) {
+                Some(scored) if (next as usize) < self.prompts[&id] => *scored = next,
+                _ if self.alive.contains_key(&id) => self.sample(id),
+                _ => {}
             }
         }
         self.check();
@@ -153,6 +163,8 @@ impl Sim {
                 let mut tokens = self.alive.remove(&id).expect("it exists");
                 let output = tokens.split_off(self.prompts[&id]);
                 assert_eq!(info.generated_tokens as usize, output.len());
+                let wanted = self.prompts[&id] as u32 - 1;
+                assert!(self.scored.get(&id).is_none_or(|scored| *scored == wanted), "its prompt's logits");
                 self.done.insert(id, (output, info));
             }
             TokenOutcome::Ignored => panic!("{id:?} was planned and not expected to have a token"),
@@ -181,7 +193,7 @@ impl Sim {
         assert_eq!(plan.row_starts[plan.rows()] as usize, plan.tokens());
         assert_eq!(plan.table_starts[plan.rows()] as usize, plan.block_tables.len());
         let mut written = HashMap::new();
-        let mut logits = Vec::new();
+        let (mut logits, mut prompt_logits) = (Vec::new(), 0);
         for r in 0..plan.rows() {
             let tokens = &self.alive[&plan.seqs[r]];
             let positions = &plan.positions[plan.row(r)];
@@ -189,6 +201,12 @@ impl Sim {
             assert!(positions.iter().copied().eq(first..end), "row {r}: {positions:?}");
             assert_eq!(plan.token_ids[plan.row(r)], tokens[first as usize..end as usize]);
             assert_eq!(plan.block_table(r).len(), end.div_ceil(block_size) as usize);
+            if let Some(&scored) = self.scored.get(&plan.seqs[r]) {
+                let wanted = scored.max(first)..end.min(self.prompts[&plan.seqs[r]] as u32 - 1);
+                assert!(wanted.is_empty() || scored >= first, "a token without its logits is not skipped");
+                prompt_logits += wanted.len();
+                logits.extend(wanted.map(|position| (plan.row(r).start as u32) + position - first));
+            }
             if end as usize == tokens.len() {
                 logits.push(plan.row(r).end as u32 - 1);
             }
@@ -197,6 +215,10 @@ impl Sim {
             }
         }
         assert_eq!(plan.logit_tokens, logits);
+        assert!(
+            prompt_logits <= config.prompt_logits_max as usize + plan.rows(),
+            "{prompt_logits} prompt logits"
+        );
         for r in 0..plan.rows() {
             for block in plan.block_table(r) {
                 assert!(written.get(block).is_none_or(|w| *w == r), "row {r} reads what another row writes");
@@ -260,6 +282,7 @@ pub fn seq(id: u64, prompt: impl Into<Arc<[TokenId]>>, max_new_tokens: u32) -> N
         cache_salt: None,
         priority: 0,
         tenant: "tenant".into(),
+        prompt_logits: false,
     }
 }
 

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 use super::ParseError;
 use super::field::{Fields, Kind};
 use super::sampling::{self, LOGPROBS_MAX};
+use super::tokens::continue_final_message;
 use crate::{Api, ChatMessage, Content, Generate, Need, Prompt};
 
 const MESSAGES_MAX: usize = 4096;
@@ -18,8 +19,7 @@ const NEEDS: &[(&str, &[&str], &str)] = &[
     ("function_call", &["\"none\"", "\"auto\""], "functions can't be called yet"),
     ("chat_template", &[], "the model's own chat template is used as it is"),
     ("documents", &["[]"], "put the documents into the messages"),
-    ("continue_final_message", &["false"], "a reply always begins a new message"),
-    ("echo", &["false"], "only completions can repeat their prompt"),
+    ("best_of", &["1"], "every choice that is generated is returned; ask for 'n' of them"),
     ("audio", &[], TEXT_ONLY),
     ("prediction", &[], "there is no speculation from a predicted output"),
     ("web_search_options", &[], "nothing here searches the web"),
@@ -42,7 +42,9 @@ pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Generate, Parse
         add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
         chat_template_kwargs: template_kwargs(fields)?,
     };
-    sampling::parse(fields, Api::ChatCompletions, prompt, logprobs(fields)?, needs, body)
+    let mut call = sampling::parse(fields, Api::ChatCompletions, prompt, logprobs(fields)?, needs, body)?;
+    call.continue_final_message = continue_final_message(fields)?;
+    Ok(call)
 }
 
 fn logprobs(fields: &Fields<'_>) -> Result<Option<u32>, ParseError> {
@@ -62,13 +64,22 @@ fn modalities(fields: &Fields<'_>) -> Result<Option<Need>, ParseError> {
 }
 
 fn template_kwargs(fields: &Fields<'_>) -> Result<Option<Map<String, Value>>, ParseError> {
-    match (fields.raw("chat_template_kwargs"), fields.kind("chat_template_kwargs")) {
-        (Some(raw), Some(Kind::Object)) => fields.read("chat_template_kwargs", raw).map(Some),
+    let kwargs = match (fields.raw("chat_template_kwargs"), fields.kind("chat_template_kwargs")) {
+        (Some(raw), Some(Kind::Object)) => Some(fields.read("chat_template_kwargs", raw)?),
         (Some(_), Some(got)) => {
-            Err(ParseError::Type { param: "chat_template_kwargs".into(), expected: "an object", got })
+            return Err(ParseError::Type {
+                param: "chat_template_kwargs".into(),
+                expected: "an object",
+                got,
+            });
         }
-        _ => Ok(None),
-    }
+        _ => None,
+    };
+    // As vLLM does it: the template makes of it what it can.
+    let Some(effort) = fields.string("reasoning_effort")? else { return Ok(kwargs) };
+    let mut kwargs: Map<String, Value> = kwargs.unwrap_or_default();
+    kwargs.entry("reasoning_effort").or_insert(effort.into());
+    Ok(Some(kwargs))
 }
 
 /// The tools that the template is to show. None under `tool_choice: "none"`: what the model is not told of, it does

@@ -14,6 +14,7 @@ mod error;
 mod field;
 mod sampling;
 mod tokenize;
+mod tokens;
 
 use bytes::Bytes;
 use forebay_types::ModelName;
@@ -160,3 +161,5 @@ fn required_model(fields: &Fields<'_>) -> Result<ModelName, ParseError> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod vllm_tests;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use forebay_types::TokenId;
 
 use super::field::{Fields, Kind, kind_of, read};
-use super::{ParseError, constraint, required_model};
+use super::{ParseError, constraint, required_model, tokens};
 use crate::{Api, Generate, Need, Prompt, Sampling};
 
 /// OpenAI's limit on `n`.
@@ -28,11 +28,18 @@ pub(super) const LOGPROBS_MAX: i64 = 20;
 /// Fields of vLLM and OpenAI that change the answer, with the values that change nothing.
 const NEEDS: &[(&str, &[&str], &str)] = &[
     ("use_beam_search", &["false"], "the engine samples, it has no beam search"),
-    ("prompt_logprobs", &[], "log-probabilities are given for the output only"),
-    ("truncate_prompt_tokens", &[], "send a prompt that fits the model's context"),
-    ("return_token_ids", &["false"], "tokens are returned as text"),
-    ("return_tokens_as_token_ids", &["false"], "tokens are returned as text"),
-    ("thinking_token_budget", &[], "limit the output with 'max_tokens'"),
+    ("length_penalty", &["1", "1.0"], "it ranks beams, and the engine has no beam search"),
+    ("thinking_token_budget", &["-1"], "limit the output with 'max_tokens'"),
+    ("repetition_detection", &[], "limit the output with 'max_tokens', or 'repetition_penalty' against it"),
+    ("watermarking", &["false"], "output is not watermarked"),
+    ("kv_transfer_params", &[], "KV blocks are not exchanged with other engines"),
+    ("ec_transfer_params", &[], "there is no encoder whose cache could be exchanged"),
+    ("mm_processor_kwargs", &["{}"], "the models here read text only"),
+    ("media_io_kwargs", &["{}"], "the models here read text only"),
+    ("vllm_xargs", &["{}"], "there are no extensions that would read it"),
+    ("return_prompt_text", &["false"], "ask for 'return_token_ids' and detokenize them"),
+    ("return_token_offsets", &["false"], "tokens are returned without offsets"),
+    ("routed_experts_prompt_start", &["0"], "experts are not reported"),
 ];
 
 /// Everything of a call but its prompt-specific fields.
@@ -56,7 +63,8 @@ pub(super) fn parse(
             format!("{} prompts with {n} choices each are more than {CHOICES_MAX} choices", prompt.count());
         return Err(ParseError::value("n", what));
     }
-    let max_tokens = max_tokens(fields)?;
+    let echo = fields.boolean("echo")?.unwrap_or(false);
+    let max_tokens = max_tokens(fields, api == Api::Completions && echo)?;
     let min_tokens = fields.integer("min_tokens", 0..=i64::from(i32::MAX))?.unwrap_or(0) as u32;
     if let Some(max) = max_tokens.filter(|max| *max < min_tokens) {
         let what = format!("Expected a value <= 'max_tokens' ({max}), but got {min_tokens} instead");
@@ -65,7 +73,7 @@ pub(super) fn parse(
     let stream = fields.boolean("stream")?.unwrap_or(false);
     let (include_usage, continuous_usage) = stream_options(fields, stream)?;
 
-    Ok(Generate {
+    let mut call = Generate {
         n,
         max_tokens,
         min_tokens,
@@ -75,7 +83,7 @@ pub(super) fn parse(
         include_stop_str_in_output: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
         logprobs,
-        echo: fields.boolean("echo")?.unwrap_or(false),
+        echo,
         stream,
         include_usage,
         continuous_usage,
@@ -87,12 +95,15 @@ pub(super) fn parse(
         needs,
         body: body.clone(),
         ..Generate::new(api, model, prompt)
-    })
+    };
+    tokens::parse(fields, &mut call)?;
+    Ok(call)
 }
 
-/// `max_completion_tokens` is the newer name. Both may be there if they agree.
-fn max_tokens(fields: &Fields<'_>) -> Result<Option<u32>, ParseError> {
-    let read = |name| fields.integer(name, 1..=i64::from(i32::MAX));
+/// `max_completion_tokens` is the newer name. Both may be there if they agree. None at all may be asked for where the
+/// reply has something else to show: the prompt.
+fn max_tokens(fields: &Fields<'_>, or_none: bool) -> Result<Option<u32>, ParseError> {
+    let read = |name| fields.integer(name, i64::from(!or_none)..=i64::from(i32::MAX));
     match (read("max_tokens")?, read("max_completion_tokens")?) {
         (Some(old), Some(new)) if old != new => Err(ParseError::value(
             "max_tokens",

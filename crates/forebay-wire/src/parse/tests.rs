@@ -471,7 +471,6 @@ fn what_is_beyond_text_is_noted_not_ignored() {
         (r#","bad_words":["x"],"allowed_token_ids":[1]"#, &[]),
         (r#","use_beam_search":true"#, &["use_beam_search"]),
         (r#","use_beam_search":false"#, &[]),
-        (r#","continue_final_message":true"#, &["continue_final_message"]),
         (r#","functions":[{}],"function_call":"auto""#, &["functions"]),
     ] {
         check(CHAT, &chat(rest), params);

@@ -4,10 +4,11 @@ use forebay_types::{FinishReason, Usage};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{CollectError, Collector, ToolCallDelta, TopLogprob};
+use crate::{CollectError, Collector, Prompt, RankedLogprob, TokenLogprob, ToolCallDelta, TopLogprob};
 
 fn spec(api: Api, choices: u32, include_usage: bool) -> RenderSpec {
-    RenderSpec { api, model: "m".into(), choices, stream: true, include_usage, continuous_usage: false }
+    let call = Generate::new(api, "m".into(), Prompt::Text(vec![String::new()]));
+    RenderSpec { choices, stream: true, include_usage, ..RenderSpec::new(&call) }
 }
 
 fn delta(choice: u32, text: &str) -> Event {
@@ -209,6 +210,99 @@ fn tokens_that_are_no_text_keep_their_bytes_apart() {
             "bytes:\\xe2\\x80": -0.25, "bytes:\\xe2": -0.5, "bytes: \\xf0\\x9f": -1.0, "bytes:\\x5c\\xff": -2.0,
         }]})
     );
+}
+
+/// Two prompts of two choices each, with everything that can be told of tokens.
+#[test]
+fn ids_and_log_probabilities_of_prompts() {
+    let ranked =
+        |token: u32, text: &str, logprob, rank| RankedLogprob { token, text: text.into(), logprob, rank };
+    let told = |prompt: u32| {
+        let entry = vec![ranked(8, "b", -1.5, 3), ranked(9, "\"", f32::NEG_INFINITY, 1)];
+        Event::Prompt(PromptTokens { prompt, ids: vec![7, 8 + prompt], logprobs: Some(vec![vec![], entry]) })
+    };
+    let said = |choice: u32| {
+        Event::Delta(Delta {
+            choice,
+            text: "x".into(),
+            token_ids: vec![choice, 5],
+            tokens: 2,
+            ..Delta::default()
+        })
+    };
+    let end = |choice: u32| {
+        [
+            Event::Delta(Delta { choice, token_ids: vec![2], tokens: 1, ..Delta::default() }),
+            finished(choice, FinishReason::Stop),
+        ]
+    };
+    let rendered = json!([null, {
+        "8": {"logprob": -1.5, "rank": 3, "decoded_token": "b"},
+        "9": {"logprob": -9999.0, "rank": 1, "decoded_token": "\""},
+    }]);
+
+    let full =
+        |api, choices| RenderSpec { token_ids: true, choices_per_prompt: 2, ..spec(api, choices, false) };
+    let mut events = vec![STARTED, told(1), said(2), told(0), said(0), said(1), said(3)];
+    events.extend((0..4).flat_map(end));
+    events.push(DONE);
+    let spec = full(Api::Completions, 4);
+    let body: Value = serde_json::from_str(&collect(&spec, &events).unwrap()).unwrap();
+    for choice in 0..4 {
+        let got = &body["choices"][choice];
+        assert_eq!(got["token_ids"], json!([choice, 5, 2]));
+        assert_eq!(got["prompt_token_ids"], json!([7, 8 + choice / 2]));
+        assert_eq!(got["prompt_logprobs"], rendered);
+    }
+    let frames_seen = frames(&stream(&spec, &events));
+    for choice in 0..4 {
+        let of = |frame: &&Value| frame["choices"][0]["index"] == choice;
+        let of_choice: Vec<&Value> =
+            frames_seen.iter().filter(of).map(|frame| &frame["choices"][0]).collect();
+        assert_eq!(of_choice[0]["prompt_token_ids"], json!([7, 8 + choice / 2]), "in the first frame");
+        assert_eq!(of_choice[1].get("prompt_token_ids"), None, "and only there");
+        assert_eq!(
+            (&of_choice[0]["token_ids"], &of_choice[1]["token_ids"]),
+            (&json!([choice, 5]), &json!([2]))
+        );
+    }
+
+    let mut events = vec![STARTED, told(0), said(0), said(1)];
+    events.extend((0..2).flat_map(end));
+    events.push(DONE);
+    let spec = full(Api::ChatCompletions, 2);
+    let body: Value = serde_json::from_str(&collect(&spec, &events).unwrap()).unwrap();
+    assert_eq!((&body["prompt_token_ids"], &body["prompt_logprobs"]), (&json!([7, 8]), &rendered));
+    assert_eq!(body["choices"][1]["token_ids"], json!([1, 5, 2]));
+    let frames_seen = frames(&stream(&spec, &events));
+    assert!(frames_seen[..2].iter().all(|frame| frame["prompt_token_ids"] == json!([7, 8])));
+    assert!(frames_seen[2..].iter().all(|frame| frame.get("prompt_token_ids").is_none()));
+    assert_eq!(frames_seen[2]["choices"][0]["token_ids"], json!([0, 5]));
+    assert_eq!(frames_seen.len(), 2 + 6);
+}
+
+#[test]
+fn tokens_are_named_by_their_ids_and_replies_by_the_client() {
+    let events = [
+        STARTED,
+        scored("b", Some(-0.5), &[(3, "b", -0.25), (4, "c", -1.0)]),
+        finished(0, FinishReason::Stop),
+        DONE,
+    ];
+    let body = |api| {
+        let spec = RenderSpec { tokens_as_ids: true, request_id: Some("mine".into()), ..spec(api, 1, false) };
+        let text = stream(&spec, &events);
+        assert!(text.contains(if api == Api::Completions { "\"cmpl-mine\"" } else { "\"chatcmpl-mine\"" }));
+        let body: Value = serde_json::from_str(&collect(&spec, &events).unwrap()).unwrap();
+        body["choices"][0]["logprobs"].clone()
+    };
+    let completion = body(Api::Completions);
+    assert_eq!(completion["tokens"], json!(["token_id:7"]));
+    let top = json!([{"token_id:7": -0.5, "token_id:3": -0.25, "token_id:4": -1.0}]);
+    assert_eq!(completion["top_logprobs"], top);
+    let chat = &body(Api::ChatCompletions)["content"][0];
+    assert_eq!((&chat["token"], &chat["bytes"]), (&json!("token_id:7"), &json!([98])));
+    assert_eq!(chat["top_logprobs"][1]["token"], "token_id:4");
 }
 
 #[test]

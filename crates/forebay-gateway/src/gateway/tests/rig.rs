@@ -10,7 +10,7 @@ use forebay_config::{FixedEnvironment, Source, load};
 use forebay_flow::ReplyForm;
 use forebay_observe::{Trace, TraceContext};
 use forebay_types::{Blame, Class, Code, FinishReason, Retry, TokenizerId, Usage};
-use forebay_wire::{Chunk, Delta, Event, Prompt};
+use forebay_wire::{Chunk, Delta, Event, Generate, Prompt};
 use futures_util::{StreamExt, stream};
 use http::{HeaderMap, Method};
 use serde_json::{Value, json};
@@ -53,7 +53,8 @@ impl PromptEncoder for ByteEncoder {
         Ok(())
     }
 
-    fn encode(&self, model: &ModelName, prompt: &Prompt) -> Result<PromptIds, Fault> {
+    fn encode(&self, call: &Generate) -> Result<PromptIds, Fault> {
+        let Generate { model, prompt, .. } = call;
         self.threads.lock().unwrap().push(std::thread::current().id());
         if model.as_str() == "slow" {
             self.pass();
