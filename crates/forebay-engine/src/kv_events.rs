@@ -14,8 +14,7 @@ mod publish;
 mod tests;
 
 use std::net::TcpListener;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use forebay_config::HumanDuration;
@@ -29,8 +28,11 @@ use tokio::sync::{mpsc, watch};
 use crate::serve::KvSink;
 pub(crate) use metrics::{KvEventFamilies, KvEventMetrics};
 
-/// Steps whose events wait for the publishing task. It only encodes and never waits, so more than a few is trouble.
+/// Steps whose events wait for the publishing task. It waits for nothing but a snapshot's copy, so more than a few is
+/// trouble.
 const QUEUE_MAX: usize = 1024;
+/// Events beyond those steps, which then become one step: far more than any cache has blocks in a second.
+const OVERFLOW_MAX: usize = 1 << 16;
 
 /// Where KV events are published, in vLLM's format. They hold the token ids of prompts: open the ports to routers only.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -160,34 +162,61 @@ impl Publisher {
     /// Starts the tasks and returns what the step thread calls, for events and for its load. They end when the first is
     /// dropped.
     ///
-    /// Where the task can't keep up, steps are left out and counted, and the next one that is sent begins with
-    /// `AllBlocksCleared`: a subscriber then knows too little rather than something wrong.
+    /// Where the task can't keep up, the events of several steps become one batch; where it stands still for long, that
+    /// begins with `AllBlocksCleared`: a subscriber then knows too little rather than something wrong.
     pub(crate) fn start(self, metrics: KvEventMetrics) -> (KvSink, watch::Sender<LoadStat>) {
         let (steps, queue) = mpsc::channel(QUEUE_MAX);
         let (load, load_seen) = watch::channel(LoadStat::default());
         let Self { runtime, events, replay, epoch, config } = self;
         let publication = Publication::new(epoch, config.buffer_steps as usize);
         let publishing = publish::Publishing::new(publication, &config, metrics.clone());
-        runtime.spawn(publishing.run(queue, load_seen, events, replay));
-        (sink(steps, metrics), load)
+        let overflow = Overflow::default();
+        runtime.spawn(publishing.run(Inbox { queue, overflow: overflow.clone() }, load_seen, events, replay));
+        (sink(steps, overflow, metrics), load)
     }
 }
 
-fn sink(steps: mpsc::Sender<Step>, metrics: KvEventMetrics) -> KvSink {
-    // Only the step thread comes here; the atomic is for the type of the sink.
-    let lost = AtomicBool::new(false);
+/// Events of steps that found the queue full. All that is in the queue comes before them.
+type Overflow = Arc<Mutex<Vec<KvEvent>>>;
+
+/// What the step thread has put down, in order.
+struct Inbox {
+    queue: mpsc::Receiver<Step>,
+    overflow: Overflow,
+}
+
+impl Inbox {
+    /// The next step's events; `None` when the engine has ended. Cancellation: nothing is lost.
+    async fn recv(&mut self) -> Option<Step> {
+        self.queue.recv().await
+    }
+
+    /// What has overflowed, once the queue is empty.
+    fn overflowed(&mut self) -> Option<Step> {
+        if !self.queue.is_empty() {
+            return None;
+        }
+        let events = std::mem::take(&mut *self.overflow.lock().expect("nothing panics while it is held"));
+        (!events.is_empty()).then(|| Step { ts: unix_seconds(), events })
+    }
+}
+
+fn sink(steps: mpsc::Sender<Step>, overflow: Overflow, metrics: KvEventMetrics) -> KvSink {
     Arc::new(move |events| {
-        let ts = unix_seconds();
-        let cleared = lost.load(Ordering::Relaxed).then_some(&KvEvent::Cleared);
-        let step = Step { ts, events: cleared.into_iter().chain(events).cloned().collect() };
-        match steps.try_send(step) {
-            Ok(()) => lost.store(false, Ordering::Relaxed),
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                metrics.dropped_queue.inc();
-                lost.store(true, Ordering::Relaxed);
+        // The task holds it for a `take` only.
+        let mut overflow = overflow.lock().expect("nothing panics while it is held");
+        if overflow.is_empty() {
+            let step = Step { ts: unix_seconds(), events: events.to_vec() };
+            // Otherwise the runtime is shutting down.
+            if let Err(mpsc::error::TrySendError::Full(step)) = steps.try_send(step) {
+                *overflow = step.events;
             }
-            // The runtime is shutting down.
-            Err(mpsc::error::TrySendError::Closed(_)) => {}
+            return;
+        }
+        overflow.extend_from_slice(events);
+        if overflow.len() > OVERFLOW_MAX {
+            metrics.dropped_queue.inc();
+            *overflow = vec![KvEvent::Cleared];
         }
     })
 }

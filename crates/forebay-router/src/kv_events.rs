@@ -158,11 +158,13 @@ async fn on_message(
     if *topic == HEARTBEAT_TOPIC {
         return Ok(cache.on_heartbeat(seq, payload).await);
     }
-    match decode_load(payload) {
-        Ok(load) if *topic == LOAD_TOPIC => live.on_report(&load),
-        _ if topic.starts_with(source.topic.as_bytes()) => cache.on_batch(seq, payload).await,
-        // A load report that can't be read, or what was not asked for.
-        _ => {}
+    // Only where it can be read: a vLLM may have been given this topic.
+    if *topic == LOAD_TOPIC
+        && let Ok(load) = decode_load(payload)
+    {
+        live.on_report(&load);
+    } else if topic.starts_with(source.topic.as_bytes()) {
+        cache.on_batch(seq, payload).await;
     }
     Ok(None)
 }

@@ -31,7 +31,7 @@ impl KvEventFamilies {
             )?,
             dropped: registry.counters(
                 "forebay_engine_kv_event_batches_dropped_total",
-                "Steps whose KV events were left out: queue (the publisher was too slow) or subscriber (one of them was).",
+                "Times that KV events were left out: queue (the publisher stood still, and told that nothing is cached) or subscriber (one was too slow).",
                 &["model_name", "reason"],
             )?,
             subscribers: registry.gauges(

@@ -8,12 +8,12 @@ use forebay_kv::Publication;
 use forebay_kv::codec::{END_SEQ, HEARTBEAT_TOPIC, LOAD_TOPIC, LoadStat, SNAPSHOT_REQUEST, encode_load};
 use forebay_zmtp::{DialError, Endpoint, Halves, Limits, Message, SocketType, ZmtpError, accept, dial};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Mutex, Notify, Semaphore, broadcast, mpsc, watch};
+use tokio::sync::{Mutex, Notify, Semaphore, broadcast, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use super::metrics::KvEventMetrics;
-use super::{KvEventsConfig, Step, Way, unix_seconds};
+use super::{Inbox, KvEventsConfig, Step, Way, unix_seconds};
 
 /// Batches that a subscriber may be behind before it misses some, as with a PUB socket's high-water mark.
 const BEHIND_MAX: usize = 1024;
@@ -84,7 +84,7 @@ impl Publishing {
     /// Runs until the step thread has gone. Cancellation: all connections are closed.
     pub(super) async fn run(
         self,
-        mut queue: mpsc::Receiver<Step>,
+        mut inbox: Inbox,
         load: watch::Receiver<LoadStat>,
         events: Way,
         replay: Option<TcpListener>,
@@ -108,31 +108,37 @@ impl Publishing {
         let mut beats = tokio::time::interval(self.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let message = tokio::select! {
-                step = queue.recv() => match step {
+            tokio::select! {
+                step = inbox.recv() => match step {
                     Some(step) => self.on_step(step).await,
                     None => return,
                 },
-                _ = beats.tick() => Some(self.heartbeat().await),
-                () = self.hello.notified() => Some(self.heartbeat().await),
-            };
-            if let Some(message) = message {
-                // An error is that nobody listens.
-                let _ = self.live.send(message);
+                _ = beats.tick() => self.heartbeat().await,
+                () = self.hello.notified() => self.heartbeat().await,
+            }
+            if let Some(step) = inbox.overflowed() {
+                self.on_step(step).await;
             }
         }
     }
 
-    async fn on_step(&self, step: Step) -> Option<Live> {
-        let (seq, payload) = self.publication.lock().await.on_step(step.ts, step.events)?;
-        self.metrics.sent.inc();
-        Some(Live::new(self.topic.clone(), seq, payload, false))
+    async fn on_step(&self, step: Step) {
+        if let Some((seq, payload)) = self.publication.lock().await.on_step(step.ts, step.events) {
+            self.metrics.sent.inc();
+            self.send(Live::new(self.topic.clone(), seq, payload, false));
+        }
     }
 
-    async fn heartbeat(&self) -> Live {
+    async fn heartbeat(&self) {
         let publication = self.publication.lock().await;
         let payload = publication.heartbeat(unix_seconds(), self.heartbeat);
-        Live::new(Bytes::from_static(HEARTBEAT_TOPIC.as_bytes()), publication.next_seq(), payload, true)
+        let topic = Bytes::from_static(HEARTBEAT_TOPIC.as_bytes());
+        self.send(Live::new(topic, publication.next_seq(), payload, true));
+    }
+
+    fn send(&self, message: Live) {
+        // An error is that nobody listens.
+        let _ = self.live.send(message);
     }
 
     /// Sends the load when it has changed, and as often as a heartbeat otherwise, so that a late subscriber has it soon.
@@ -146,7 +152,7 @@ impl Publishing {
             let mut payload = Vec::with_capacity(64);
             encode_load(&load.borrow_and_update(), &mut payload);
             let topic = Bytes::from_static(LOAD_TOPIC.as_bytes());
-            let _ = self.live.send(Live::new(topic, seq, payload.into(), true));
+            self.send(Live::new(topic, seq, payload.into(), true));
             seq += 1;
             tokio::time::sleep(self.load_interval).await;
         }

@@ -282,24 +282,43 @@ async fn it_connects_where_the_endpoint_is_a_host() {
     }
 }
 
-/// The task is held up: what doesn't fit is counted, and what comes next begins with a cleared cache.
+/// The task is held up: what doesn't fit becomes one step, in its order, and the queue is open again after it.
 #[test]
-fn an_overflow_never_leaves_a_subscriber_with_what_is_gone() {
-    let metrics = metrics();
-    let (steps, mut queue) = mpsc::channel(2);
-    let sink = sink(steps, metrics.clone());
-    (0..4).for_each(|n| sink(&[stored(n)]));
-    assert_eq!(metrics.dropped_queue.get(), 2);
-    let next = |queue: &mut mpsc::Receiver<Step>| queue.try_recv().map(|step| step.events);
-    assert_eq!(next(&mut queue), Ok(vec![stored(0)]));
-    sink(&[stored(4)]);
+fn an_overflow_loses_nothing() {
+    let (steps, queue) = mpsc::channel(2);
+    let (overflow, metrics) = (Overflow::default(), metrics());
+    let sink = sink(steps, overflow.clone(), metrics.clone());
+    let mut inbox = Inbox { queue, overflow };
+    let next = |inbox: &mut Inbox| inbox.queue.try_recv().map(|step| step.events);
+    (0..5).for_each(|n| sink(&[stored(n)]));
+    assert!(inbox.overflowed().is_none());
+    assert_eq!(next(&mut inbox), Ok(vec![stored(0)]));
+    // There is room, but not before those that wait.
     sink(&[stored(5)]);
-    assert_eq!(next(&mut queue), Ok(vec![stored(1)]));
-    assert_eq!(next(&mut queue), Ok(vec![KvEvent::Cleared, stored(4)]));
+    assert_eq!(next(&mut inbox), Ok(vec![stored(1)]));
+    assert!(next(&mut inbox).is_err());
+    let overflowed = inbox.overflowed().expect("four steps").events;
+    assert_eq!(overflowed, (2..6).map(stored).collect::<Vec<_>>());
+    assert!(inbox.overflowed().is_none());
     sink(&[stored(6)]);
-    assert_eq!(next(&mut queue), Ok(vec![KvEvent::Cleared, stored(6)]));
-    sink(&[stored(7)]);
-    assert_eq!(next(&mut queue), Ok(vec![stored(7)]));
+    assert_eq!(next(&mut inbox), Ok(vec![stored(6)]));
+    assert_eq!(metrics.dropped_queue.get(), 0);
+}
+
+#[test]
+fn an_endless_overflow_never_leaves_a_subscriber_with_what_is_gone() {
+    let (steps, queue) = mpsc::channel(1);
+    let (overflow, metrics) = (Overflow::default(), metrics());
+    let sink = sink(steps, overflow.clone(), metrics.clone());
+    let mut inbox = Inbox { queue, overflow };
+    sink(&[stored(0)]);
+    let many = vec![KvEvent::Removed { hashes: Vec::new() }; OVERFLOW_MAX];
+    sink(&many);
+    sink(&[stored(1)]);
+    sink(&[stored(2)]);
+    assert_eq!(metrics.dropped_queue.get(), 1);
+    assert!(inbox.queue.try_recv().is_ok());
+    assert_eq!(inbox.overflowed().expect("more").events, [KvEvent::Cleared, stored(2)]);
 }
 
 #[tokio::test]

@@ -63,3 +63,53 @@ impl LoadReport {
         sink.send_if_modified(|seen| std::mem::replace(seen, load) != load);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use forebay_schedule::SchedulerConfig;
+
+    use super::*;
+
+    #[test]
+    fn a_report_adds_up() {
+        let config =
+            SchedulerConfig { block_size: 4, blocks: 10, running_max: 7, ..SchedulerConfig::default() };
+        let (sender, mut seen) = watch::channel(LoadStat::default());
+        let mut report = LoadReport::new(Some(sender), &Scheduler::new(config));
+        // A prompt of five beside a sequence that decodes, then one that decodes alone.
+        for row_starts in [vec![0, 5, 6], vec![0, 1]] {
+            let rows = row_starts.len() - 1;
+            report.on_plan(&StepPlan {
+                seqs: vec![forebay_schedule::SeqId(1); rows],
+                row_starts,
+                ..StepPlan::default()
+            });
+            report.on_step_done(Duration::from_micros(300));
+        }
+        let stats = SchedulerStats {
+            running: 2,
+            waiting: 3,
+            waiting_tokens: 90,
+            blocks: 10,
+            blocks_held: 5,
+            ..SchedulerStats::default()
+        };
+        report.publish(&stats);
+        let expect = LoadStat {
+            running_requests: 2,
+            waiting_requests: 3,
+            kv_tokens_used: 20,
+            kv_tokens: 40,
+            data_parallel_rank: 0,
+            waiting_uncached_tokens: 90,
+            total_tokens: 110,
+            running_requests_max: 7,
+            prefill_tokens_total: 5,
+            prefill_busy_us_total: 300,
+        };
+        assert_eq!(*seen.borrow_and_update(), expect);
+        // What has not changed is no news.
+        report.publish(&stats);
+        assert!(!seen.has_changed().expect("open"));
+    }
+}

@@ -23,17 +23,27 @@ pub(super) struct Cache<H> {
     unknown_seen: u64,
     /// Whether the publisher makes snapshots, once it was asked.
     snapshots: Option<bool>,
+    /// What can't be had was said already, and is tried again with every heartbeat.
+    said: bool,
 }
 
 impl<H: History> Cache<H> {
     pub(super) fn new(at: Subscription, history: Option<H>) -> Self {
-        Self { at, history, follower: Follower::default(), renamer: None, unknown_seen: 0, snapshots: None }
+        Self {
+            at,
+            history,
+            follower: Follower::default(),
+            renamer: None,
+            unknown_seen: 0,
+            snapshots: None,
+            said: false,
+        }
     }
 
     /// A new connection: nothing is known, and what was cached before is asked for.
     pub(super) async fn on_connected(&mut self) {
         self.forget(Follower::default());
-        self.snapshots = None;
+        (self.snapshots, self.said) = (None, false);
         self.at.view.change(|status| status.connected = true);
         self.at.metrics.connected.set(1);
         let (model, replica) = (&self.at.model, &self.at.replica);
@@ -64,7 +74,13 @@ impl<H: History> Cache<H> {
             Live::Seen | Live::Restarted => return,
             Live::Gap { from } => {
                 self.at.metrics.lost.inc_by(seq - from);
+                let epoch = self.follower.epoch();
                 self.resync(Why::Gap, Some(seq)).await;
+                // Only now it is known whose batches are to be expected; this one may be of a life before. If it is not,
+                // it counts as lost, and comes with the next heartbeat.
+                if epoch != self.follower.epoch() {
+                    return;
+                }
             }
         }
         // What was asked for may have brought this one as well.
@@ -82,6 +98,8 @@ impl<H: History> Cache<H> {
         let lag = next.saturating_sub(self.follower.expects());
         match self.follower.on_heartbeat(epoch, next) {
             Beat::Fine => self.publish_state(),
+            // Nobody can be asked, and that is known.
+            Beat::Incomplete if lag == 0 && self.history.is_none() => {}
             Beat::Incomplete => {
                 self.at.metrics.lag.set(i64::try_from(lag).unwrap_or(i64::MAX));
                 self.at.metrics.lost.inc_by(lag);
@@ -102,8 +120,10 @@ impl<H: History> Cache<H> {
     /// Gets what is missing, up to batch `until` where one is known to be. What can't be had is noted as missing.
     async fn resync(&mut self, why: Why, until: Option<u64>) {
         let by = self.fetch(why, until).await;
-        if let (By::Nothing, Some(until)) = (by, until) {
-            self.follower.skip_to(until);
+        match (by, until) {
+            (By::Nothing, Some(until)) => self.follower.skip_to(until),
+            (By::Nothing, None) => {}
+            _ => self.said = false,
         }
         self.at.metrics.on_resync(why, by);
         self.at.view.change(|status| status.last_resync = Some(Resync { why, by }));
@@ -196,7 +216,10 @@ impl<H: History> Cache<H> {
         Ok(begun)
     }
 
-    fn say(&self, error: &HistoryError, what: &str) {
+    fn say(&mut self, error: &HistoryError, what: &str) {
+        if std::mem::replace(&mut self.said, true) {
+            return;
+        }
         let (model, replica) = (&self.at.model, &self.at.replica);
         let endpoint = self.at.source.replay.as_ref().map(ToString::to_string);
         tracing::warn!(%model, %replica, endpoint, error = error as &dyn std::error::Error, "{what}");

@@ -56,10 +56,16 @@ impl Follower {
 
     /// All batches before `next` have been sent, in this epoch.
     pub(crate) fn on_heartbeat(&mut self, epoch: Epoch, next: u64) -> Beat {
-        if *self.epoch.get_or_insert(epoch) != epoch {
-            return Beat::OtherEpoch;
+        match self.epoch {
+            Some(mine) if mine != epoch => return Beat::OtherEpoch,
+            Some(_) => {}
+            // Whose that was which is known already, nobody has said.
+            None if self.proved => return Beat::OtherEpoch,
+            None => self.epoch = Some(epoch),
         }
-        match self.is_complete() && next <= self.next {
+        // It comes after all that it counts: what has come and is not counted is of another life.
+        let counted = self.live_last.is_none_or(|last| last < next);
+        match self.is_complete() && next <= self.next && counted {
             true => Beat::Fine,
             false => Beat::Incomplete,
         }
@@ -80,7 +86,7 @@ impl Follower {
         if self.epoch.is_none() && self.live_last.is_some_and(|last| seq <= last) {
             return Live::Restarted;
         }
-        self.live_last = Some(seq);
+        self.live_last = self.live_last.max(Some(seq));
         match seq.cmp(&self.next) {
             std::cmp::Ordering::Less => Live::Seen,
             std::cmp::Ordering::Equal => Live::Next,
@@ -206,11 +212,18 @@ mod tests {
                 follower.on_applied(seq);
             }
         }
-        // Sent before the snapshot, and come after it.
-        assert_eq!(follower.on_heartbeat(mine, 6), Beat::Fine);
-        assert_eq!(follower.on_heartbeat(mine, 9), Beat::Incomplete);
+        assert_eq!(follower.on_heartbeat(mine, 11), Beat::Incomplete);
+        follower.on_snapshot(Some(mine), 11);
+        follower.on_snapshot_end();
+        assert_eq!(follower.on_heartbeat(mine, 11), Beat::Fine);
+        assert_eq!(follower.on_heartbeat(mine, 9), Beat::Incomplete, "10 came already");
         assert_eq!(follower.on_heartbeat(other, 0), Beat::OtherEpoch);
         assert_eq!(Follower::of_epoch(other).on_heartbeat(other, 0), Beat::Incomplete);
+        // A replay does not say from whom it came.
+        let mut follower = Follower::default();
+        follower.on_applied(0);
+        follower.on_replayed();
+        assert_eq!(follower.on_heartbeat(mine, 1), Beat::OtherEpoch);
     }
 
     #[test]
