@@ -264,8 +264,8 @@ def test_a_full_cache_preempts_and_changes_no_answer(start):
     assert server.metrics().value("vllm:kv_cache_usage_perc") == 0
 
 
-def test_queue_limit_is_named(start):
-    """One runs, one waits, the next is refused before it costs anything."""
+def test_a_full_queue_refuses_as_vllm_does(start):
+    """One runs, one waits, the next is refused before it costs anything: its clients know these words."""
     server: Forebay = start({"engine": engine_config(**{"max-num-seqs": 1, "max-num-queued-reqs": 1})})
     long = {"model": MODEL, "messages": user("hi"), "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
 
@@ -284,5 +284,8 @@ def test_queue_limit_is_named(start):
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "slow_down"
         assert int(refused.headers["retry-after"]) > 0
-        assert "max-num-queued-reqs" in refused.json()["error"]["message"]
+        assert refused.json()["error"]["message"] == (
+            "The engine is currently busy and cannot accept new requests. "
+            "Please try again later or on a different instance."
+        )
         assert server.metrics().value("vllm:admission_rejections_total", reason="max_num_queued_reqs") == 1

@@ -468,6 +468,11 @@ async fn a_full_queue_refuses_and_counts() {
     // Three choices at once for one place to run and one to wait in.
     let fault = bench.events(Generate { n: 3, ..greedy("x") }).await.unwrap_err();
     assert_eq!(fault.class.code, Code::Overloaded, "{fault}");
+    assert_eq!(
+        fault.message,
+        "The engine is currently busy and cannot accept new requests. Please try again later or on a different instance."
+    );
+    assert!(matches!(fault.class.retry, Retry::After(wait) if wait >= Duration::from_secs(1)), "{fault:?}");
     let line =
         "vllm:admission_rejections_total{engine=\"0\",model_name=\"fake\",reason=\"max_num_queued_reqs\"} 1";
     bench.wait_for(line).await;
