@@ -10,6 +10,8 @@ use super::submission::PromptAsk;
 
 /// Prompts (times choices) of one request: OpenAI's limit of `n`, and of a batch of prompts.
 const CHOICES_MAX: usize = 2048;
+/// Log-probabilities of prompts in one reply: each is some 100 bytes until the reply is rendered.
+const PROMPT_LOGPROBS_MAX: u64 = 1 << 20;
 /// `max_tokens` of the completions API where the request has none.
 pub(super) const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 
@@ -45,6 +47,7 @@ impl Engine {
             );
             return Err(Fault::bad_request(message).param("n"));
         }
+        check_scores(call, prompts.iter().map(|ids| ids.len() as u64).sum())?;
         let param = match call.api {
             Api::ChatCompletions => "messages",
             Api::Completions => "prompt",
@@ -120,4 +123,22 @@ impl Engine {
         };
         Fault::new(Class::new(Code::ContextLengthExceeded, Blame::Client), message).param(param)
     }
+}
+
+/// Refuses log-probabilities of prompts that would take too much memory: an echo has them once per choice.
+fn check_scores(call: &Generate, prompt_tokens: u64) -> Result<(), Fault> {
+    let echoed = call.logprobs.filter(|_| call.echo && call.api == Api::Completions);
+    let asked = [("prompt_logprobs", call.prompt_logprobs, 1), ("logprobs", echoed, call.n)];
+    for (param, top, times) in asked {
+        let Some(top) = top else { continue };
+        let entries = prompt_tokens.saturating_mul(u64::from(top) + 1).saturating_mul(u64::from(times));
+        if entries > PROMPT_LOGPROBS_MAX {
+            let message = format!(
+                "{prompt_tokens} prompt tokens with {top} log-probabilities beside their own make {entries} entries; the limit is \
+                 {PROMPT_LOGPROBS_MAX}. Send fewer prompts in a request, or ask for fewer log-probabilities."
+            );
+            return Err(Fault::bad_request(message).param(param));
+        }
+    }
+    Ok(())
 }

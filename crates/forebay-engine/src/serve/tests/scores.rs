@@ -144,6 +144,21 @@ async fn a_failed_step_ends_the_request_and_not_the_engine() {
 }
 
 #[tokio::test]
+async fn more_log_probabilities_than_memory_is_for_are_refused() {
+    let bench = bench(fake(), |c| (c.blocks, c.model_len_max) = (64, 250));
+    let check = async |change: fn(&mut Generate), param: &str| {
+        let mut call =
+            Generate { prompt: Prompt::Tokens(vec![vec![1; 200]; 256]), max_tokens: Some(1), ..greedy("") };
+        change(&mut call);
+        let fault = bench.events(call).await.unwrap_err();
+        assert_eq!((fault.class.code, fault.param.as_deref()), (Code::BadRequest, Some(param)));
+        assert!(fault.message.contains("the limit is 1048576"), "{}", fault.message);
+    };
+    check(|c| c.prompt_logprobs = Some(20), "prompt_logprobs").await;
+    check(|c| (c.echo, c.logprobs, c.n) = (true, Some(9), 4), "logprobs").await;
+}
+
+#[tokio::test]
 async fn chosen_tokens_are_scored_instead_of_the_most_likely() {
     let bench = bench(says("go", "yes"), |_| {});
     let ids = vec![u32::from(b'n'), u32::from(b'y'), u32::from(b'n')];
