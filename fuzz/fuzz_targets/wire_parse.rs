@@ -6,7 +6,7 @@
 
 use bytes::Bytes;
 use forebay_types::Classify;
-use forebay_wire::{Ask, Generate, Prompt, for_upstream, parse};
+use forebay_wire::{Ask, Embed, Generate, Prompt, for_upstream, parse, with_model};
 use http::Method;
 use libfuzzer_sys::fuzz_target;
 
@@ -19,6 +19,7 @@ fuzz_target!(|data: &[u8]| {
     let body = Bytes::copy_from_slice(&data[end + 1..]);
     match parse(&method, path, words.next(), &body) {
         Ok(Ask::Generate(call)) => check(&call),
+        Ok(Ask::Embed(call)) => check_embed(&call),
         Ok(_) => {}
         Err(error) => {
             let _ = (error.class(), error.param());
@@ -28,6 +29,21 @@ fuzz_target!(|data: &[u8]| {
         }
     }
 });
+
+fn check_embed(call: &Embed) {
+    assert!((1..=2048).contains(&call.input.count()));
+    if let Prompt::Tokens(prompts) = &call.input {
+        assert!(prompts.iter().all(|prompt| !prompt.is_empty()));
+    }
+    assert!(call.dimensions != Some(0));
+    let forwarded = with_model(&call.body, "other").expect("what was parsed can be spliced");
+    let Ok(Ask::Embed(again)) = parse(&Method::POST, "/v1/embeddings", None, &forwarded) else {
+        panic!("the forwarded body is not understood: {forwarded:?}");
+    };
+    assert_eq!(again.model.as_str(), "other");
+    let same = Embed { model: call.model.clone(), body: call.body.clone(), ..(*again).clone() };
+    assert_eq!(format!("{same:?}"), format!("{call:?}"));
+}
 
 fn check(call: &Generate) {
     assert!(call.n >= 1 && call.prompt.count() >= 1);

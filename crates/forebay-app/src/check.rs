@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use forebay_config::{Diagnostic, Environment, Loaded, Source};
-use forebay_engine::Engine;
+use forebay_engine::ModelEngine;
 use forebay_flow::{Flow, Placed, PromptEncoder, PromptIds, Reply, Stage};
 use forebay_models::ModelRef;
 use forebay_observe::Registry;
@@ -174,7 +174,7 @@ fn engine_file(
         ModelRef::Path(path) => path,
         reference => crate::model::store(env).ok()?.cached(&reference)?,
     };
-    let source = Engine::inspect(engine, &path).err()?;
+    let source = ModelEngine::inspect(engine, &path).err()?;
     let error = crate::error::BuildError::Engine { at, source };
     Some(error.diagnostic(loaded))
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use forebay_config::Environment;
-use forebay_engine::{Engine, EngineConfig, EngineDeps, EngineMetrics, KvSink};
+use forebay_engine::{EngineConfig, EngineDeps, EngineMetrics, KvSink, ModelEngine};
 use forebay_flow::{Placed, PromptEncoder, PromptIds, Stage};
 use forebay_gateway::{Gateway, GatewayDeps};
 use forebay_observe::Registry;
@@ -16,7 +16,7 @@ use forebay_proxy::{FleetCard, Proxy, ProxyDeps};
 use forebay_router::{PrefixView, Router, RouterConfig, RouterDeps};
 use forebay_types::{Fault, ModelName, ReplicaId};
 use forebay_upstream::HttpClient;
-use forebay_wire::{Generate, Prompt};
+use forebay_wire::{Embed, Generate, Prompt};
 
 use crate::config::Config;
 use crate::error::BuildError;
@@ -46,14 +46,14 @@ pub fn start_engine(
     model: &LocalModel,
     prefix: &PrefixView,
     metrics: &EngineMetrics,
-) -> Result<Engine, BuildError> {
+) -> Result<ModelEngine, BuildError> {
     let deps = EngineDeps {
         metrics,
         // The engine tells the router's index what its cache holds, exactly and in order: no guessing, no scraping.
         kv_sink: Some(engine_sink(prefix, &model.name)),
         isa: None,
     };
-    Engine::start(config, &model.path, model.name.clone(), deps)
+    ModelEngine::start(config, &model.path, model.name.clone(), deps)
         .map_err(|source| BuildError::Engine { at: at.to_owned(), source })
 }
 
@@ -136,7 +136,7 @@ impl EngineTokenizers {
         Self(by_name)
     }
 
-    fn engine(&self, model: &ModelName) -> Option<(Arc<Engine>, bool)> {
+    fn engine(&self, model: &ModelName) -> Option<(Arc<ModelEngine>, bool)> {
         let counted = self.0.get(model)?;
         Some((counted.slot.engine()?, counted.alone))
     }
@@ -156,6 +156,13 @@ impl PromptEncoder for EngineTokenizers {
             // The engine will not take a longer one, and then its tokens are of no use to anybody.
             Some((engine, _)) if engine.fits(&call.prompt).is_ok() => engine.encode(call),
             Some(_) | None => Ok(PromptIds::estimate(&call.prompt)),
+        }
+    }
+
+    fn encode_inputs(&self, call: &Embed) -> Result<PromptIds, Fault> {
+        match self.engine(&call.model) {
+            Some((engine, _)) if engine.fits(&call.input).is_ok() => engine.encode_inputs(call),
+            Some(_) | None => Ok(PromptIds::estimate(&call.input)),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use forebay_engine::Engine;
+use forebay_engine::ModelEngine;
 use forebay_flow::{Flow, Placed, Reply, Stage};
 use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry};
 use parking_lot::RwLock;
@@ -27,21 +27,21 @@ pub trait Loaded: Send + Sync + 'static {
     fn stop(self);
 }
 
-impl Loaded for Engine {
+impl Loaded for ModelEngine {
     fn summary(&self) -> String {
-        format!("{}, loaded in {:.1} s", Engine::summary(self), self.load_time().as_secs_f64())
+        format!("{}, loaded in {:.1} s", ModelEngine::summary(self), self.load_time().as_secs_f64())
     }
 
     fn model_len(&self) -> u32 {
-        Engine::model_len(self)
+        ModelEngine::model_len(self)
     }
 
     fn is_alive(&self) -> bool {
-        Engine::is_alive(self)
+        ModelEngine::is_alive(self)
     }
 
     fn stop(self) {
-        Engine::stop(self);
+        ModelEngine::stop(self);
     }
 }
 
@@ -50,7 +50,7 @@ pub type Loader<E> =
     Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<E, StartError>> + Send>> + Send + Sync>;
 
 /// The place of one configured model.
-pub struct Slot<E = Engine> {
+pub struct Slot<E = ModelEngine> {
     model: ModelName,
     state: RwLock<State<E>>,
     /// Held by whoever loads or unloads.

@@ -14,4 +14,6 @@ mod small_file;
 pub use config::{EngineConfig, EngineConfigError};
 pub use kv_events::{KvEventSource, KvEventsConfig, KvEventsError};
 pub use metrics::EngineMetrics;
-pub use serve::{Engine, EngineDeps, HfTextError, KvSink, StartError, TextError};
+pub use serve::{
+    EmbeddingEngine, Engine, EngineDeps, HfTextError, KvSink, ModelEngine, StartError, TextError,
+};

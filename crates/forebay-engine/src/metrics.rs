@@ -199,7 +199,6 @@ impl EngineMetrics {
 
     /// The series of one engine. `kv` says how its cache is laid out.
     pub fn for_model(&self, model: &str, kv: &KvInfo) -> ModelMetrics {
-        let labels = [model, "0"];
         let caching = if kv.prefix_caching { "True" } else { "False" };
         self.cache_info
             .with_label_values(&[
@@ -210,6 +209,12 @@ impl EngineMetrics {
                 &"0".to_owned(),
             ])
             .set(1);
+        self.for_encoder(model)
+    }
+
+    /// The series of one engine that has no KV cache.
+    pub fn for_encoder(&self, model: &str) -> ModelMetrics {
+        let labels = [model, "0"];
         let metrics = ModelMetrics {
             model: model.to_owned(),
             usage: self.gauges.with_label_values(&labels),

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use forebay_types::{Fault, ModelName, TokenId, TokenizerId};
-use forebay_wire::{Generate, Prompt};
+use forebay_wire::{Embed, Generate, Prompt};
 
 /// A prompt's tokens.
 #[derive(Clone)]
@@ -51,4 +51,9 @@ pub trait PromptEncoder: Send + Sync + 'static {
     /// The ids of the call's prompts, as the model is to see them: cut off where the call asks for it. An unknown model is
     /// estimated, not refused: whether it exists is the proxy's to say.
     fn encode(&self, call: &Generate) -> Result<PromptIds, Fault>;
+
+    /// The ids of texts to embed, special ones around them. An estimate where nobody here has their tokenizer.
+    fn encode_inputs(&self, call: &Embed) -> Result<PromptIds, Fault> {
+        Ok(PromptIds::estimate(&call.input))
+    }
 }

@@ -31,7 +31,7 @@ pub(crate) struct Account {
     consumer: Option<ConsumerName>,
     model: Option<ModelName>,
     hold: Option<Hold>,
-    /// Of a generation; other requests cost no tokens.
+    /// Of a generation or of embeddings; other requests cost no tokens.
     tally: Option<Tally>,
     /// A reply has begun, so that its status is 200 whatever happens after.
     replied: bool,
@@ -84,7 +84,7 @@ impl Account {
         self.model = model.cloned();
     }
 
-    /// The request goes on with `hold`. For a generation, `prompt` is what it is charged at least from now on, unless
+    /// The request goes on with `hold`. For what costs tokens, `prompt` is what it is charged at least from now on, unless
     /// it is refused below: an engine may have begun with it.
     pub(crate) fn dispatched(&mut self, mut hold: Hold, prompt: Option<&PromptIds>) {
         if let Some(ids) = prompt {

@@ -152,12 +152,13 @@ impl<Next> Gateway<Next> {
 
         // The request is taken before anything is done for it, so that it costs also where it is refused, and somebody who
         // has nothing left gets no work out of us. How many tokens it needs is known only after that work.
-        let mut hold = self.hold(consumer, if may_generate(&received) { 1 } else { 0 })?;
+        let mut hold = self.hold(consumer, if may_compute(&received) { 1 } else { 0 })?;
         let (ask, ids) = self.understand(origin, consumer, received, account).await?;
 
         let start = Instant::now();
         let tokens = match &ask {
             Ask::Generate(call) => tokens_max(call, &ids, self.default_output_tokens),
+            Ask::Embed(_) => u64::from(ids.tokens()),
             Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => 0,
         };
         if let Err(refused) = hold.try_resize(self.clock.now(), tokens) {
@@ -173,7 +174,7 @@ impl<Next> Gateway<Next> {
             format!("{tokens} tokens; {}", ratelimit::left(&left)),
         );
         let held = hold.proof();
-        account.dispatched(hold, matches!(ask, Ask::Generate(_)).then_some(&ids));
+        account.dispatched(hold, ask.prompt().is_some().then_some(&ids));
         let caller = Caller { consumer: consumer.name.clone(), models: consumer.models.clone() };
         Ok((Admitted { caller, ask, ids, held }, ratelimit::headers(&left)))
     }
@@ -261,7 +262,10 @@ impl<Next: Stage<Admitted>> Stage<Received> for Gateway<Next> {
         };
         let render = match &admitted.ask {
             Ask::Generate(call) => Some(RenderSpec::new(call)),
-            Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => None,
+            // Their answer is one body that is rendered below.
+            Ask::Embed(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
+                None
+            }
         };
         let mut reply = match self.next.call(Flow::new(origin, admitted)).await {
             Ok(reply) => reply,
@@ -285,9 +289,10 @@ impl<Next: Stage<Admitted>> Stage<Received> for Gateway<Next> {
     }
 }
 
-/// Whether this can become a generation, as far as the path says.
-fn may_generate(received: &Received) -> bool {
-    received.method == Method::POST && received.path.ends_with("/completions")
+/// Whether this can cost tokens, as far as the path says.
+fn may_compute(received: &Received) -> bool {
+    let computes = received.path.ends_with("/completions") || received.path.ends_with("/embeddings");
+    received.method == Method::POST && computes
 }
 
 fn read(received: &Received) -> Result<Ask, Fault> {
@@ -305,7 +310,7 @@ fn may_use(consumer: &Consumer, ask: &Ask) -> Result<(), Fault> {
     let Some(models) = &consumer.models else { return Ok(()) };
     let model = match ask {
         Ask::ListModels | Ask::GetModel(_) => return Ok(()),
-        Ask::Generate(_) | Ask::Tokenize(_) | Ask::Detokenize(_) => ask.model(),
+        Ask::Generate(_) | Ask::Embed(_) | Ask::Tokenize(_) | Ask::Detokenize(_) => ask.model(),
     };
     let consumer = consumer.name.clone();
     match model {
@@ -321,13 +326,20 @@ fn encode(
     ask: Ask,
     is_wanted: &dyn Fn() -> bool,
 ) -> Result<(Ask, PromptIds), Fault> {
-    let Ask::Generate(call) = &ask else { return Ok((ask, PromptIds::none())) };
+    let Some((model, prompt)) = ask.prompt() else { return Ok((ask, PromptIds::none())) };
     let start = Instant::now();
-    encoder.fits(&call.model, &call.prompt)?;
+    // What is cut to the model's limit fits it, however long it is.
+    if !matches!(&ask, Ask::Embed(call) if call.truncate_prompt_tokens.is_some()) {
+        encoder.fits(model, prompt)?;
+    }
     if !is_wanted() {
         return Err(Fault::internal("the client left"));
     }
-    let ids = encoder.encode(call)?;
+    let ids = match &ask {
+        Ask::Generate(call) => encoder.encode(call)?,
+        Ask::Embed(call) => encoder.encode_inputs(call)?,
+        Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => PromptIds::none(),
+    };
     let how = if matches!(ids, PromptIds::Exact { .. }) { "exact" } else { "estimated" };
     origin.trace.note(Layer::Gateway, "tokenize", start, format!("{} tokens, {how}", ids.tokens()));
     Ok((ask, ids))

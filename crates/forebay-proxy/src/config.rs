@@ -118,6 +118,14 @@ impl Provider {
             Self::Anthropic => api == Api::ChatCompletions,
         }
     }
+
+    /// Whether there is `/v1/embeddings`.
+    pub fn has_embeddings(self) -> bool {
+        match self {
+            Self::Openai | Self::OpenaiCompatible => true,
+            Self::Anthropic => false,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use forebay_flow::{Admitted, Flow, Reply, Resolved, Stage};
 use forebay_observe::Layer;
 use forebay_types::{Blame, Class, Classify, Code, Fault, ModelName, Retry};
 use forebay_upstream::{CallInfo, FaultKind, Upstream, UpstreamFault};
-use forebay_wire::{Api, Ask, SpliceError, error_row, for_upstream};
+use forebay_wire::{Api, Ask, SpliceError, error_row, for_upstream, with_model};
 use http::{HeaderName, HeaderValue};
 use tokio::time::Instant;
 
@@ -138,6 +138,7 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
         let is_able = |link: &&Deployment| match (&link.target, ask) {
             (Target::Fleet(_), _) => true,
             (Target::Provider { provider, .. }, Ask::Generate(call)) => provider.has(call.api),
+            (Target::Provider { provider, .. }, Ask::Embed(_)) => provider.has_embeddings(),
             (Target::Provider { .. }, _) => false,
         };
         let able: Vec<&Deployment> = model.deployments.iter().filter(is_able).collect();
@@ -271,7 +272,7 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
     }
 }
 
-/// Sends a generation to a provider.
+/// Sends a generation, or texts to embed, to a provider.
 async fn provider(
     upstream: &Upstream,
     name: &str,
@@ -279,15 +280,21 @@ async fn provider(
     flow: &Flow<Admitted>,
 ) -> Result<Reply, UpstreamFault> {
     let broken = |fault: Fault| UpstreamFault { kind: FaultKind::Broken, fault };
-    let Ask::Generate(call) = &flow.stage.ask else {
-        return Err(broken(ResolveError::NotAtProviders { model: model.name.clone() }.into()));
+    let (path, body, info) = match &flow.stage.ask {
+        Ask::Generate(call) => {
+            let path = match call.api {
+                Api::ChatCompletions => "/v1/chat/completions",
+                Api::Completions => "/v1/completions",
+            };
+            (path, for_upstream(call, name), CallInfo::new(call, false))
+        }
+        Ask::Embed(call) => ("/v1/embeddings", with_model(&call.body, name), CallInfo::of_embedding(call)),
+        Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
+            return Err(broken(ResolveError::NotAtProviders { model: model.name.clone() }.into()));
+        }
     };
-    let body = for_upstream(call, name).map_err(|error| broken(ResolveError::from(error).into()))?;
-    let path = match call.api {
-        Api::ChatCompletions => "/v1/chat/completions",
-        Api::Completions => "/v1/completions",
-    };
-    upstream.generate(&flow.origin, path, body, CallInfo::new(call, false), model.timeouts).await
+    let body = body.map_err(|error| broken(ResolveError::from(error).into()))?;
+    upstream.generate(&flow.origin, path, body, info, model.timeouts).await
 }
 
 impl<Next: Stage<Resolved>> Stage<Admitted> for Proxy<Next> {

@@ -41,6 +41,8 @@ impl Need {
                 tokens_max: call.max_tokens,
                 ..Self::default()
             },
+            // Nothing of it is cached, and nothing is generated.
+            Ask::Embed(_) => Self { prompt_tokens: ids.tokens(), choices: 1, ..Self::default() },
             Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => Self::default(),
         }
     }

@@ -194,6 +194,11 @@ impl<E: Stage<Placed>> Router<E> {
                 }
                 return self.generate(upstream, call, served_name, &flow.origin, false).await;
             }
+            Ask::Embed(call) => {
+                let body = with_model(&call.body, served_name).map_err(RouteError::from)?;
+                let info = CallInfo::of_embedding(call);
+                return Ok(upstream.generate(&flow.origin, "/v1/embeddings", body, info, timeouts).await?);
+            }
             Ask::Tokenize(call) => ("/tokenize", with_model(&call.body, served_name)),
             Ask::Detokenize(call) => ("/detokenize", with_model(&call.body, served_name)),
             Ask::ListModels | Ask::GetModel(_) => return Err(RouteError::Listing.into()),

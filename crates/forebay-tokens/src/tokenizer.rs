@@ -416,6 +416,11 @@ impl Tokenizer {
         self.inner.roles.pad
     }
 
+    /// What [`Special::add`] puts after a text.
+    pub fn suffix(&self) -> &[TokenId] {
+        &self.inner.suffix
+    }
+
     /// Ids are below this; the model's output may be wider (padded), the ids beyond have no bytes.
     pub fn vocab_size(&self) -> usize {
         self.inner.entries.len()

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use forebay_flow::{Origin, Reply};
 use forebay_types::ModelName;
-use forebay_wire::Generate;
+use forebay_wire::{Embed, Generate};
 use http::header::{self, HeaderName};
 use http::{HeaderValue, Method, Request, StatusCode};
 use tokio::time::Instant;
@@ -65,6 +65,11 @@ impl CallInfo {
         };
         Self { model: call.model.clone(), stream: call.stream, usage }
     }
+
+    /// Of a call that is answered with one JSON body.
+    pub fn of_embedding(call: &Embed) -> Self {
+        Self { model: call.model.clone(), stream: false, usage: StreamUsage::Hidden }
+    }
 }
 
 /// Limits on silence.
@@ -123,7 +128,7 @@ impl Upstream {
         &self.base
     }
 
-    /// Posts a generation and waits until its first event is there, so that every failure before is an `Err` that
+    /// Posts a generation, or what is answered like one that does not stream, and waits until its first event is there, so that every failure before is an `Err` that
     /// may be retried elsewhere.
     ///
     /// `path` is the API's (`/v1/chat/completions`); `body` is the JSON for this upstream, with

@@ -1,5 +1,7 @@
 //! What a client asks for, canonically: one struct whatever the dialect and endpoint.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use forebay_types::{ModelName, TokenId};
 use serde_json::Value;
@@ -19,6 +21,8 @@ pub enum Api {
 #[derive(Debug, Clone)]
 pub enum Ask {
     Generate(Box<Generate>),
+    /// `POST /v1/embeddings`
+    Embed(Arc<Embed>),
     /// `POST /tokenize` (vLLM's shape)
     Tokenize(Tokenize),
     /// `POST /detokenize` (vLLM's shape)
@@ -34,12 +38,57 @@ impl Ask {
     pub fn model(&self) -> Option<&ModelName> {
         match self {
             Self::Generate(call) => Some(&call.model),
+            Self::Embed(call) => Some(&call.model),
             Self::Tokenize(call) => call.model.as_ref(),
             Self::Detokenize(call) => call.model.as_ref(),
             Self::GetModel(model) => Some(model),
             Self::ListModels => None,
         }
     }
+
+    /// What the model has to compute on, with the model's name; `None` for what costs no tokens.
+    pub fn prompt(&self) -> Option<(&ModelName, &Prompt)> {
+        match self {
+            Self::Generate(call) => Some((&call.model, &call.prompt)),
+            Self::Embed(call) => Some((&call.model, &call.input)),
+            Self::Tokenize(_) | Self::Detokenize(_) | Self::ListModels | Self::GetModel(_) => None,
+        }
+    }
+}
+
+/// Texts to vectors.
+#[derive(Debug, Clone)]
+pub struct Embed {
+    pub model: ModelName,
+    /// Texts or token ids, each of which becomes a vector.
+    pub input: Prompt,
+    /// OpenAI's `encoding_format`.
+    pub format: VectorFormat,
+    /// Numbers of each vector; `None` is all.
+    pub dimensions: Option<u32>,
+    /// vLLM's `use_activation`, before that `normalize`: whether vectors get length 1; `None` is the model's own.
+    pub normalize: Option<bool>,
+    /// vLLM's `truncate_prompt_tokens`: keep only this many tokens of each text; -1 is the model's limit.
+    pub truncate_prompt_tokens: Option<i32>,
+    /// vLLM's `add_special_tokens`, `true` unless asked otherwise.
+    pub add_special_tokens: bool,
+    /// vLLM's `priority`: lower goes first.
+    pub priority: i32,
+    pub user: Option<String>,
+    /// As [`Generate::needs`].
+    pub needs: Vec<Need>,
+    /// The body as it came, for forwarding in the same dialect.
+    pub body: Bytes,
+}
+
+/// How vectors are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum VectorFormat {
+    /// A list of numbers.
+    #[default]
+    Float,
+    /// Little-endian f32 in base64: what OpenAI's own clients ask for.
+    Base64,
 }
 
 /// One generation: a prompt (or several), `n` choices each.

@@ -15,6 +15,7 @@
 
 mod ask;
 mod collect;
+mod embeddings;
 mod error;
 mod event;
 mod json;
@@ -29,10 +30,11 @@ mod sse;
 mod tokenized;
 
 pub use ask::{
-    Api, Ask, ChatMessage, Constraint, Content, Detokenize, Generate, Prompt, Sampling, Tokenize,
-    TokenizeInput, ToolChoice, TruncationSide,
+    Api, Ask, ChatMessage, Constraint, Content, Detokenize, Embed, Generate, Prompt, Sampling, Tokenize,
+    TokenizeInput, ToolChoice, TruncationSide, VectorFormat,
 };
 pub use collect::{CollectError, Collector};
+pub use embeddings::{EmbeddingsHead, render_embeddings};
 pub use error::{ErrorRow, UpstreamError, error_row, error_rows, fault_frame, parse_error, render_fault};
 pub use event::{Chunk, Delta, Event, PromptTokens, RankedLogprob, TokenLogprob, ToolCallDelta, TopLogprob};
 pub use models::{ModelCard, render_model, render_models};

@@ -374,7 +374,7 @@ impl Pass<'_> {
 }
 
 /// The first `len` values of a buffer, which grows if it is shorter. What they hold is not specified.
-fn at_least(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+pub(super) fn at_least(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if buffer.len() < len {
         buffer.resize(len, 0.0);
     }
@@ -382,7 +382,7 @@ fn at_least(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 /// `f(first_row, rows)` over `out`, in chunks of about [`CHUNK_VALUES`].
-fn by_rows(pool: &Pool, out: &mut [f32], row_len: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+pub(super) fn by_rows(pool: &Pool, out: &mut [f32], row_len: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
     pool.run_rows(out, row_len, (CHUNK_VALUES / row_len).max(1), f);
 }
 
@@ -404,12 +404,12 @@ fn post_normed<'b>(
     scratch
 }
 
-fn add(pool: &Pool, x: &mut [f32], delta: &[f32], dim: usize) {
+pub(super) fn add(pool: &Pool, x: &mut [f32], delta: &[f32], dim: usize) {
     by_rows(pool, x, dim, &|first, rows| add_assign(rows, &delta[first * dim..][..rows.len()]));
 }
 
 /// `y = x · wᵀ`
-fn project(pool: &Pool, w: &Matrix, x: &[f32], inputs: &mut Activations, y: &mut [f32]) {
+pub(super) fn project(pool: &Pool, w: &Matrix, x: &[f32], inputs: &mut Activations, y: &mut [f32]) {
     inputs.prepare(pool, w, x);
     matmul(pool, w, inputs, y);
 }

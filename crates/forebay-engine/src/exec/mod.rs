@@ -3,6 +3,7 @@
 //! An executor owns the KV blocks' memory and nothing else that lasts: which sequence owns which block, what is
 //! cached and who runs next is the scheduler's. It knows no request, no text and no sampling.
 
+mod bert;
 mod check;
 mod collective;
 mod cpu;
@@ -19,6 +20,7 @@ use forebay_types::{Blame, Class, Classify, Code, Retry};
 
 use crate::model::{ModelFile, Ranks};
 
+pub use bert::{BertEncoder, Encoder};
 pub use check::PlanError;
 pub use collective::{Collective, CollectiveError, ThreadCollective};
 pub use cpu::{BuildError, CpuExecutor, CpuOptions};

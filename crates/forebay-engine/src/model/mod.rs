@@ -4,6 +4,7 @@
 //! differs between families of that shape is data in [`FAMILIES`], not code. Deliberately absent: tokenizer and
 //! chat template (their metadata is read by whoever loads them), and every forward pass (that is [`crate::exec`]).
 
+mod encoder;
 mod file;
 mod hf_config;
 mod hf_names;
@@ -19,6 +20,9 @@ mod tests;
 pub mod tiny;
 mod weights;
 
+pub use encoder::{
+    ENCODERS, EncoderError, EncoderLayer, EncoderSpec, EncoderWeights, Linear, Norm, Pooling, is_encoder,
+};
 pub use file::{ModelFile, OpenError, StoredTensor};
 pub use hf_config::{CONFIG_FILE, HfConfig};
 pub(crate) use shard::part;

@@ -13,13 +13,15 @@ use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{StopMatcher, TextModel};
 use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, TokenizerId};
 use forebay_wire::{Api, Ask, Constraint, Event, Generate, TokenizeInput};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 use super::constrain::Beginning;
+use super::embed::not_this_api;
 use super::events::{EventStream, stopped};
 use super::layout::{Layout, cores};
 use super::load::LoadReport;
 use super::memory::check_memory;
+use super::off_thread::OffThread;
 use super::prompt;
 use super::scores::rows_max;
 use super::start_error::StartError;
@@ -37,7 +39,7 @@ use crate::sample::Wanted;
 /// Submissions on their way to the step thread. It takes them between steps, so this bounds what arrives during one.
 pub(super) const INBOX_MAX: usize = 1024;
 /// Tells a client when to come back where the inbox is full: the next steps empty it.
-const RETRY_AFTER: Duration = Duration::from_secs(2);
+pub(super) const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// What an engine needs beside its configuration.
 pub struct EngineDeps<'a> {
@@ -55,8 +57,7 @@ pub struct Engine {
     inbox: mpsc::Sender<Submission>,
     /// Made by the first request that needs it.
     grammars: Arc<OnceLock<Result<Grammars, GrammarError>>>,
-    /// What this engine tokenizes itself, at a time: half of the cores, as the others compute meanwhile.
-    encoding: Arc<Semaphore>,
+    off_thread: OffThread,
     /// Bytes of the longest token.
     token_bytes_max: usize,
     pub(super) vocab_size: usize,
@@ -186,7 +187,7 @@ impl Engine {
             text,
             inbox,
             grammars: Arc::default(),
-            encoding: Arc::new(Semaphore::new((cores() / 2).max(1))),
+            off_thread: OffThread::new(),
             vocab_size,
             model_len,
             request_timeout: config.request_timeout.get(),
@@ -337,35 +338,23 @@ impl Engine {
     async fn constrain(&self, constraint: Option<&Constraint>) -> Result<Option<Beginning>, Fault> {
         let Some(constraint) = constraint.cloned() else { return Ok(None) };
         let (grammars, tokenizer) = (Arc::clone(&self.grammars), self.text.tokenizer().clone());
-        self.off_thread(move || {
-            let made = grammars.get_or_init(|| Grammars::new(&tokenizer)).as_ref().map_err(Clone::clone);
-            let compiled = made.and_then(|grammars| Beginning::new(grammars.compile(&constraint)?));
-            let param = match constraint {
-                Constraint::JsonObject | Constraint::JsonSchema(_) => "response_format",
-                _ => "structured_outputs",
-            };
-            compiled.map(Some).map_err(|error| Fault::from(error).param(param))
-        })
-        .await
+        self.off_thread
+            .run(move || {
+                let made = grammars.get_or_init(|| Grammars::new(&tokenizer)).as_ref().map_err(Clone::clone);
+                let compiled = made.and_then(|grammars| Beginning::new(grammars.compile(&constraint)?));
+                let param = match constraint {
+                    Constraint::JsonObject | Constraint::JsonSchema(_) => "response_format",
+                    _ => "structured_outputs",
+                };
+                compiled.map(Some).map_err(|error| Fault::from(error).param(param))
+            })
+            .await
     }
 
     async fn encode_off_thread(&self, call: &Generate) -> Result<PromptIds, Fault> {
         self.fits(&call.prompt)?;
         let (text, call, len) = (self.text.clone(), call.clone(), self.model_len);
-        self.off_thread(move || prompt::encode(&text, &call, len)).await
-    }
-
-    /// Runs the tokenizer on a thread for blocking work. A client that leaves while others are before it is forgotten.
-    async fn off_thread<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
-    ) -> Result<T, Fault> {
-        let permit = Arc::clone(&self.encoding).acquire_owned().await.expect("never closed");
-        let done = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            work()
-        });
-        done.await.map_err(|error| Fault::internal(format!("the tokenizer task failed: {error}")))?
+        self.off_thread.run(move || prompt::encode(&text, &call, len)).await
     }
 }
 
@@ -373,6 +362,7 @@ impl Stage<Placed> for Engine {
     async fn call(&self, flow: Flow<Placed>) -> Result<Reply, Fault> {
         match &flow.stage.ask {
             Ask::Generate(_) => self.generate(flow).await,
+            Ask::Embed(_) => Err(not_this_api("Embeddings")),
             Ask::Tokenize(call) => {
                 let param = match call.input {
                     TokenizeInput::Prompt(_) => "prompt",
@@ -380,11 +370,11 @@ impl Stage<Placed> for Engine {
                 };
                 self.fit_bytes(call.input.bytes_max(), param)?;
                 let (text, call, len) = (self.text.clone(), call.clone(), self.model_len);
-                self.off_thread(move || prompt::tokenize(&text, &call, len)).await
+                self.off_thread.run(move || prompt::tokenize(&text, &call, len)).await
             }
             Ask::Detokenize(call) => {
                 let (text, call) = (self.text.clone(), call.clone());
-                self.off_thread(move || prompt::detokenize(&text, &call)).await
+                self.off_thread.run(move || prompt::detokenize(&text, &call)).await
             }
             Ask::ListModels | Ask::GetModel(_) => Err(Fault::internal("model listings are the proxy's")),
         }
@@ -413,7 +403,7 @@ fn both(here: Option<KvSink>, elsewhere: Option<KvSink>) -> Option<KvSink> {
     }
 }
 
-fn overloaded() -> Fault {
+pub(super) fn overloaded() -> Fault {
     let class = Class::new(Code::Overloaded, Blame::Us).retry(Retry::After(RETRY_AFTER));
     Fault::new(
         class,

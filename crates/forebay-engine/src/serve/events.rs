@@ -1,6 +1,6 @@
 //! The events of a request on their way to the client.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forebay_observe::{Layer, Trace};
 use forebay_types::{Blame, Class, Code, Fault, Retry};
@@ -52,6 +52,13 @@ impl futures_util::Stream for EventStream {
             None => Poll::Ready(None),
         }
     }
+}
+
+/// A request's time is up.
+pub(super) fn too_slow(limit: Duration) -> Fault {
+    let class = Class::new(Code::UpstreamTimeout, Blame::Us).retry(Retry::Never);
+    let limit = forebay_config::HumanDuration::new(limit);
+    Fault::new(class, format!("the request took longer than {limit} (`engine.request-timeout`)"))
 }
 
 pub(super) fn stopped() -> Fault {

@@ -7,11 +7,16 @@ use crate::model::ModelFile;
 
 /// Refuses to start where the kernel would have to kill us later. Only where the system says what is available.
 pub(super) fn check_memory(model: &ModelFile, kv: u64) -> Result<(), StartError> {
-    let Some(available) = available_memory() else { return Ok(()) };
     let file = model.bytes();
     // Packed weights are a little larger than the file's where these are quantised (scales are widened). A directory
     // has floats only; what is left are rows that fill up a tile.
     let weights = file + if model.gguf().is_some() { file / 4 } else { file / 64 };
+    check_room(weights, kv)
+}
+
+/// As [`check_memory`], for packed weights of so many bytes.
+pub(super) fn check_room(weights: u64, kv: u64) -> Result<(), StartError> {
+    let Some(available) = available_memory() else { return Ok(()) };
     if weights + kv > available {
         let size = forebay_config::ByteSize::new;
         return Err(StartError::Memory { weights: size(weights), kv: size(kv), available: size(available) });

@@ -1,18 +1,22 @@
 //! Serving: from a placed request to a stream of events.
 //!
 //! [`Engine`] is the handle that the rest of the program holds; the step loop runs on a thread of its own and is
-//! reached through one bounded channel. **Invariant:** nothing in here knows HTTP or JSON of a generation; the only
-//! JSON is that of `/tokenize` and `/detokenize`.
+//! reached through one bounded channel. [`EmbeddingEngine`] is the same for encoders, and [`ModelEngine`] is either.
+//! **Invariant:** nothing in here knows HTTP or JSON of a generation; the only JSON is that of `/tokenize`,
+//! `/detokenize` and embeddings, through `forebay-wire`.
 
 mod checks;
 mod choice;
 mod constrain;
+mod embed;
 mod engine;
 mod events;
 mod hf_text;
 mod layout;
 mod load;
 mod memory;
+mod model_engine;
+mod off_thread;
 mod prompt;
 mod sampling;
 mod scores;
@@ -31,8 +35,10 @@ use forebay_kv::KvEvent;
 use forebay_kv::codec::LoadStat;
 use tokio::sync::watch;
 
+pub use embed::EmbeddingEngine;
 pub use engine::{Engine, EngineDeps};
 pub use hf_text::HfTextError;
+pub use model_engine::ModelEngine;
 pub use start_error::StartError;
 pub use text::TextError;
 

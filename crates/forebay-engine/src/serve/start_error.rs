@@ -1,13 +1,16 @@
 //! Why an engine can't be started.
 
+use std::io;
 use std::path::PathBuf;
+
+use forebay_tokens::TextModelError;
 
 use super::hf_text::HfTextError;
 use super::text::TextError;
 use crate::config::EngineConfigError;
 use crate::exec::BuildError;
 use crate::kv_events::KvEventsError;
-use crate::model::{OpenError, Ranks, RanksError, SpecError};
+use crate::model::{EncoderError, OpenError, Ranks, RanksError, SpecError};
 
 /// Why an engine could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +27,15 @@ pub enum StartError {
     HfText { path: PathBuf, source: Box<HfTextError> },
     #[error("the model in {} can't be loaded", path.display())]
     Build { path: PathBuf, source: BuildError },
+    #[error("the encoder in {} can't be served", path.display())]
+    Encoder { path: PathBuf, source: Box<EncoderError> },
+    /// `key` with its section.
+    #[error("`{key}` can't be had with an encoder; leave it out")]
+    NotForEncoders { key: &'static str },
+    #[error("can't read {}", path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error("the tokenizer in {} can't be used", path.display())]
+    Tokenizer { path: PathBuf, source: Box<TextModelError> },
     #[error(
         "`engine.kv-cache-memory` ({given}) is less than one block of this model: give it {needed} or more"
     )]
@@ -69,12 +81,16 @@ impl StartError {
             | Self::Spec { .. }
             | Self::Text { .. }
             | Self::HfText { .. }
-            | Self::Build { .. } => "engine.model",
+            | Self::Build { .. }
+            | Self::Encoder { .. }
+            | Self::File { .. }
+            | Self::Tokenizer { .. } => "engine.model",
             Self::KvTooSmall { .. } | Self::Memory { .. } => "engine.kv-cache-memory",
             Self::ModelLen { .. } => "engine.max-model-len",
             Self::Ranks { source: RanksError::Layers { .. }, .. } => "engine.pipeline-parallel-size",
             Self::Cores { ranks: Ranks { tensor: 1, .. }, .. } => "engine.pipeline-parallel-size",
             Self::Ranks { .. } | Self::Cores { .. } => "engine.tensor-parallel-size",
+            Self::NotForEncoders { key } => key,
             Self::KvEvents(_) => "engine.kv-events",
             Self::Config(_) | Self::Thread(_) => "engine",
         }

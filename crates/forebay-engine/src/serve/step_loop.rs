@@ -13,7 +13,7 @@ use forebay_kv::CacheSalt;
 use forebay_kv::KvEvent;
 use forebay_schedule::{AddError, NewSeq, Scheduler, SeqId};
 use forebay_tokens::Tokenizer;
-use forebay_types::{Blame, Class, Code, Fault, FinishReason, Retry, TokenId, Usage};
+use forebay_types::{Fault, FinishReason, Retry, TokenId, Usage};
 use forebay_wire::{Delta, Event};
 use tokio::sync::mpsc;
 
@@ -24,7 +24,7 @@ use super::KvSink;
 use super::choice::ChoiceState;
 use super::constrain::MaskThread;
 use super::engine::INBOX_MAX;
-use super::events::stopped;
+use super::events::{stopped, too_slow};
 use super::load::LoadReport;
 use super::sampling::SampleJob;
 use super::scores::{PromptScores, ScoreJob, prompt_event};
@@ -325,10 +325,7 @@ impl<E: Executor> StepLoop<E> {
             })
             .collect();
         for (id, left) in gone {
-            let class = Class::new(Code::UpstreamTimeout, Blame::Us).retry(Retry::Never);
-            let limit = forebay_config::HumanDuration::new(self.request_timeout);
-            let message = format!("the request took longer than {limit} (`engine.request-timeout`)");
-            let fault = Fault::new(class, message);
+            let fault = too_slow(self.request_timeout);
             tracing::debug!(request = id, left, "request aborted");
             self.fail(id, fault, FinishReason::Abort);
         }

@@ -556,3 +556,17 @@ fn zero_is_no_limit_that_can_be_set() {
     let yaml = "consumers: [{name: a, keys: env:A1, limits: {tokens-per-minute: 0}}]";
     assert!(load::<GatewayConfig>(&Source::new("forebay.yaml", yaml)).is_err());
 }
+
+#[tokio::test(start_paused = true)]
+async fn embeddings_are_held_and_charged_by_their_tokens() {
+    let usage = Usage { prompt_tokens: 9, completion_tokens: 0, cached_tokens: 0 };
+    let rig = rig([whole(ReplyForm::Json, vec![verbatim("{}", Some(usage), 0)])]);
+    let body = r#"{"model":"m","input":["12345","67890"]}"#;
+    let reply = rig.call(flow(Method::POST, "/v1/embeddings", Some("sk-a1"), body)).await.unwrap();
+    assert_eq!((rig.left(), rig.holds()), ((9, 997), 1), "the estimate of 10 bytes, and no output");
+    read_all(reply).await;
+    assert_eq!((rig.left(), rig.holds()), ((9, 991), 0));
+    let audit = rig.audit().await;
+    assert_eq!(brief(&audit[0]), json!(["team-a", 200, "ok", 9, 0, 0, false, false]));
+    assert_eq!((&audit[0]["model"], &audit[0]["path"]), (&json!("m"), &json!("/v1/embeddings")));
+}

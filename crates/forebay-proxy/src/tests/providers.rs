@@ -190,3 +190,32 @@ async fn secrets_stay_out_of_sight() {
     assert!(!shown.contains("sk-provider"), "{shown}");
     assert!(!fault.message.contains(&failing.url), "{}", fault.message);
 }
+
+#[tokio::test]
+async fn embeddings_go_to_who_has_them() {
+    const VECTORS: &str = r#"{"object":"list","data":[{"embedding":[0.5],"index":0}],"model":"provider-model","usage":{"prompt_tokens":5,"total_tokens":5}}"#;
+    let server = Server::start(|_| answer(200, VECTORS)).await;
+    let url = format!("{}/v1", server.url);
+    let anthropic =
+        json!({"provider": "anthropic", "model": "provider-model", "api-key": "env:KEY", "base-url": url});
+    let bench = Bench::new(Some(&chain(&[anthropic.clone(), provider(&url)], 0)));
+    let body = r#"{"model":"m", "input":["a","b"], "encoding_format":"base64", "unknown": 1}"#;
+    let mut reply = bench.proxy.call(request("/v1/embeddings", body)).await.expect("answered");
+    assert_eq!(reply.headers["x-forebay-deployment"], "openai-compatible/provider-model");
+    let Some(Ok(Chunk::Verbatim { bytes, usage, .. })) = reply.chunks.next().await else {
+        panic!("one body")
+    };
+    assert_eq!(bytes, VECTORS.replace("provider-model", "m"));
+    assert_eq!(usage.map(|usage| usage.prompt_tokens), Some(5));
+    let seen = server.seen();
+    assert_eq!((seen.len(), seen[0].path.as_str()), (1, "/v1/embeddings"));
+    assert_eq!(
+        seen[0].body,
+        body.replace(r#":"m""#, r#":"provider-model""#),
+        "only the model's name is changed"
+    );
+
+    let bench = Bench::new(Some(&chain(&[anthropic], 0)));
+    let fault = bench.proxy.call(request("/v1/embeddings", body)).await.expect_err("it has none");
+    assert_eq!(fault.class.code, Code::NotSupported);
+}

@@ -380,3 +380,19 @@ async fn engine_and_server_in_one_fleet() {
     let reply = bench.router.call(completion("m", 0..100)).await.expect("answered");
     assert_eq!(reply.headers["x-forebay-replica"], "replica-2");
 }
+
+#[tokio::test]
+async fn embeddings_are_forwarded_and_counted() {
+    const VECTORS: &str = r#"{"object":"list","data":[],"model":"served","usage":{"prompt_tokens":100}}"#;
+    let server = Server::start(|_| answer(200, VECTORS)).await;
+    let bench = Bench::new(Some(&config(fleet(&[&server.url]))), &[]);
+    let body = r#"{"model": "m", "input": "a", "dimensions": 8}"#;
+    let reply = bench.router.call(request("m", "/v1/embeddings", body, ids(0..100))).await.expect("answered");
+    assert_eq!(reply.form, ReplyForm::Json);
+    let chunks: Vec<Chunk> = drain(reply).await.into_iter().map(|chunk| chunk.expect("whole")).collect();
+    let Chunk::Verbatim { bytes, .. } = &chunks[0] else { panic!("{chunks:?}") };
+    assert_eq!(*bytes, VECTORS.replace("served", "m"));
+    assert_eq!(server.seen()[0].json(), json!({"model": "served", "input": "a", "dimensions": 8}));
+    assert_eq!(bench.load(0), (0, 0));
+    assert_eq!(bench.metric("forebay_router_prompt_tokens_total"), [r#"{model="m"} 100"#]);
+}

@@ -10,6 +10,7 @@
 mod chat;
 mod completion;
 mod constraint;
+mod embed;
 mod error;
 mod field;
 mod sampling;
@@ -29,12 +30,13 @@ use field::Fields;
 const MODEL_BYTES_MAX: usize = 256;
 
 /// What is answered, for the message of a 404.
-const ROUTES: &str = "POST /v1/chat/completions, POST /v1/completions, POST /tokenize, POST /detokenize, \
+const ROUTES: &str = "POST /v1/chat/completions, POST /v1/completions, POST /v1/embeddings, POST /tokenize, POST /detokenize, \
                       GET /v1/models, GET /v1/models/{model}";
 
 enum Route<'a> {
     Chat,
     Completions,
+    Embeddings,
     Tokenize,
     Detokenize,
     Models,
@@ -46,6 +48,7 @@ impl<'a> Route<'a> {
         Some(match path {
             "/v1/chat/completions" => Self::Chat,
             "/v1/completions" => Self::Completions,
+            "/v1/embeddings" => Self::Embeddings,
             "/tokenize" => Self::Tokenize,
             "/detokenize" => Self::Detokenize,
             "/v1/models" | "/v1/models/" => Self::Models,
@@ -55,7 +58,9 @@ impl<'a> Route<'a> {
 
     fn method(&self) -> Method {
         match self {
-            Self::Chat | Self::Completions | Self::Tokenize | Self::Detokenize => Method::POST,
+            Self::Chat | Self::Completions | Self::Embeddings | Self::Tokenize | Self::Detokenize => {
+                Method::POST
+            }
             Self::Models | Self::Model(_) => Method::GET,
         }
     }
@@ -87,7 +92,7 @@ pub fn parse(
             let id = id.ok_or_else(|| ParseError::value("model", "the name in the path is not valid"))?;
             return Ok(Ask::GetModel(ModelName::from(id)));
         }
-        Route::Chat | Route::Completions | Route::Tokenize | Route::Detokenize => {}
+        Route::Chat | Route::Completions | Route::Embeddings | Route::Tokenize | Route::Detokenize => {}
     }
     if let Some(given) = content_type
         && !is_json(given)
@@ -98,6 +103,7 @@ pub fn parse(
     match route {
         Route::Chat => chat::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),
         Route::Completions => completion::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),
+        Route::Embeddings => embed::parse(&fields, body).map(|call| Ask::Embed(call.into())),
         Route::Tokenize => tokenize::parse(&fields, body).map(Ask::Tokenize),
         Route::Detokenize => tokenize::parse_detokenize(&fields, body).map(Ask::Detokenize),
         Route::Models | Route::Model(_) => unreachable!("answered above"),

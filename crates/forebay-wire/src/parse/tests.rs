@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::{Content, Generate, Prompt, TokenizeInput};
+use crate::{Content, Generate, Prompt, TokenizeInput, VectorFormat};
 
 fn post(path: &str, body: &str) -> Result<Ask, ParseError> {
     parse(&Method::POST, path, Some("application/json"), &Bytes::copy_from_slice(body.as_bytes()))
@@ -29,6 +29,7 @@ fn completion(rest: &str) -> String {
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
+const EMBEDDINGS: &str = "/v1/embeddings";
 
 fn refused(path: &str, body: &str) -> (String, Option<String>) {
     match post(path, body) {
@@ -59,12 +60,81 @@ fn routes() {
     check(Method::GET, &format!("/v1/models/{}", "x".repeat(257)), Err(Code::BadRequest));
     check(Method::POST, "/v1/models", Err(Code::MethodNotAllowed));
     check(Method::GET, CHAT, Err(Code::MethodNotAllowed));
-    check(Method::POST, "/v1/embeddings", Err(Code::RouteNotFound));
+    check(Method::GET, EMBEDDINGS, Err(Code::MethodNotAllowed));
+    check(Method::POST, "/v1/embedding", Err(Code::RouteNotFound));
     check(Method::GET, "/v1/modelsx", Err(Code::RouteNotFound));
     check(Method::POST, "/v1/chat/completions/", Err(Code::RouteNotFound));
     let fault: Fault = parse(&Method::GET, CHAT, None, &Bytes::new()).unwrap_err().into_fault();
     assert_eq!(fault.headers, [("allow", "POST".to_owned())]);
     assert_eq!(fault.message, "Not allowed to GET on /v1/chat/completions: only POST is.");
+}
+
+fn embed(body: &str) -> crate::Embed {
+    match post(EMBEDDINGS, body) {
+        Ok(Ask::Embed(call)) => (*call).clone(),
+        other => panic!("{body}: {other:?}"),
+    }
+}
+
+#[test]
+fn embeddings_are_read() {
+    let call = embed(r#"{"model":"m","input":"hi"}"#);
+    assert_eq!((call.model.as_str(), call.format, call.dimensions), ("m", VectorFormat::Float, None));
+    assert_eq!((call.normalize, call.truncate_prompt_tokens), (None, None));
+    assert_eq!((call.add_special_tokens, call.priority, call.user, call.needs.len()), (true, 0, None, 0));
+    assert!(matches!(&call.input, Prompt::Text(texts) if texts == &["hi"]), "{:?}", call.input);
+    let call = embed(
+        r#"{"model":"m","input":["a",""],"encoding_format":"base64","dimensions":8,"normalize":false,"user":"u",
+            "truncate_prompt_tokens":-1,"add_special_tokens":false,"priority":-3,"embed_dtype":"float32",
+            "endianness":"native","unknown":1}"#,
+    );
+    assert_eq!((call.format, call.dimensions, call.normalize), (VectorFormat::Base64, Some(8), Some(false)));
+    assert_eq!((call.truncate_prompt_tokens, call.add_special_tokens), (Some(-1), false));
+    assert_eq!((call.priority, call.user.as_deref(), call.needs.len()), (-3, Some("u"), 0));
+    assert!(matches!(&call.input, Prompt::Text(texts) if texts == &["a", ""]), "{:?}", call.input);
+    let ids = |body: &str| match embed(body).input {
+        Prompt::Tokens(ids) => ids,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(ids(r#"{"model":"m","input":[1,2]}"#), [[1, 2]]);
+    assert_eq!(ids(r#"{"model":"m","input":[[1],[2,3]]}"#), [vec![1], vec![2, 3]]);
+    assert_eq!(
+        embed(r#"{"model":"m","input":"a","normalize":true,"use_activation":false}"#).normalize,
+        Some(false)
+    );
+}
+
+#[test]
+fn embeddings_that_are_wrong() {
+    let check = |rest: &str, param: &str, message: &str| {
+        let (text, at) = refused(EMBEDDINGS, &format!(r#"{{"model":"m"{rest}}}"#));
+        assert_eq!(at.as_deref(), Some(param), "{text}");
+        assert!(text.contains(message), "{text}");
+    };
+    check("", "input", "Missing required parameter");
+    check(r#","input":7"#, "input", "expected one of a string, array of strings");
+    check(r#","input":[]"#, "input", "empty array. Expected at least one input");
+    check(r#","input":[[]]"#, "input[0]", "empty array");
+    check(r#","input":["a",1]"#, "input[1]", "expected one of a string");
+    check(r#","input":[1,"a"]"#, "input", "token ids");
+    check(r#","input":{"a":1}"#, "input", "expected one of a string");
+    let many = vec!["\"x\""; 2049].join(",");
+    check(&format!(r#","input":[{many}]"#), "input", "maximum length 2048");
+    check(r#","input":"a","encoding_format":"hex""#, "encoding_format", "'hex' is not one of");
+    check(r#","input":"a","dimensions":0"#, "dimensions", "below minimum");
+    check(r#","input":"a","truncate_prompt_tokens":-2"#, "truncate_prompt_tokens", "below minimum");
+    check(r#","input":"a","user":1"#, "user", "expected a string");
+    let (text, at) = refused(EMBEDDINGS, r#"{"input":"a"}"#);
+    assert_eq!(at.as_deref(), Some("model"), "{text}");
+    let needs = |rest: &str| {
+        let call = embed(&format!(r#"{{"model":"m","input":"a"{rest}}}"#));
+        call.needs.into_iter().map(|need| need.param).collect::<Vec<_>>()
+    };
+    assert_eq!(needs(r#","encoding_format":"bytes""#), ["encoding_format"]);
+    assert_eq!(
+        needs(r#","messages":[],"embed_dtype":"float16","endianness":"big""#),
+        ["messages", "embed_dtype", "endianness"]
+    );
 }
 
 #[test]
