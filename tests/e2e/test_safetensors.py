@@ -110,6 +110,30 @@ def test_a_directory_is_served_like_a_file(directory, tmp_path):
     assert worker.trouble() is None
 
 
+def test_the_models_own_defaults_count_where_a_request_is_silent(directory, tmp_path):
+    """Seen by the limit on tokens and by greedy output, which does not change from one request to the next."""
+    model = tmp_path / "model"
+    shutil.copytree(directory, model)
+    write_json(model / "generation_config.json", {"eos_token_id": [2], "temperature": 0.0, "max_new_tokens": 5})
+    worker = Worker(tmp_path / "worker", model=model)
+    try:
+        with openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0, timeout=60) as sdk:
+
+            def say(**options):
+                options = {"max_tokens": 9, "extra_body": {"ignore_eos": True}, **options}
+                return sdk.completions.create(model=worker.model(), prompt="Hi there", **options)
+
+            first = say()
+            assert first.usage.completion_tokens == 5
+            assert all(say().choices[0].text == first.choices[0].text for _ in range(4))
+            assert say(temperature=0).choices[0].text == first.choices[0].text
+            assert len({say(temperature=2, seed=seed).choices[0].text for seed in range(4)}) > 1
+    finally:
+        worker.close()
+    out = forebay("worker", "--model", str(model), "--port", str(free_port()), "--override-generation-config", '{"top_p": 0}')
+    assert out.returncode == 1 and "`top-p` is 0; above 0, up to 1 expected" in out.stderr, out.stderr
+
+
 def test_check_reads_the_directory(directory, tmp_path):
     file = tmp_path / "forebay.yaml"
     file.write_text(f"edge: {{}}\nengine:\n  model: {directory}\n  max-model-len: 1024\n")

@@ -4,6 +4,7 @@ use forebay_config::{ByteSize, HumanDuration};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::generation::{GenerationDefaults, GenerationSource};
 use crate::kv_events::{HEARTBEAT_MIN, KvEventsConfig, LOAD_INTERVAL_MIN};
 use crate::model::Ranks;
 
@@ -33,6 +34,10 @@ pub struct EngineConfig {
     pub max_num_queued_reqs: u32,
     /// Prompt tokens that may wait over all requests; a request that goes over it is refused with 503.
     pub max_num_queued_tokens: u32,
+    /// Where sampling values come from that a request leaves open: `auto` is the model directory's `generation_config.json`, `vllm` OpenAI's defaults.
+    pub generation_config: GenerationSource,
+    /// Sampling values that go before those of the model, for requests that leave them open.
+    pub override_generation_config: GenerationDefaults,
     /// Reuse KV blocks of equal prompt prefixes.
     pub enable_prefix_caching: bool,
     /// Publish what the KV cache holds, so that routers elsewhere can send a prompt to where its beginning is.
@@ -111,6 +116,9 @@ impl EngineConfig {
         if self.served_model_name.as_deref().is_some_and(|name| name.trim().is_empty()) {
             add("served-model-name", "the name is empty; leave it out for the model's own".to_owned());
         }
+        if let Some((field, value, expected)) = self.override_generation_config.problem() {
+            add("override-generation-config", format!("`{field}` is {value}; {expected} expected"));
+        }
         if self.kv_events.is_some() && !self.enable_prefix_caching {
             add(
                 "kv-events",
@@ -165,6 +173,8 @@ impl Default for EngineConfig {
             max_num_seqs: 64,
             max_num_queued_reqs: 1024,
             max_num_queued_tokens: 1_000_000,
+            generation_config: GenerationSource::default(),
+            override_generation_config: GenerationDefaults::default(),
             enable_prefix_caching: true,
             kv_events: None,
             threads: None,
@@ -196,6 +206,7 @@ mod tests {
         check(|c| c.pipeline_parallel_size = 5000, &["pipeline-parallel-size"]);
         check(|c| (c.tensor_parallel_size, c.threads) = (3, Some(2)), &["threads"]);
         check(|c| (c.tensor_parallel_size, c.threads) = (3, Some(3)), &[]);
+        check(|c| c.override_generation_config.top_p = Some(0.0), &["override-generation-config"]);
         check(|c| c.max_model_len = Some(1), &["max-model-len"]);
         check(|c| c.max_model_len = Some(2), &[]);
         check(|c| c.served_model_name = Some(" ".into()), &["served-model-name"]);

@@ -2,6 +2,7 @@
 
 mod config;
 pub mod exec;
+mod generation;
 pub mod gguf;
 mod kv_events;
 mod metrics;
@@ -12,6 +13,7 @@ mod serve;
 mod small_file;
 
 pub use config::{EngineConfig, EngineConfigError};
+pub use generation::{GenerationDefaults, GenerationError, GenerationSource};
 pub use kv_events::{KvEventSource, KvEventsConfig, KvEventsError};
 pub use metrics::EngineMetrics;
 pub use serve::{

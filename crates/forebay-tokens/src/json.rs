@@ -306,13 +306,16 @@ fn read_tokens(hf: &tokenizers::Tokenizer, spelling: &Spelling) -> Result<Tokens
                     rstrip: token.rstrip,
                     single_word: token.single_word,
                 };
-                let kind = if token.special { TokenType::Control } else { TokenType::UserDefined };
+                let text = token.content.clone();
                 if token.special {
-                    controls.push(ours)
+                    controls.push(ours);
+                    entries
+                        .push(text, TokenType::Control, |text, out| out.extend_from_slice(text.as_bytes()));
                 } else {
-                    user_defined.push(ours)
+                    user_defined.push(ours);
+                    // They go through the decoder like any other: Gemma has runs of `▁` among them.
+                    entries.push(text, TokenType::UserDefined, |text, out| spelling.bytes_of(text, out));
                 }
-                entries.push(token.content.clone(), kind, |text, out| out.extend_from_slice(text.as_bytes()));
             }
             None => entries.push(text, TokenType::Normal, |text, out| spelling.bytes_of(text, out)),
         }
@@ -494,9 +497,12 @@ mod tests {
             json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
                    "normalized": false, "special": true})
         };
+        // As Gemma has them.
+        let run_of_spaces = json!({"id": 9, "content": "▁▁", "single_word": false, "lstrip": false, "rstrip": false,
+                                   "normalized": false, "special": false});
         let spec = json!({
             "version": "1.0", "truncation": null, "padding": null,
-            "added_tokens": [added(0, "<unk>"), added(1, "<s>")],
+            "added_tokens": [added(0, "<unk>"), added(1, "<s>"), run_of_spaces],
             "normalizer": {"type": "Sequence", "normalizers": [
                 {"type": "Prepend", "prepend": "▁"},
                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
@@ -521,6 +527,8 @@ mod tests {
         assert_eq!(ids, [8, 7, 5, 3, 4, 2]);
         assert_eq!(tokenizer.decode(&ids, true), "hi é\n");
         assert_eq!(tokenizer.token_bytes(8), b" h");
+        assert_eq!(tokenizer.token_bytes(9), b"  ");
+        assert_eq!(tokenizer.decode(&[8, 7, 9, 7], true), "hi  i");
         assert_eq!(tokenizer.encode("<s>", Special::PARSE).unwrap(), [1]);
         assert_eq!(tokenizer.eog(), [0, 7]);
     }

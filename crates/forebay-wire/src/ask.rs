@@ -330,6 +330,19 @@ pub struct Sampling {
     pub logit_bias: Vec<(TokenId, f32)>,
     /// vLLM's `allowed_token_ids`: only these may be chosen; `None` is all.
     pub allowed_token_ids: Option<Vec<TokenId>>,
+    /// What of it the request did not say.
+    pub left_open: LeftOpen,
+}
+
+/// Values of a [`Sampling`] that stand at OpenAI's default because the request has none: a model's own defaults go before
+/// these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LeftOpen {
+    pub temperature: bool,
+    pub top_p: bool,
+    pub top_k: bool,
+    pub min_p: bool,
+    pub repetition_penalty: bool,
 }
 
 impl Default for Sampling {
@@ -345,6 +358,7 @@ impl Default for Sampling {
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             allowed_token_ids: None,
+            left_open: LeftOpen::default(),
         }
     }
 }

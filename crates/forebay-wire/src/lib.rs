@@ -30,8 +30,8 @@ mod sse;
 mod tokenized;
 
 pub use ask::{
-    Api, Ask, ChatMessage, Constraint, Content, Detokenize, Embed, Generate, Prompt, Sampling, Tokenize,
-    TokenizeInput, ToolChoice, TruncationSide, VectorFormat,
+    Api, Ask, ChatMessage, Constraint, Content, Detokenize, Embed, Generate, LeftOpen, Prompt, Sampling,
+    Tokenize, TokenizeInput, ToolChoice, TruncationSide, VectorFormat,
 };
 pub use collect::{CollectError, Collector};
 pub use embeddings::{EmbeddingsHead, render_embeddings};

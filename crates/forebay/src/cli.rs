@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use forebay_config::{ByteSize, HumanDuration};
-use forebay_engine::KvEventsConfig;
+use forebay_engine::{GenerationDefaults, GenerationSource, KvEventsConfig};
 
 /// The LLM serving stack in one program: edge, gateway, proxy, router and inference engine.
 #[derive(Parser)]
@@ -112,6 +112,12 @@ pub(crate) struct Worker {
     /// Memory for KV blocks, as bytes or like 512MiB
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub kv_cache_memory_bytes: Option<ByteSize>,
+    /// Where sampling values come from that a request leaves open: the model's `generation_config.json`, or OpenAI's
+    #[arg(long, value_name = "auto|vllm", value_parser = generation_source)]
+    pub generation_config: Option<GenerationSource>,
+    /// Sampling values that go before the model's own, as JSON: `{"temperature": 0.7, "top_k": 20}`
+    #[arg(long, value_name = "JSON", value_parser = generation_defaults)]
+    pub override_generation_config: Option<GenerationDefaults>,
     /// Reuse KV blocks of equal prefixes (the default)
     #[arg(long, overrides_with = "no_enable_prefix_caching")]
     pub enable_prefix_caching: bool,
@@ -181,6 +187,18 @@ fn kv_events(text: &str) -> Result<KvEventsFlag, String> {
     serde_json::from_value(section)
         .map(|config| KvEventsFlag(Some(config)))
         .map_err(|error| error.to_string())
+}
+
+fn generation_source(text: &str) -> Result<GenerationSource, String> {
+    match text {
+        "auto" => Ok(GenerationSource::Auto),
+        "vllm" => Ok(GenerationSource::Vllm),
+        _ => Err("`auto` and `vllm` are known; a directory's file counts with the model in it".to_owned()),
+    }
+}
+
+fn generation_defaults(text: &str) -> Result<GenerationDefaults, String> {
+    serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
 /// vLLM writes bytes, people write 512MiB.

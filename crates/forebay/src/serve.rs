@@ -40,6 +40,8 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         max_num_seqs: args.max_num_seqs.unwrap_or(defaults.max_num_seqs),
         max_num_queued_reqs: args.max_num_queued_reqs.unwrap_or(defaults.max_num_queued_reqs),
         max_num_queued_tokens: args.max_num_queued_tokens.unwrap_or(defaults.max_num_queued_tokens),
+        generation_config: args.generation_config.unwrap_or_default(),
+        override_generation_config: args.override_generation_config.unwrap_or_default(),
         enable_prefix_caching: !args.no_enable_prefix_caching,
         threads: args.threads,
         tensor_parallel_size: args.tensor_parallel_size.unwrap_or(defaults.tensor_parallel_size),

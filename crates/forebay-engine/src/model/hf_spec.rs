@@ -3,7 +3,7 @@
 //! Keys and defaults are those of the configuration classes of transformers 5 (and of 4, whose keys for rotation are
 //! older): what a file leaves out is what that class would fill in.
 
-use super::keys::Keys;
+use super::keys::{Keys, SIZE_MAX};
 use super::spec::{Heads, check_rotary, layer_table};
 use super::{Activation, Family, HfConfig, LayerAttention, ModelSpec, Rope, RopeLayout, SpecError};
 
@@ -106,7 +106,7 @@ pub(super) fn read(config: &HfConfig) -> Result<ModelSpec, SpecError> {
     // Positions that are divided by 4 reach four times as far; a Gemma's limit has that in it already.
     let context_len = match architecture.windows {
         Windows::Pattern => trained,
-        _ => (trained as f32 * rope.linear_factor.max(1.0)) as usize,
+        _ => ((trained as f32 * rope.linear_factor.max(1.0)) as usize).min(SIZE_MAX as usize),
     };
     let scale_dim = match family.name {
         "gemma3" => keys.optional_positive("query_pre_attn_scalar")?.unwrap_or(256.0),
@@ -212,7 +212,7 @@ fn rope(
     match rope_type(&scaling)?.as_deref() {
         None | Some("default") => Ok((rope, None)),
         Some("linear") => {
-            rope.linear_factor = scaling.positive("factor")?;
+            rope.linear_factor = factor(&scaling)?;
             Ok((rope, None))
         }
         Some("llama3") => {
@@ -231,11 +231,21 @@ fn rope_type(keys: &Keys<'_, HfConfig>) -> Result<Option<String>, SpecError> {
     }
 }
 
+/// How many times further positions reach.
+fn factor(keys: &Keys<'_, HfConfig>) -> Result<f32, SpecError> {
+    let factor = keys.positive("factor")?;
+    if factor < 1.0 {
+        let (key, _) = keys.get("factor");
+        return Err(SpecError::Range { key, value: factor.to_string(), expected: "1 or more" });
+    }
+    Ok(factor)
+}
+
 /// Llama 3.1's context extension: long waves are stretched by `factor`, short ones are left, those between are mixed.
 ///
 /// Source: `_compute_llama3_parameters` of transformers' `modeling_rope_utils.py`.
 fn llama3(keys: &Keys<'_, HfConfig>, rope: &Rope) -> Result<Vec<f32>, SpecError> {
-    let factor = keys.positive("factor")?;
+    let factor = factor(keys)?;
     let (low, high) = (keys.positive("low_freq_factor")?, keys.positive("high_freq_factor")?);
     let trained = keys.size("original_max_position_embeddings")? as f32;
     if high <= low {

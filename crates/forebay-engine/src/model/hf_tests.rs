@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use forebay_kernels::{Isa, Pool};
+use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 
 use super::*;
@@ -89,6 +90,10 @@ fn what_is_wrong_is_named() {
     check(
         json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}),
         "rope scaling of type `yarn` is not supported",
+    );
+    check(
+        json!({"rope_scaling": {"type": "linear", "factor": 0.5}}),
+        "`rope_scaling.factor` is 0.5; 1 or more expected",
     );
     check(json!({"rope_scaling": {"type": "linear"}}), "the model file has no `rope_scaling.factor`");
     check(json!({"tie_word_embeddings": "no"}), "`tie_word_embeddings` is a string; a boolean expected");
@@ -204,6 +209,81 @@ fn windows_are_in_the_layers_that_architecture_and_file_say() {
 
 fn f64() -> Dtype {
     Dtype::from_name("F64").unwrap()
+}
+
+/// A value of any kind, with the numbers at which things overflow.
+fn any_value() -> impl Strategy<Value = Json> {
+    prop_oneof![
+        Just(json!({"null": true})),
+        any::<bool>().prop_map(Json::from),
+        any::<u64>().prop_map(Json::from),
+        (0u64..70).prop_map(Json::from),
+        any::<i32>().prop_map(Json::from),
+        prop::num::f64::NORMAL.prop_map(Json::from),
+        prop::sample::select(vec!["silu", "llama3", "linear", "default", "gelu_pytorch_tanh", ""]).prop_map(Json::from),
+        prop::sample::select(vec![FULL, SLIDING]).prop_map(|kind| json!([kind, kind])),
+        (0.0..1e30f64, 0.0..8.0f64).prop_map(|(factor, low)| {
+            let scaling = json!({"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": 4.0,
+                                 "original_max_position_embeddings": 64, "rope_theta": factor});
+            json!({"rope_type": "linear", "factor": factor, "full_attention": scaling, "sliding_attention": scaling})
+        }),
+    ]
+}
+
+const FULL: &str = "full_attention";
+const SLIDING: &str = "sliding_attention";
+const KEYS: &[&str] = &[
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "sliding_window",
+    "sliding_window_pattern",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "hidden_act",
+    "hidden_activation",
+    "tie_word_embeddings",
+    "rope_local_base_freq",
+    "final_logit_softcapping",
+    "quantization_config",
+    "architectures",
+];
+
+proptest! {
+    /// Whatever is read has sizes that fit together.
+    #[test]
+    fn any_config_gives_a_model_or_an_error(
+        architecture in prop::sample::select(vec![
+            "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM",
+        ]),
+        changes in prop::collection::vec((prop::sample::select(KEYS), any_value()), 0..4),
+    ) {
+        let changes: serde_json::Map<String, Json> =
+            changes.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        if let Ok(spec) = spec(architecture, Json::Object(changes)) {
+            prop_assert_eq!(spec.attention.len(), spec.layers);
+            prop_assert!(spec.q_heads % spec.kv_heads == 0 && spec.head_dim <= HEAD_DIM_MAX);
+            prop_assert!(spec.rope.dims <= spec.head_dim && spec.rope.dims % 2 == 0);
+            prop_assert!((1..=1 << 24).contains(&spec.context_len));
+            prop_assert!(spec.attention_scale.is_finite() && spec.attention_scale > 0.0);
+            if let Some(factors) = spec.rope_factors {
+                prop_assert_eq!(factors.len(), spec.rope.dims / 2);
+                prop_assert!(factors.iter().all(|factor| factor.is_finite() && *factor > 0.0));
+            }
+        }
+    }
 }
 
 type Tensor = (String, Dtype, Vec<usize>);

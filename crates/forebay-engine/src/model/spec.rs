@@ -346,7 +346,7 @@ pub(super) fn layer_table(
 }
 
 pub(super) fn check_rotary(dims: usize, head_dim: usize) -> Result<(), SpecError> {
-    if dims > head_dim || !dims.is_multiple_of(2) {
+    if dims == 0 || dims > head_dim || !dims.is_multiple_of(2) {
         return Err(SpecError::Inconsistent {
             what: format!("{dims} rotary dimensions in heads of {head_dim}"),
         });

@@ -71,6 +71,8 @@ impl Engine {
                     (None, Api::ChatCompletions) if left > 0 => left,
                     (asked, _) => return Err(self.too_long(prompt_tokens, asked, param)),
                 };
+                // As in vLLM, a model's own limit shortens every answer.
+                let max_tokens = self.generation.max_new_tokens.map_or(max_tokens, |cap| cap.min(max_tokens));
                 if call.min_tokens > max_tokens {
                     let message = format!(
                         "min_tokens is {}, but only {max_tokens} tokens may be generated; raise max_tokens or lower it",

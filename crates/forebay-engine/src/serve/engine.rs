@@ -31,6 +31,7 @@ use super::words::BadWords;
 use super::{KvSink, Sinks, hf_text, text};
 use crate::config::EngineConfig;
 use crate::exec::{self, CpuOptions, Executor};
+use crate::generation::GenerationDefaults;
 use crate::kv_events::{KvEventSource, Publisher};
 use crate::metrics::{EngineMetrics, KvInfo};
 use crate::model::{ModelFile, Ranks};
@@ -62,6 +63,8 @@ pub struct Engine {
     token_bytes_max: usize,
     pub(super) vocab_size: usize,
     pub(super) model_len: u32,
+    /// For requests that leave a value open.
+    pub(super) generation: GenerationDefaults,
     request_timeout: Duration,
     load_time: Duration,
     summary: String,
@@ -90,6 +93,7 @@ impl Engine {
         check_memory(&file, layout.kv_bytes())?;
         let Layout { spec, ranks, block_size, blocks, positions_max } = layout;
         let text = text_of(&file, path)?;
+        let generation = generation_of(config, &file, path)?;
         let threads = config.threads.map_or_else(cores, |n| n as usize);
         let pool = Arc::new(Pool::new(exec::threads_per_rank(threads, ranks)));
         let isa = deps.isa.unwrap_or_else(Isa::detect);
@@ -136,7 +140,7 @@ impl Engine {
         );
         let engine =
             Self::run(model, text, executor, scheduler, pool, metrics, sinks, config, begun, summary)?;
-        Ok(Self { kv_event_source, ..engine })
+        Ok(Self { kv_event_source, generation, ..engine })
     }
 
     /// Whether [`Engine::start`] would take this configuration for this file. Reads the file's head only, and leaves
@@ -146,7 +150,8 @@ impl Engine {
             return Err(problem.into());
         }
         let file = ModelFile::open(path)?;
-        Layout::plan(config, &file, path, cores()).map(|_| ())
+        Layout::plan(config, &file, path, cores())?;
+        generation_of(config, &file, path).map(|_| ())
     }
 
     #[allow(clippy::too_many_arguments)] // The two ways to start (real and fake executor) meet here.
@@ -190,6 +195,7 @@ impl Engine {
             off_thread: OffThread::new(),
             vocab_size,
             model_len,
+            generation: config.override_generation_config,
             request_timeout: config.request_timeout.get(),
             load_time: begun.elapsed(),
             summary,
@@ -287,7 +293,7 @@ impl Engine {
             prompts: asks,
             n: call.n,
             how: Arc::new(How {
-                sampling: call.sampling.clone(),
+                sampling: self.generation.fill(&call.sampling),
                 seed,
                 include_stop: call.include_stop_str_in_output,
                 matcher,
@@ -390,6 +396,16 @@ fn text_of(file: &ModelFile, path: &Path) -> Result<TextModel, StartError> {
         (None, directory) => hf_text::text_model(directory.unwrap_or(path))
             .map_err(|source| StartError::HfText { path: path.into(), source: Box::new(source) }),
     }
+}
+
+fn generation_of(
+    config: &EngineConfig,
+    file: &ModelFile,
+    path: &Path,
+) -> Result<GenerationDefaults, StartError> {
+    let over = &config.override_generation_config;
+    GenerationDefaults::of(file.directory(), config.generation_config, over)
+        .map_err(|source| StartError::Generation { path: path.into(), source: Box::new(source) })
 }
 
 /// Who wants the KV events: the router of this process, those elsewhere, both or nobody.

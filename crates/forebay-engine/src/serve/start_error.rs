@@ -9,6 +9,7 @@ use super::hf_text::HfTextError;
 use super::text::TextError;
 use crate::config::EngineConfigError;
 use crate::exec::BuildError;
+use crate::generation::GenerationError;
 use crate::kv_events::KvEventsError;
 use crate::model::{EncoderError, OpenError, Ranks, RanksError, SpecError};
 
@@ -25,6 +26,11 @@ pub enum StartError {
     Text { path: PathBuf, source: TextError },
     #[error("the model in {} can't be served", path.display())]
     HfText { path: PathBuf, source: Box<HfTextError> },
+    #[error(
+        "the sampling defaults of the model in {} can't be used; `engine.generation-config: vllm` leaves them out",
+        path.display()
+    )]
+    Generation { path: PathBuf, source: Box<GenerationError> },
     #[error("the model in {} can't be loaded", path.display())]
     Build { path: PathBuf, source: BuildError },
     #[error("the encoder in {} can't be served", path.display())]
@@ -86,6 +92,7 @@ impl StartError {
             | Self::File { .. }
             | Self::Tokenizer { .. } => "engine.model",
             Self::KvTooSmall { .. } | Self::Memory { .. } => "engine.kv-cache-memory",
+            Self::Generation { .. } => "engine.generation-config",
             Self::ModelLen { .. } => "engine.max-model-len",
             Self::Ranks { source: RanksError::Layers { .. }, .. } => "engine.pipeline-parallel-size",
             Self::Cores { ranks: Ranks { tensor: 1, .. }, .. } => "engine.pipeline-parallel-size",

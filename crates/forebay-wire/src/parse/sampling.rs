@@ -7,7 +7,7 @@ use forebay_types::TokenId;
 
 use super::field::{Fields, Kind, kind_of, read};
 use super::{ParseError, constraint, required_model, tokens};
-use crate::{Api, Generate, Need, Prompt, Sampling};
+use crate::{Api, Generate, LeftOpen, Need, Prompt, Sampling};
 
 /// OpenAI's limit on `n`.
 const N_MAX: i64 = 128;
@@ -125,26 +125,36 @@ fn stream_options(fields: &Fields<'_>, stream: bool) -> Result<(bool, bool), Par
 
 fn sampling(fields: &Fields<'_>) -> Result<Sampling, ParseError> {
     let default = Sampling::default();
-    let top_p = fields.number("top_p", 0.0..=1.0)?.unwrap_or(default.top_p);
+    let temperature = fields.number("temperature", 0.0..=2.0)?;
+    let top_p = fields.number("top_p", 0.0..=1.0)?;
+    let min_p = fields.number("min_p", 0.0..=1.0)?;
+    let repetition_penalty = fields.number("repetition_penalty", 0.0..=f32::MAX)?;
+    // -1 is vLLM's other spelling of "off" for `top_k` and of "none" for `seed`.
+    let top_k = fields.integer("top_k", -1..=i64::from(i32::MAX))?;
+    let left_open = LeftOpen {
+        temperature: temperature.is_none(),
+        top_p: top_p.is_none(),
+        top_k: top_k.is_none(),
+        min_p: min_p.is_none(),
+        repetition_penalty: repetition_penalty.is_none(),
+    };
+    let top_p = top_p.unwrap_or(default.top_p);
     if top_p <= 0.0 {
         return Err(ParseError::value(
             "top_p",
             "Expected a value > 0 and <= 1; for greedy output set 'temperature' to 0",
         ));
     }
-    let repetition_penalty = fields.number("repetition_penalty", 0.0..=f32::MAX)?;
     let repetition_penalty = repetition_penalty.unwrap_or(default.repetition_penalty);
     if repetition_penalty <= 0.0 {
         return Err(ParseError::value("repetition_penalty", "Expected a value > 0"));
     }
-    // -1 is vLLM's other spelling of "off" for `top_k` and of "none" for `seed`.
-    let top_k = fields.integer("top_k", -1..=i64::from(i32::MAX))?.unwrap_or(0).max(0) as u32;
     let seed = fields.integer("seed", i64::MIN..=i64::MAX)?.filter(|seed| *seed != -1);
     Ok(Sampling {
-        temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(default.temperature),
+        temperature: temperature.unwrap_or(default.temperature),
         top_p,
-        top_k,
-        min_p: fields.number("min_p", 0.0..=1.0)?.unwrap_or(default.min_p),
+        top_k: top_k.unwrap_or(0).max(0) as u32,
+        min_p: min_p.unwrap_or(default.min_p),
         seed: seed.map(|seed| seed as u64),
         repetition_penalty,
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(default.presence_penalty),
@@ -153,6 +163,7 @@ fn sampling(fields: &Fields<'_>) -> Result<Sampling, ParseError> {
             .unwrap_or(default.frequency_penalty),
         logit_bias: logit_bias(fields)?,
         allowed_token_ids: allowed_token_ids(fields)?,
+        left_open,
     })
 }
 

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::{Content, Generate, Prompt, TokenizeInput, VectorFormat};
+use crate::{Content, Generate, LeftOpen, Prompt, TokenizeInput, VectorFormat};
 
 fn post(path: &str, body: &str) -> Result<Ask, ParseError> {
     parse(&Method::POST, path, Some("application/json"), &Bytes::copy_from_slice(body.as_bytes()))
@@ -157,7 +157,7 @@ fn a_plain_chat_has_the_documented_defaults() {
     let body = chat("");
     let call = generate(CHAT, &body);
     assert_eq!((call.model.as_str(), call.n, call.max_tokens, call.min_tokens), ("m", 1, None, 0));
-    assert_eq!(call.sampling, crate::Sampling::default());
+    assert_eq!(call.sampling, crate::Sampling { left_open: ALL_OPEN, ..crate::Sampling::default() });
     assert_eq!((call.stream, call.include_usage, call.logprobs, call.echo), (false, false, None, false));
     assert_eq!((call.priority, call.ignore_eos, call.cache_salt), (0, false, None));
     assert_eq!(call.body, body);
@@ -166,6 +166,25 @@ fn a_plain_chat_has_the_documented_defaults() {
     };
     assert_eq!((messages.len(), tools, add_generation_prompt, chat_template_kwargs), (1, None, true, None));
     assert_eq!((messages[0].role.as_str(), &messages[0].content), ("user", &Content::Text("hi".into())));
+}
+
+const ALL_OPEN: LeftOpen =
+    LeftOpen { temperature: true, top_p: true, top_k: true, min_p: true, repetition_penalty: true };
+
+#[test]
+fn what_a_request_leaves_open_is_told_from_what_it_says() {
+    let check = |fields: &str, expect: LeftOpen| {
+        assert_eq!(generate(CHAT, &chat(fields)).sampling.left_open, expect, "{fields}");
+    };
+    let all = LeftOpen { temperature: true, top_p: true, top_k: true, min_p: true, repetition_penalty: true };
+    check("", all);
+    check(r#","temperature":null,"top_k":null"#, all);
+    // At OpenAI's defaults all the same.
+    check(r#","temperature":1,"top_k":-1"#, LeftOpen { temperature: false, top_k: false, ..all });
+    check(
+        r#","top_p":1,"min_p":0,"repetition_penalty":1"#,
+        LeftOpen { temperature: true, top_k: true, ..LeftOpen::default() },
+    );
 }
 
 #[test]
@@ -186,6 +205,7 @@ fn every_field_is_read() {
     assert_eq!((call.n, call.max_tokens, call.min_tokens, call.logprobs), (2, Some(9), 3, Some(3)));
     assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p), (0.0, 0.5, 40, 0.1));
     assert_eq!((sampling.seed, sampling.repetition_penalty), (Some(-2i64 as u64), 1.1));
+    assert_eq!(sampling.left_open, LeftOpen::default());
     assert_eq!((sampling.presence_penalty, sampling.frequency_penalty), (-2.0, 2.0));
     assert_eq!(sampling.logit_bias, [(5, -100.0), (7, 1.0)]);
     assert_eq!(
@@ -210,7 +230,7 @@ fn null_is_absent() {
             r#","n":null,"max_tokens":null,"temperature":null,"stop":null,"stream":null,"stream_options":null,"logprobs":null,"tools":null,"tool_choice":null,"response_format":null,"logit_bias":null,"guided_json":null"#,
         ),
     );
-    assert_eq!(call.sampling, crate::Sampling::default());
+    assert_eq!(call.sampling, crate::Sampling { left_open: ALL_OPEN, ..crate::Sampling::default() });
 }
 
 #[test]
