@@ -217,7 +217,7 @@ class Forebay(Process):
 class Worker(Process):
     """`forebay worker`: one engine with vLLM's API."""
 
-    def __init__(self, directory: Path, *flags: str, port: int | None = None, model: Path | None = None):
+    def __init__(self, directory: Path, *flags: str, port: int | None = None, model: Path | str | None = None):
         directory.mkdir(parents=True, exist_ok=True)
         self.port, admin_port = port or free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
