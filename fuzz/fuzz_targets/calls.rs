@@ -11,13 +11,8 @@ fn parse<'t>(
 ) -> Output {
     let mut parser = Parser::new(style, think);
     let mut all = Output::default();
-    let mut add = |new: Output| {
-        all.content.push_str(&new.content);
-        all.reasoning.push_str(&new.reasoning);
-        all.calls.extend(new.calls);
-    };
-    pieces.into_iter().for_each(|piece| add(parser.push(piece)));
-    add(parser.finish());
+    pieces.into_iter().for_each(|piece| all.add(parser.push(piece)));
+    all.add(parser.finish());
     all
 }
 
@@ -28,6 +23,7 @@ fuzz_target!(|input: (u8, u8, &str)| {
     let text = input.2;
     let whole = parse(style, think, [text]);
     assert_eq!(parse(style, think, text.split_inclusive(|_| true)), whole);
+    assert!(whole.calls.iter().all(|call| call.name.is_some() && text.contains(&call.arguments)));
     if whole.calls.is_empty() && think.is_none() {
         assert_eq!(whole.content, text);
     }

@@ -1,18 +1,16 @@
 //! The parser: a state machine over characters.
 
-use crate::call::{one, one_or_array, separated};
-use crate::{Call, CallStyle, Output, ThinkStyle};
+use crate::envelope::{Envelope, Step};
+use crate::{CallStyle, Output, Piece, THINK, THINK_END, ThinkStyle};
 
-/// Bytes of a call at most; what is longer is content.
+/// Bytes around a call's arguments at most; what is longer is content.
 pub const HELD_BYTES_MAX: usize = 256 * 1024;
 /// White space at the beginning and behind calls that is held back at most.
 const SPACE_BYTES_MAX: usize = 256;
 
-const THINK: &str = "<think>";
-const THINK_END: &str = "</think>";
-const CALL: &str = "<tool_call>";
-const CALL_END: &str = "</tool_call>";
-const PYTHON: &str = "<|python_tag|>";
+pub(crate) const CALL: &str = "<tool_call>";
+pub(crate) const CALL_END: &str = "</tool_call>";
+pub(crate) const PYTHON: &str = "<|python_tag|>";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -24,32 +22,43 @@ enum State {
         think: bool,
     },
     Text,
-    /// Behind `<tool_call>`.
-    Call {
-        in_string: bool,
-        escaped: bool,
-    },
-    /// The whole answer may be calls.
-    Whole,
+    /// In front of a call's arguments, once it looks like a call.
+    Call,
+    Arguments,
+    /// Behind a call's arguments, in the object around them.
+    Tail,
+}
+
+/// Where calls follow each other in a list, or end with a tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Around {
+    Nothing,
+    /// Behind a call whose `</tool_call>` is to come.
+    Tag,
+    /// In a JSON array.
+    Array,
+    /// Behind a call that `;` may follow.
+    Semicolon,
 }
 
 /// Parses one choice.
 ///
-/// - A call is given out when it is complete: at `</tool_call>` outside of a JSON string for [`CallStyle::Hermes`], at the
-///   end of the text for the others, whose calls are the whole answer or not calls.
-/// - A call is an object with a `name` and an object under `arguments` or `parameters`. Anything else between the tags, or
-///   more than [`HELD_BYTES_MAX`], is content with its tags. A Hermes call that is whole when the text ends needs no end
-///   tag.
+/// - A call is an object with a `name` and an object under `arguments` or `parameters`. It begins to be given out where
+///   the arguments begin, which then come as they are written. Where they come before the name, the call is given out
+///   whole. Anything else, or more than [`HELD_BYTES_MAX`] around the arguments, is content with its tags.
+/// - From then on it stays a call, whatever follows: where the text is cut, its arguments are. A missing end tag, or a
+///   missing `}` in front of it, ends it as well.
 /// - White space in front of a call is dropped unless text comes before it, and behind a call unless text follows.
 #[derive(Debug)]
 pub struct Parser {
     style: Option<CallStyle>,
     state: State,
+    around: Around,
+    envelope: Envelope,
     /// Seen, but not yet given out.
     held: String,
-    /// Where the JSON of a call begins in `held`.
-    body: usize,
-    called: bool,
+    /// Calls so far.
+    calls: u32,
     out: Output,
 }
 
@@ -61,7 +70,15 @@ impl Parser {
             Some(ThinkStyle::Tagged) => State::Start { think: true },
             None => State::Start { think: false },
         };
-        Self { style, state, held: String::new(), body: 0, called: false, out: Output::default() }
+        Self {
+            style,
+            state,
+            around: Around::Nothing,
+            envelope: Envelope::new(),
+            held: String::new(),
+            calls: 0,
+            out: Output::default(),
+        }
     }
 
     /// More text; what is decided by it.
@@ -70,43 +87,43 @@ impl Parser {
         std::mem::take(&mut self.out)
     }
 
-    /// No more text comes: what was held back.
-    pub fn finish(mut self) -> Output {
+    /// No more text comes: what was held back. Afterwards the parser takes nothing more.
+    pub fn finish(&mut self) -> Output {
         match self.state {
             State::ThinkStart | State::Think => self.out.reasoning.push_str(&self.held),
-            State::Start { .. } if self.called && self.held.trim().is_empty() => {}
-            State::Start { .. } | State::Text => self.give_back(),
-            State::Call { .. } => {
-                let body = &self.held[self.body..];
-                let calls = one(&body[..body.len() - overlap(body, CALL_END)]).map(|call| vec![call]);
-                self.on_calls(calls);
-            }
-            State::Whole => {
-                let text = self.held.trim();
-                let calls = match self.style {
-                    Some(CallStyle::Llama3Json) => separated(text.strip_prefix(PYTHON).unwrap_or(text)),
-                    _ => one_or_array(text),
-                };
-                self.on_calls(calls);
-            }
+            State::Start { .. } if self.calls > 0 && self.held.trim().is_empty() => {}
+            // An end tag in part.
+            State::Start { .. } if self.around == Around::Tag && CALL_END.starts_with(self.held.trim()) => {}
+            State::Start { .. } | State::Text | State::Call => self.give_back(),
+            State::Arguments | State::Tail => {}
         }
-        self.out
+        self.held.clear();
+        std::mem::take(&mut self.out)
     }
 
     /// Any call so far: the choice finishes with `tool_calls`.
     pub fn called(&self) -> bool {
-        self.called
+        self.calls > 0
+    }
+
+    /// Whether what comes next is reasoning.
+    pub fn thinks(&self) -> bool {
+        matches!(self.state, State::ThinkStart | State::Think)
     }
 
     fn on_char(&mut self, c: char) {
+        if self.state == State::Arguments {
+            return self.on_arguments(c);
+        }
         self.held.push(c);
         match self.state {
             State::ThinkStart => self.on_think_start(),
             State::Think => self.on_think(),
             State::Start { think } => self.on_start(think),
             State::Text => self.on_text(),
-            State::Call { in_string, escaped } => self.on_call(c, in_string, escaped),
-            State::Whole => self.limit(),
+            State::Call => self.on_call(c),
+            State::Tail => self.on_tail(c),
+            State::Arguments => unreachable!("taken above"),
         }
     }
 
@@ -132,30 +149,57 @@ impl Parser {
         self.out.reasoning.extend(self.held.drain(..decided));
     }
 
+    /// What a call may begin with here.
+    fn openers(&self) -> &'static [&'static str] {
+        match (self.style, self.around) {
+            (None, _) => &[],
+            (Some(CallStyle::Hermes), _) => &[CALL],
+            (Some(CallStyle::Llama3Json), Around::Semicolon) => &[PYTHON, "{", ";"],
+            (Some(CallStyle::Llama3Json), _) => &[PYTHON, "{"],
+            (Some(CallStyle::Json), Around::Array) => &[","],
+            (Some(CallStyle::Json), _) => &["{", "["],
+        }
+    }
+
+    /// What the list of calls, or the call before, may end with here.
+    fn closer(&self) -> Option<&'static str> {
+        match self.around {
+            Around::Tag => Some(CALL_END),
+            Around::Array => Some("]"),
+            Around::Nothing | Around::Semicolon => None,
+        }
+    }
+
     fn on_start(&mut self, think: bool) {
         let seen = self.held.trim_start();
-        let openers: &[&str] = match self.style {
-            Some(CallStyle::Hermes) => &[CALL],
-            Some(CallStyle::Llama3Json) => &[PYTHON, "{"],
-            Some(CallStyle::Json) => &["{", "["],
-            None => &[],
-        };
+        let (openers, closer) = (self.openers(), self.closer());
         if think && seen == THINK {
             self.held.clear();
             self.state = State::Think;
+        } else if closer == Some(seen) {
+            self.held.clear();
+            self.around = Around::Nothing;
         } else if openers.contains(&seen) {
-            self.body = self.held.len();
-            self.state = match self.style {
-                Some(CallStyle::Hermes) => State::Call { in_string: false, escaped: false },
-                _ => State::Whole,
-            };
+            if seen == "[" {
+                self.around = Around::Array;
+            }
+            let is_object = seen == "{";
+            self.begin_call(is_object);
         } else {
-            let open = (think && THINK.starts_with(seen)) || openers.iter().any(|o| o.starts_with(seen));
-            let space = seen.is_empty() && (open || self.called);
-            if (!open && !space) || self.held.len() > SPACE_BYTES_MAX {
+            let open = (think && THINK.starts_with(seen))
+                || openers.iter().chain(&closer).any(|tag| tag.starts_with(seen));
+            if !open || self.held.len() > SPACE_BYTES_MAX {
                 self.state = State::Text;
                 self.on_text();
             }
+        }
+    }
+
+    fn begin_call(&mut self, is_object: bool) {
+        self.state = State::Call;
+        self.envelope = Envelope::new();
+        if is_object {
+            self.envelope.on_char('{');
         }
     }
 
@@ -167,37 +211,104 @@ impl Parser {
         let decided = self.held.len() - tag;
         self.out.content.extend(self.held.drain(..decided));
         if tag == CALL.len() {
-            self.body = tag;
-            self.state = State::Call { in_string: false, escaped: false };
+            self.begin_call(false);
         }
     }
 
-    fn on_call(&mut self, c: char, in_string: bool, escaped: bool) {
-        let in_string = if c == '"' && !escaped { !in_string } else { in_string };
-        self.state = State::Call { in_string, escaped: in_string && c == '\\' && !escaped };
-        if in_string || !self.held[self.body..].ends_with(CALL_END) {
-            return self.limit();
+    fn on_call(&mut self, c: char) {
+        match self.envelope.on_char(c) {
+            Step::More => self.limit(),
+            Step::Broken => self.give_back_before(c),
+            Step::Arguments => {
+                let call = self.envelope.take();
+                self.give_out(call);
+                self.state = State::Arguments;
+                self.argument(c);
+            }
+            Step::Closed => match self.envelope.take() {
+                Some(call) => {
+                    self.give_out(Some(call));
+                    self.end_call();
+                }
+                None => {
+                    self.around = Around::Nothing;
+                    self.state = State::Text;
+                    self.give_back();
+                }
+            },
         }
-        let call = one(&self.held[self.body..self.held.len() - CALL_END.len()]);
-        self.on_calls(call.map(|call| vec![call]));
     }
 
-    /// What is held is these calls, or text.
-    fn on_calls(&mut self, calls: Option<Vec<Call>>) {
-        let Some(calls) = calls else {
-            self.state = State::Text;
-            return self.give_back();
-        };
-        self.out.calls.extend(calls);
-        self.called = true;
+    fn on_arguments(&mut self, c: char) {
+        // No JSON has it outside of a string, so it is the end tag of a call that lacks a bracket.
+        if c == '<' && self.style == Some(CallStyle::Hermes) && !self.envelope.in_string() {
+            self.end_call();
+            self.held.push(c);
+            return self.on_start(false);
+        }
+        self.argument(c);
+        if self.envelope.on_argument(c) {
+            self.state = State::Tail;
+        }
+    }
+
+    fn on_tail(&mut self, c: char) {
+        match self.envelope.on_char(c) {
+            // The arguments have come: a second value of that name is skipped.
+            Step::More | Step::Arguments => self.limit(),
+            Step::Closed => {
+                self.held.clear();
+                self.end_call();
+            }
+            Step::Broken if self.held.trim_start().len() == c.len_utf8() => {
+                self.end_call();
+                self.on_start(false);
+            }
+            Step::Broken => self.give_back_before(c),
+        }
+    }
+
+    /// A call begins to be given out.
+    fn give_out(&mut self, call: Option<(String, String)>) {
+        let Some((name, arguments)) = call else { return };
         self.held.clear();
+        self.out.calls.push(Piece { index: self.calls, name: Some(name), arguments });
+        self.calls += 1;
+    }
+
+    /// The next character of the latest call's arguments.
+    fn argument(&mut self, c: char) {
+        let index = self.calls.saturating_sub(1);
+        match self.out.calls.last_mut() {
+            Some(piece) if piece.index == index => piece.arguments.push(c),
+            _ => self.out.calls.push(Piece { index, name: None, arguments: c.into() }),
+        }
+    }
+
+    fn end_call(&mut self) {
         self.state = State::Start { think: false };
+        self.around = match (self.style, self.around) {
+            (Some(CallStyle::Hermes), _) => Around::Tag,
+            (Some(CallStyle::Llama3Json), _) => Around::Semicolon,
+            (_, around) => around,
+        };
     }
 
     fn limit(&mut self) {
         if self.held.len() > HELD_BYTES_MAX {
-            self.on_calls(None);
+            self.state = State::Text;
+            self.give_back();
         }
+    }
+
+    /// What is held is content up to `c`, its last character, which may be the beginning of something.
+    fn give_back_before(&mut self, c: char) {
+        self.held.pop();
+        self.give_back();
+        self.held.push(c);
+        self.around = Around::Nothing;
+        self.state = State::Text;
+        self.on_text();
     }
 
     fn give_back(&mut self) {

@@ -8,6 +8,10 @@ use crate::generation::{GenerationDefaults, GenerationSource};
 use crate::kv_events::{HEARTBEAT_MIN, KvEventsConfig, LOAD_INTERVAL_MIN};
 use crate::model::Ranks;
 
+mod parsers;
+
+pub use parsers::{ReasoningParser, ToolCallParser};
+
 /// L5: the inference engine in this process.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -42,6 +46,10 @@ pub struct EngineConfig {
     pub enable_prefix_caching: bool,
     /// Publish what the KV cache holds, so that routers elsewhere can send a prompt to where its beginning is.
     pub kv_events: Option<KvEventsConfig>,
+    /// How tool calls are read from the output, by vLLM's names; `none` refuses requests that want calls.
+    pub tool_call_parser: ToolCallParser,
+    /// How reasoning is told from the answer, by vLLM's names; `none` leaves it in the text.
+    pub reasoning_parser: ReasoningParser,
     /// Compute threads; the machine's cores where absent.
     pub threads: Option<u32>,
     /// Ranks that compute each layer together; the model's attention heads must divide by it. Results don't depend on it.
@@ -177,6 +185,8 @@ impl Default for EngineConfig {
             override_generation_config: GenerationDefaults::default(),
             enable_prefix_caching: true,
             kv_events: None,
+            tool_call_parser: ToolCallParser::Auto,
+            reasoning_parser: ReasoningParser::Auto,
             threads: None,
             tensor_parallel_size: 1,
             pipeline_parallel_size: 1,

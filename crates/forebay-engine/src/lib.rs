@@ -12,7 +12,7 @@ pub mod sample;
 mod serve;
 mod small_file;
 
-pub use config::{EngineConfig, EngineConfigError};
+pub use config::{EngineConfig, EngineConfigError, ReasoningParser, ToolCallParser};
 pub use generation::{GenerationDefaults, GenerationError, GenerationSource};
 pub use kv_events::{KvEventSource, KvEventsConfig, KvEventsError};
 pub use metrics::EngineMetrics;

@@ -351,7 +351,11 @@ impl ModelMetrics {
         if let Some(n) = request.n {
             h.n.observe(f64::from(n));
         }
-        let reason = request.reason.as_str();
+        // vLLM's engine stops there, and knows nothing of tools.
+        let reason = match request.reason {
+            FinishReason::ToolCalls => FinishReason::Stop.as_str(),
+            other => other.as_str(),
+        };
         self.families.finished.with_label_values(&[self.model.as_str(), "0", reason]).inc();
     }
 }

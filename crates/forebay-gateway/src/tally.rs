@@ -88,6 +88,8 @@ impl Tally {
             prompt_tokens: self.prompt_tokens,
             completion_tokens: self.completion_tokens,
             cached_tokens: self.cached_tokens,
+            // Only who makes the reasoning counts it, and says so in the end.
+            reasoning_tokens: 0,
         };
         match self.reported {
             Some(usage) => (usage, false),
@@ -108,7 +110,12 @@ mod tests {
     use forebay_wire::Delta;
 
     fn usage(prompt: u32, completion: u32, cached: u32) -> Usage {
-        Usage { prompt_tokens: prompt, completion_tokens: completion, cached_tokens: cached }
+        Usage {
+            prompt_tokens: prompt,
+            completion_tokens: completion,
+            cached_tokens: cached,
+            ..Usage::default()
+        }
     }
 
     fn verbatim(bytes: &'static str, usage: Option<Usage>, deltas: u32) -> Chunk {

@@ -94,6 +94,21 @@ impl Grammars {
     /// # Errors
     /// `Constraint` with what is wrong with the client's schema, expression or grammar.
     pub fn compile(&self, constraint: &Constraint) -> Result<Matcher, GrammarError> {
+        match constraint {
+            Constraint::Grammar(grammar) if grammar.contains("::=") => Err(GrammarError::Constraint(
+                "the grammar is in EBNF (`::=`); write it in Lark's notation, `start: ...`".to_owned(),
+            )),
+            _ => self.compile_new(constraint),
+        }
+    }
+
+    /// A grammar in Lark's notation that was made here. The client has its part in it: errors are as those of
+    /// [`compile`](Self::compile).
+    pub fn compile_lark(&self, grammar: String) -> Result<Matcher, GrammarError> {
+        self.compile_new(&Constraint::Grammar(grammar))
+    }
+
+    fn compile_new(&self, constraint: &Constraint) -> Result<Matcher, GrammarError> {
         if let Some(kept) = self.recall(constraint) {
             return Ok(kept);
         }
@@ -174,7 +189,6 @@ fn word(tokenizer: &Tokenizer, id: TokenId) -> Vec<u8> {
 }
 
 fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
-    let wrong = |why: &str| GrammarError::Constraint(why.to_owned());
     Ok(match constraint {
         Constraint::JsonObject => {
             TopLevelGrammar::from_json_schema(with_whitespace(json!({"type": "object"}))?)
@@ -184,9 +198,6 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
         Constraint::Choice(choices) => {
             let strings: Vec<String> = choices.iter().map(|choice| json!(choice).to_string()).collect();
             TopLevelGrammar::from_lark(format!("start: {}", strings.join(" | ")))
-        }
-        Constraint::Grammar(grammar) if grammar.contains("::=") => {
-            return Err(wrong("the grammar is in EBNF (`::=`); write it in Lark's notation, `start: ...`"));
         }
         Constraint::Grammar(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
     })

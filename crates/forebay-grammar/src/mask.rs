@@ -48,7 +48,8 @@ impl Mask {
         }
     }
 
-    pub(crate) fn allow(&mut self, token: TokenId) {
+    /// One more.
+    pub fn allow(&mut self, token: TokenId) {
         if let Some(word) = self.words.get_mut(token as usize / 32) {
             *word |= 1 << (token % 32);
         }

@@ -284,7 +284,12 @@ mod tests {
     fn report() -> Report {
         let ms = Duration::from_millis;
         let mut tally = Tally { in_flight_peak: 2, ..Tally::default() };
-        let usage = forebay_types::Usage { prompt_tokens: 100, completion_tokens: 3, cached_tokens: 16 };
+        let usage = forebay_types::Usage {
+            prompt_tokens: 100,
+            completion_tokens: 3,
+            cached_tokens: 16,
+            ..Default::default()
+        };
         for extra in [0, 10] {
             tally.record(Ok(Timing {
                 ttft: Some(ms(20 + extra)),

@@ -4,6 +4,8 @@
 //! bytes of each token, not its text, and is O(1) per token; other engines decode a window of recent ids twice per
 //! token and compare.
 
+use std::sync::Arc;
+
 use forebay_types::TokenId;
 
 use crate::tokenizer::Tokenizer;
@@ -17,6 +19,8 @@ use crate::tokenizer::Tokenizer;
 pub struct Detokenizer {
     tokenizer: Tokenizer,
     skip_special: bool,
+    /// Control tokens that give text all the same.
+    shown: Arc<[TokenId]>,
     /// The beginning of a character whose rest has not come: at most 3 bytes between calls.
     held: Vec<u8>,
     out: String,
@@ -25,14 +29,25 @@ pub struct Detokenizer {
 impl Detokenizer {
     /// `skip_special`: control tokens give no text.
     pub fn new(tokenizer: Tokenizer, skip_special: bool) -> Self {
-        Self { tokenizer, skip_special, held: Vec::with_capacity(32), out: String::with_capacity(32) }
+        Self {
+            tokenizer,
+            skip_special,
+            shown: Arc::default(),
+            held: Vec::with_capacity(32),
+            out: String::with_capacity(32),
+        }
+    }
+
+    /// These give text even where control tokens don't: tags that somebody looks for.
+    pub fn showing(self, shown: Arc<[TokenId]>) -> Self {
+        Self { shown, ..self }
     }
 
     /// The text that is certain with this id; empty while a character is not whole. Bytes that no continuation can
     /// make valid come as U+FFFD at once.
     pub fn push(&mut self, id: TokenId) -> &str {
         self.out.clear();
-        if self.skip_special && self.tokenizer.is_special(id) {
+        if self.skip_special && self.tokenizer.is_special(id) && !self.shown.contains(&id) {
             return &self.out;
         }
         self.held.extend_from_slice(self.tokenizer.token_bytes(id));
@@ -105,6 +120,15 @@ mod tests {
         check(&[0xFF, 0x80], true, &["\u{FFFD}", "\u{FFFD}"], "");
         check(&[0xE6, 258, 257, 999], true, &["", "", "東x", ""], "");
         check(&[104, 258], false, &["h", "<|im_end|>"], "");
+    }
+
+    #[test]
+    fn some_control_tokens_can_be_shown() {
+        let text = |shown: &[TokenId]| {
+            let mut detokenizer = Detokenizer::new(tokenizer(), true).showing(shown.into());
+            detokenizer.push(258).to_owned()
+        };
+        assert_eq!((&*text(&[]), &*text(&[258]), &*text(&[1])), ("", "<|im_end|>", ""));
     }
 
     proptest! {

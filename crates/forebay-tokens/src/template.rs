@@ -3,7 +3,8 @@
 //! The environment is the one of Hugging Face's `apply_chat_template` (`trim_blocks`, `lstrip_blocks`, loop controls,
 //! `tojson` as `json.dumps`, `raise_exception`, `strftime_now`), and messages are prepared as vLLM does: missing
 //! content becomes empty text, text parts are joined with a newline unless the template takes parts itself, and
-//! `arguments` of tool calls become an object.
+//! `arguments` of tool calls become an object. Where the template knows nothing of tools, they are written into the
+//! messages (`tools.rs`).
 //!
 //! Templates come with the model and are run under limits all the same: fuel, recursion, size of the output.
 
@@ -21,6 +22,7 @@ use crate::tokenizer::TEXT_BYTES_MAX;
 mod messages;
 mod python;
 mod time;
+mod tools;
 
 pub use time::CivilTime;
 
@@ -34,6 +36,8 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
 const FUEL: u64 = 16_000_000;
 const RECURSION_MAX: usize = 100;
 const NAME: &str = "chat_template";
+/// A text that no template has of its own.
+const MARK: &str = "9f2d1c";
 
 /// Names that a template gets from us; `chat_template_kwargs` of a request can't replace them.
 const RESERVED: &[&str] = &[
@@ -167,6 +171,10 @@ pub struct ChatTemplate {
     env: Environment<'static>,
     source: String,
     content: ContentFormat,
+    /// Tools reach the prompt.
+    shows_tools: bool,
+    /// A system message does.
+    shows_system: bool,
     tokens: TokenTexts,
 }
 
@@ -195,8 +203,11 @@ impl ChatTemplate {
         env.add_function("raise_exception", raise_exception);
         env.add_template_owned(NAME, python::without_generation_tags(&source))
             .map_err(|error| TemplateError::Syntax { reason: describe(&error) })?;
-        let mut template = Self { env, source, content: ContentFormat::Text, tokens };
+        let content = ContentFormat::Text;
+        let mut template = Self { env, source, content, shows_tools: false, shows_system: false, tokens };
         template.content = template.probe();
+        template.shows_tools = template.probe_tools();
+        template.shows_system = template.probe_system();
         Ok(template)
     }
 
@@ -205,8 +216,14 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// The prompt as text, exactly as Hugging Face's `apply_chat_template(tokenize=False)`. Text of clients in it is
-    /// not told apart: to get ids, use [`TextModel::encode_chat`](crate::TextModel::encode_chat).
+    /// Whether the template itself writes tools into the prompt. Where it doesn't, they are shown to the model in the form
+    /// of Hermes.
+    pub fn shows_tools(&self) -> bool {
+        self.shows_tools
+    }
+
+    /// The prompt as text, exactly as Hugging Face's `apply_chat_template(tokenize=False)`, but that a template without
+    /// tools is given messages that have them in words. Text of clients in it is not told apart: to get ids, use [`TextModel::encode_chat`](crate::TextModel::encode_chat).
     ///
     /// Pure. O(text) for templates that are.
     pub fn render(&self, prompt: &ChatPrompt<'_>) -> Result<String, TemplateError> {
@@ -223,7 +240,12 @@ impl ChatTemplate {
             return Err(TemplateError::ContinueAndGenerate);
         }
         let client = messages::Client { guard, content: self.content };
-        let messages = client.messages(prompt.messages)?;
+        let tools = prompt.tools.unwrap_or_default();
+        let in_words = match self.shows_tools {
+            true => None,
+            false => tools::written_out(prompt.messages, tools, self.shows_system),
+        };
+        let messages = client.messages(in_words.as_deref().unwrap_or(prompt.messages))?;
         let list = |list: Option<&[Json]>| match list {
             Some(list) if !list.is_empty() => list.iter().map(|item| client.value(item)).collect(),
             _ => Value::from(()),
@@ -280,22 +302,10 @@ impl ChatTemplate {
     /// Finds out how the template wants content, by rendering one message both ways. vLLM looks for a loop over
     /// `content` in the syntax tree; the outcome is what counts.
     fn probe(&self) -> ContentFormat {
-        const MARK: &str = "9f2d1c";
         let renders = |content: Json| {
-            let message = serde_json::json!({"role": "user", "content": content});
-            let messages = vec![
-                messages::Client { guard: None, content: ContentFormat::Parts { text_too: true } }
-                    .value(&message),
-            ];
-            let variables = vec![
-                ("messages".to_owned(), Value::from(messages)),
-                ("tools".to_owned(), Value::from(())),
-                ("documents".to_owned(), Value::from(())),
-                ("add_generation_prompt".to_owned(), Value::from(false)),
-                ("strftime_now".to_owned(), Value::from_function(|_: Cow<'_, str>| String::new())),
-            ];
+            let messages = [serde_json::json!({"role": "user", "content": content})];
             // The text, but not a list written out.
-            self.run(variables).is_ok_and(|text| text.contains(MARK) && !text.contains("type"))
+            self.rendered(&messages, None).is_some_and(|text| text.contains(MARK) && !text.contains("type"))
         };
         let text_too = renders(Json::from(MARK));
         if renders(serde_json::json!([{"type": "text", "text": MARK}])) {
@@ -303,6 +313,42 @@ impl ChatTemplate {
         } else {
             ContentFormat::Text
         }
+    }
+
+    fn probe_tools(&self) -> bool {
+        let parameters = serde_json::json!({"type": "object", "properties": {}});
+        let function = serde_json::json!({"name": MARK, "description": "", "parameters": parameters});
+        let tool = serde_json::json!({"type": "function", "function": function});
+        let messages = [serde_json::json!({"role": "user", "content": self.probed("x")})];
+        self.rendered(&messages, Some(&tool)).is_some_and(|text| text.contains(MARK))
+    }
+
+    fn probe_system(&self) -> bool {
+        let message = |role, text| serde_json::json!({"role": role, "content": self.probed(text)});
+        let messages = [message("system", MARK), message("user", "x")];
+        self.rendered(&messages, None).is_some_and(|text| text.contains(MARK))
+    }
+
+    /// A text as the template wants contents.
+    fn probed(&self, text: &str) -> Json {
+        match self.content {
+            ContentFormat::Parts { text_too: false } => serde_json::json!([{"type": "text", "text": text}]),
+            _ => text.into(),
+        }
+    }
+
+    /// What the template makes of these messages as they are.
+    fn rendered(&self, messages: &[Json], tool: Option<&Json>) -> Option<String> {
+        let client = messages::Client { guard: None, content: ContentFormat::Parts { text_too: true } };
+        let list = |items: &[Json]| items.iter().map(|item| client.value(item)).collect::<Value>();
+        let variables = vec![
+            ("messages".to_owned(), list(messages)),
+            ("tools".to_owned(), tool.map_or(Value::from(()), |tool| list(std::slice::from_ref(tool)))),
+            ("documents".to_owned(), Value::from(())),
+            ("add_generation_prompt".to_owned(), Value::from(false)),
+            ("strftime_now".to_owned(), Value::from_function(|_: Cow<'_, str>| String::new())),
+        ];
+        self.run(variables).ok()
     }
 }
 
@@ -380,101 +426,4 @@ impl io::Write for Bounded {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn render(source: &str, messages: &Json) -> Result<String, TemplateError> {
-        ChatTemplate::new(Some(source))?.render(&ChatPrompt::new(messages.as_array().unwrap()))
-    }
-
-    fn check(source: &str, content: Json, expect: &str) {
-        let messages = json!([{"role": "user", "content": content}]);
-        assert_eq!(render(source, &messages).unwrap(), expect, "{source}");
-    }
-
-    #[test]
-    fn content_comes_as_the_template_wants_it() {
-        let parts =
-            json!([{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "b"}]);
-        let as_text = "{% for m in messages %}{{ m.content + '!' }}{% endfor %}";
-        check(as_text, json!("a"), "a!");
-        check(as_text, parts.clone(), "a\nb!");
-        check(as_text, json!(null), "!");
-        let as_parts =
-            "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}";
-        check(as_parts, json!("a"), "[a]");
-        check(as_parts, parts.clone(), "[a][][b]");
-        check(as_parts, json!(null), "");
-        let either = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}\
-                      {{ m.content | map(attribute='text') | join('+') }}{% endif %}{% endfor %}";
-        check(either, json!("a"), "a");
-        check(either, json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), "a+b");
-    }
-
-    #[test]
-    fn a_model_without_a_template_gets_chatml() {
-        let messages = [json!({"role": "user", "content": "hi"}), json!({"role": "assistant"})];
-        let text = ChatTemplate::new(None).unwrap().render(&ChatPrompt::new(&messages)).unwrap();
-        assert_eq!(
-            text,
-            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>assistant\n"
-        );
-    }
-
-    #[test]
-    fn arguments_of_tool_calls_become_objects() {
-        let source = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }};\
-                      {% endfor %}{% endfor %}";
-        let call = |arguments: &str| json!({"function": {"name": "f", "arguments": arguments}});
-        let messages = json!([{"role": "assistant", "tool_calls": [call("{\"b\":1,\"a\":[]}"), call(""), call("[not json")]}]);
-        assert_eq!(render(source, &messages).unwrap(), "{\"b\": 1, \"a\": []};{};\"[not json\";");
-    }
-
-    #[test]
-    fn continues_the_last_message() {
-        let source = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}";
-        let template = ChatTemplate::new(Some(source)).unwrap();
-        let render = |content: Json| {
-            let messages =
-                [json!({"role": "user", "content": "So"}), json!({"role": "assistant", "content": content})];
-            let prompt = ChatPrompt {
-                add_generation_prompt: false,
-                continue_final_message: true,
-                ..ChatPrompt::new(&messages)
-            };
-            template.render(&prompt)
-        };
-        assert_eq!(render(json!(" So, ")).unwrap(), "<user>So</><assistant>So,");
-        assert_eq!(render(json!([{"type": "text", "text": "x"}])).unwrap(), "<user>So</><assistant>x");
-    }
-
-    #[test]
-    fn failures_say_whose_they_are() {
-        let messages = json!([{"role": "user", "content": "x"}]);
-        let class = |source: &str| {
-            let error = render(source, &messages).unwrap_err();
-            (error.class().code, error.to_string())
-        };
-        let (code, text) = class("{% if %}");
-        assert_eq!(code, Code::Internal);
-        assert!(text.starts_with("the chat template does not compile: syntax error:"), "{text}");
-        let (code, text) = class("{{ raise_exception('roles must alternate') }}");
-        assert_eq!(code, Code::BadRequest);
-        assert_eq!(text, "the model's chat template refuses these messages: roles must alternate");
-        let (code, text) = class("\n{{ messages[0].name.first }}");
-        assert_eq!(code, Code::BadRequest);
-        assert!(text.ends_with("(line 2 of the template)"), "{text}");
-    }
-
-    #[test]
-    fn a_template_that_runs_away_is_stopped() {
-        let messages = json!([{"role": "user", "content": "x"}]);
-        let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
-        assert!(matches!(render(endless, &messages), Err(TemplateError::TooMuchWork)));
-        let long = "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}";
-        assert!(matches!(render(long, &messages), Err(TemplateError::TooLong)));
-        let deep = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
-        assert!(matches!(render(deep, &messages), Err(TemplateError::Failed { .. })));
-    }
-}
+mod tests;

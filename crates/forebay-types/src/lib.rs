@@ -21,6 +21,9 @@ pub struct Usage {
     pub completion_tokens: u32,
     /// Part of `prompt_tokens` that was not computed because its KV blocks were cached.
     pub cached_tokens: u32,
+    /// Part of `completion_tokens` in which the model reasoned, as far as that is told from the answer.
+    #[serde(default)]
+    pub reasoning_tokens: u32,
 }
 
 impl Usage {

@@ -196,7 +196,8 @@ pub enum ToolChoice {
     /// Text or calls, as the model likes. Means nothing without tools.
     #[default]
     Auto,
-    /// Text only.
+    /// Text only, whatever it looks like; the tools are shown to the model all the same, as in vLLM: the prompt's beginning
+    /// stays the same from turn to turn.
     None,
     /// At least one call, of any tool.
     Required,

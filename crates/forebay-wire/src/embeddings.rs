@@ -79,7 +79,7 @@ mod tests {
     fn render(format: VectorFormat, vectors: &[Vec<f32>]) -> String {
         let model = ModelName::from("m\"");
         let head = EmbeddingsHead { id: "r1", created_unix: 7, model: &model, format };
-        let usage = Usage { prompt_tokens: 5, completion_tokens: 0, cached_tokens: 0 };
+        let usage = Usage { prompt_tokens: 5, completion_tokens: 0, ..Usage::default() };
         String::from_utf8(render_embeddings(&head, vectors, &usage).into()).unwrap()
     }
 

@@ -31,5 +31,11 @@ pub(crate) fn put_usage(out: &mut BytesMut, usage: &Usage) {
     put(out, &usage.total());
     put_raw(out, ",\"prompt_tokens_details\":{\"cached_tokens\":");
     put(out, &usage.cached_tokens);
-    put_raw(out, "}}");
+    put_raw(out, "}");
+    if usage.reasoning_tokens > 0 {
+        put_raw(out, ",\"completion_tokens_details\":{\"reasoning_tokens\":");
+        put(out, &usage.reasoning_tokens);
+        put_raw(out, "}");
+    }
+    put_raw(out, "}");
 }

@@ -29,11 +29,13 @@ struct WireUsage {
     prompt_tokens: Option<u64>,
     completion_tokens: Option<u64>,
     prompt_tokens_details: Option<WireDetails>,
+    completion_tokens_details: Option<WireDetails>,
 }
 
 #[derive(Deserialize)]
 struct WireDetails {
     cached_tokens: Option<u64>,
+    reasoning_tokens: Option<u64>,
 }
 
 impl From<WireUsage> for Usage {
@@ -43,6 +45,7 @@ impl From<WireUsage> for Usage {
             prompt_tokens: count(wire.prompt_tokens),
             completion_tokens: count(wire.completion_tokens),
             cached_tokens: count(wire.prompt_tokens_details.and_then(|d| d.cached_tokens)),
+            reasoning_tokens: count(wire.completion_tokens_details.and_then(|d| d.reasoning_tokens)),
         }
     }
 }
@@ -136,7 +139,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn usage(prompt: u32, completion: u32, cached: u32) -> Option<Usage> {
-        Some(Usage { prompt_tokens: prompt, completion_tokens: completion, cached_tokens: cached })
+        Some(Usage {
+            prompt_tokens: prompt,
+            completion_tokens: completion,
+            cached_tokens: cached,
+            ..Usage::default()
+        })
     }
 
     #[test]

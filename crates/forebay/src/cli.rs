@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use forebay_config::{ByteSize, HumanDuration};
-use forebay_engine::{GenerationDefaults, GenerationSource, KvEventsConfig};
+use forebay_engine::{GenerationDefaults, GenerationSource, KvEventsConfig, ReasoningParser, ToolCallParser};
 
 /// The LLM serving stack in one program: edge, gateway, proxy, router and inference engine.
 #[derive(Parser)]
@@ -126,6 +126,12 @@ pub(crate) struct Worker {
     /// Publish KV events: vLLM's JSON with `endpoint`, and as wanted `replay_endpoint`, `topic`, `buffer_steps`
     #[arg(long, value_name = "JSON", value_parser = kv_events)]
     pub kv_events_config: Option<KvEventsFlag>,
+    /// How tool calls are read: auto (by the chat template), none, hermes, llama3_json or json
+    #[arg(long, value_name = "NAME")]
+    pub tool_call_parser: Option<ToolCallParser>,
+    /// How reasoning is told from the answer: auto (by the chat template), none, deepseek_r1 or qwen3
+    #[arg(long, value_name = "NAME")]
+    pub reasoning_parser: Option<ReasoningParser>,
     /// Compute threads; the machine's cores where absent
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,

@@ -43,6 +43,8 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         generation_config: args.generation_config.unwrap_or_default(),
         override_generation_config: args.override_generation_config.unwrap_or_default(),
         enable_prefix_caching: !args.no_enable_prefix_caching,
+        tool_call_parser: args.tool_call_parser.unwrap_or(defaults.tool_call_parser),
+        reasoning_parser: args.reasoning_parser.unwrap_or(defaults.reasoning_parser),
         threads: args.threads,
         tensor_parallel_size: args.tensor_parallel_size.unwrap_or(defaults.tensor_parallel_size),
         pipeline_parallel_size: args.pipeline_parallel_size.unwrap_or(defaults.pipeline_parallel_size),
@@ -90,6 +92,7 @@ fn in_flags(message: &str) -> String {
         ("engine.threads", "--threads"),
         ("engine.tensor-parallel-size", "--tensor-parallel-size"),
         ("engine.pipeline-parallel-size", "--pipeline-parallel-size"),
+        ("engine.tool-call-parser", "--tool-call-parser"),
         ("engine.itl-slo", "--itl-slo-ms"),
         ("engine.kv-events", "--kv-events-config"),
     ];

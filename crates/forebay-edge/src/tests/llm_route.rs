@@ -148,7 +148,9 @@ fn hello() -> Vec<Event> {
         Event::Started { prompt_tokens: 1, cached_tokens: 0 },
         Event::Delta(Delta { text: "Hello".into(), tokens: 1, ..Delta::default() }),
         Event::Finished { choice: 0, reason: FinishReason::Stop },
-        Event::Done { usage: Usage { prompt_tokens: 1, completion_tokens: 1, cached_tokens: 0 } },
+        Event::Done {
+            usage: Usage { prompt_tokens: 1, completion_tokens: 1, cached_tokens: 0, ..Usage::default() },
+        },
     ]
 }
 

@@ -10,6 +10,7 @@ use forebay_wire::Delta;
 use crate::sample::{Choice as Sampled, Sampler, Wanted};
 
 use super::constrain::{Beginning, Constrained};
+use super::reading::{Reader, Reading};
 use super::scores::entry;
 use super::submission::How;
 
@@ -24,6 +25,9 @@ pub(crate) struct ChoiceState {
     /// Where it stands in the request's constraint; away as the sampler.
     pub constrained: Option<Constrained>,
     pub generated: u32,
+    /// Of them, tokens of the model's reasoning.
+    pub reasoning_tokens: u32,
+    reader: Option<Reader>,
     max_tokens: u32,
     /// The latest tokens, as many as the longest bad word needs.
     recent: Vec<TokenId>,
@@ -59,15 +63,18 @@ impl ChoiceState {
         tokenizer: Tokenizer,
         stop: StopMatcher,
     ) -> Self {
+        let shown = how.reading.as_ref().map(|Reading { shown, .. }| Arc::clone(shown)).unwrap_or_default();
         Self {
             number,
             prompt,
             sampler: Some(Sampler::new(how.sampling.clone(), seed, prompt_ids)),
             constrained: how.constrained.as_ref().map(Beginning::choice),
             generated: 0,
+            reasoning_tokens: 0,
+            reader: how.reading.as_ref().map(|reading| reading.choice(number)),
             max_tokens,
             recent: Vec::new(),
-            detokenizer: Detokenizer::new(tokenizer.clone(), how.skip_special),
+            detokenizer: Detokenizer::new(tokenizer.clone(), how.skip_special).showing(shown),
             stop,
             tokenizer,
             how,
@@ -94,6 +101,16 @@ impl ChoiceState {
     /// The only tokens that may come, where the request says so.
     pub fn allowed(&self) -> Option<&Arc<How>> {
         self.how.allowed.is_some().then_some(&self.how)
+    }
+
+    /// Whether the model is reasoning, to which no constraint applies: it is about the answer.
+    pub fn thinks(&self) -> bool {
+        self.reader.as_ref().is_some_and(Reader::thinks)
+    }
+
+    /// The token with which it may begin to reason instead of what the constraint allows.
+    pub fn think_token(&self) -> Option<TokenId> {
+        self.reader.as_ref().filter(|_| self.generated == 0)?.think_token()
     }
 
     pub fn logprobs(&self) -> Option<Wanted> {
@@ -126,14 +143,19 @@ impl ChoiceState {
             }
             return self.end(FinishReason::Stop);
         }
+        let thought = self.thinks();
         self.detokenize(token);
         if self.feed() {
-            return Advance { delta: self.take(), finished: Some(FinishReason::Stop) };
+            return self.close(FinishReason::Stop);
+        }
+        if thought && self.thinks() {
+            self.reasoning_tokens += 1;
         }
         if self.generated >= self.max_tokens {
             return self.end(FinishReason::Length);
         }
-        let empty = self.held.text.is_empty() && self.held.logprobs.is_empty();
+        let Delta { text, reasoning, tool_calls, logprobs, .. } = &self.held;
+        let empty = text.is_empty() && reasoning.is_empty() && tool_calls.is_empty() && logprobs.is_empty();
         let waits = self.held.tokens < self.how.interval && self.generated > 1;
         let delta = if empty || waits { None } else { self.take() };
         Advance { delta, finished: None }
@@ -154,12 +176,20 @@ impl ChoiceState {
     fn end(&mut self, reason: FinishReason) -> Advance {
         self.text.clear();
         self.text.push_str(self.detokenizer.finish());
-        let mut reason = reason;
         if self.feed() {
-            reason = FinishReason::Stop;
-        } else {
-            self.held.text.push_str(self.stop.finish());
+            return self.close(FinishReason::Stop);
         }
+        read(&mut self.reader, self.stop.finish(), &mut self.held);
+        self.close(reason)
+    }
+
+    /// All text has come.
+    fn close(&mut self, reason: FinishReason) -> Advance {
+        let Some(reader) = &mut self.reader else {
+            return Advance { delta: self.take(), finished: Some(reason) };
+        };
+        reader.finish(&mut self.held);
+        let reason = reader.reason(reason);
         Advance { delta: self.take(), finished: Some(reason) }
     }
 
@@ -172,11 +202,11 @@ impl ChoiceState {
     fn feed(&mut self) -> bool {
         // As in vLLM, a stop string counts only where it ends in the text of tokens after the first `min_tokens`.
         if self.generated <= self.how.min_tokens {
-            self.held.text.push_str(self.stop.pass(&self.text));
+            read(&mut self.reader, self.stop.pass(&self.text), &mut self.held);
             return false;
         }
         let piece = self.stop.push(&self.text);
-        self.held.text.push_str(piece.text);
+        read(&mut self.reader, piece.text, &mut self.held);
         piece.hit.is_some()
     }
 
@@ -184,5 +214,13 @@ impl ChoiceState {
         let next = Delta { choice: self.number, ..Delta::default() };
         let delta = std::mem::replace(&mut self.held, next);
         (delta.tokens > 0 || !delta.text.is_empty()).then_some(delta)
+    }
+}
+
+/// Adds what `text` says to `held`.
+fn read(reader: &mut Option<Reader>, text: &str, held: &mut Delta) {
+    match reader {
+        Some(reader) => reader.read(text, held),
+        None => held.text.push_str(text),
     }
 }

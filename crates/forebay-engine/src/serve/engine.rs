@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use forebay_flow::{Flow, Placed, PromptIds, Reply, ReplyForm, Stage};
-use forebay_grammar::{GrammarError, Grammars, Mask};
+use forebay_grammar::{GrammarError, Grammars, Mask, Matcher};
 use forebay_kernels::{Isa, Pool};
 use forebay_observe::Layer;
 use forebay_schedule::{Scheduler, SchedulerConfig};
@@ -23,6 +23,7 @@ use super::load::LoadReport;
 use super::memory::check_memory;
 use super::off_thread::OffThread;
 use super::prompt;
+use super::reading::Forms;
 use super::scores::rows_max;
 use super::start_error::StartError;
 use super::step_loop::{LoopState, StepLoop};
@@ -56,6 +57,7 @@ pub struct Engine {
     model: ModelName,
     pub(super) text: TextModel,
     inbox: mpsc::Sender<Submission>,
+    forms: Forms,
     /// Made by the first request that needs it.
     grammars: Arc<OnceLock<Result<Grammars, GrammarError>>>,
     off_thread: OffThread,
@@ -189,6 +191,7 @@ impl Engine {
         Ok(Self {
             model,
             token_bytes_max: token_bytes_max(&text),
+            forms: Forms::new(&text, config.tool_call_parser, config.reasoning_parser),
             text,
             inbox,
             grammars: Arc::default(),
@@ -284,7 +287,23 @@ impl Engine {
         let bad_words = BadWords::new(&call.bad_words, self.text.tokenizer())
             .map_err(|error| Fault::from(error).param("bad_words"))?;
         let seed = call.sampling.seed.map_or_else(fresh_seed, Ok)?;
-        let constrained = self.constrain(call.constraint.as_ref()).await?;
+        let tokenizer = self.text.tokenizer();
+        let prompt = asks.first().map_or(&[][..], |ask| &ask.ids);
+        let reading = self.forms.reading(&call, prompt, tokenizer)?;
+        let calls = reading.as_ref().and_then(|reading| reading.wanted_calls(&call, tokenizer));
+        let constrained = match (calls, &call.constraint) {
+            // Where there are only calls, `response_format` has nothing to say.
+            (Some(calls), _) => Some(self.constrain("tools", move |g| g.compile_lark(calls)).await?),
+            (None, Some(constraint)) => {
+                let param = match constraint {
+                    Constraint::JsonObject | Constraint::JsonSchema(_) => "response_format",
+                    _ => "structured_outputs",
+                };
+                let constraint = constraint.clone();
+                Some(self.constrain(param, move |g| g.compile(&constraint)).await?)
+            }
+            (None, None) => None,
+        };
         let matcher = StopMatcher::new(&call.stop, call.include_stop_str_in_output)?;
         let model_ends: &[TokenId] = if call.ignore_eos { &[] } else { self.text.tokenizer().eog() };
         let end_tokens = model_ends.iter().chain(&call.stop_token_ids).copied().collect();
@@ -308,6 +327,7 @@ impl Engine {
                 token_ids: call.return_token_ids,
                 skip_special: call.skip_special_tokens,
                 interval: if call.stream { call.stream_interval } else { 1 },
+                reading,
                 constrained,
                 allowed,
                 bad_words,
@@ -341,18 +361,17 @@ impl Engine {
     }
 
     /// Compiles what the output has to match. The first time, the vocabulary is prepared for it, too.
-    async fn constrain(&self, constraint: Option<&Constraint>) -> Result<Option<Beginning>, Fault> {
-        let Some(constraint) = constraint.cloned() else { return Ok(None) };
+    async fn constrain(
+        &self,
+        param: &'static str,
+        compile: impl FnOnce(&Grammars) -> Result<Matcher, GrammarError> + Send + 'static,
+    ) -> Result<Beginning, Fault> {
         let (grammars, tokenizer) = (Arc::clone(&self.grammars), self.text.tokenizer().clone());
         self.off_thread
             .run(move || {
                 let made = grammars.get_or_init(|| Grammars::new(&tokenizer)).as_ref().map_err(Clone::clone);
-                let compiled = made.and_then(|grammars| Beginning::new(grammars.compile(&constraint)?));
-                let param = match constraint {
-                    Constraint::JsonObject | Constraint::JsonSchema(_) => "response_format",
-                    _ => "structured_outputs",
-                };
-                compiled.map(Some).map_err(|error| Fault::from(error).param(param))
+                let compiled = made.and_then(|grammars| Beginning::new(compile(grammars)?));
+                compiled.map_err(|error| Fault::from(error).param(param))
             })
             .await
     }

@@ -18,6 +18,7 @@ mod memory;
 mod model_engine;
 mod off_thread;
 mod prompt;
+mod reading;
 mod sampling;
 mod scores;
 mod start_error;

@@ -24,6 +24,8 @@ pub(super) struct SampleJob {
     pub allowed: Option<Arc<How>>,
     pub logprobs: Option<Wanted>,
     pub constrained: Option<Constrained>,
+    /// May come whatever the constraint says.
+    pub think_token: Option<TokenId>,
     pub mask: Option<Mask>,
     pub sampled: Option<Sampled>,
 }
@@ -48,11 +50,14 @@ impl LoopState {
         for job in &mut self.jobs {
             let Some(constrained) = &mut job.constrained else { continue };
             let allowed = job.allowed.as_ref().and_then(|how| how.allowed.as_ref());
-            let mask = constrained.mask().and_then(|mut mask| match allowed {
-                Some(allowed) if !mask.intersect(allowed) => Err(GrammarError::Matching(
-                    "none of `allowed_token_ids` may come next in the constraint".to_owned(),
-                )),
-                _ => Ok(mask),
+            let mask = constrained.mask().and_then(|mut mask| {
+                job.think_token.into_iter().for_each(|token| mask.allow(token));
+                match allowed {
+                    Some(allowed) if !mask.intersect(allowed) => Err(GrammarError::Matching(
+                        "none of `allowed_token_ids` may come next in the constraint".to_owned(),
+                    )),
+                    _ => Ok(mask),
+                }
             });
             match mask {
                 Ok(mask) => job.mask = Some(mask),
@@ -104,7 +109,8 @@ impl LoopState {
                     allowed: choice.allowed().cloned(),
                     logprobs: choice.logprobs(),
                     sampler: choice.sampler.take(),
-                    constrained: choice.constrained.take(),
+                    think_token: choice.think_token(),
+                    constrained: if choice.thinks() { None } else { choice.constrained.take() },
                     mask: None,
                     sampled: None,
                 });

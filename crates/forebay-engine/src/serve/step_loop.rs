@@ -86,6 +86,7 @@ pub(super) struct Request {
     /// Per prompt, where its log-probabilities are wanted.
     pub(super) scores: Vec<PromptScores>,
     completion_tokens: u32,
+    reasoning_tokens: u32,
 }
 
 /// What a turn did.
@@ -307,6 +308,7 @@ impl<E: Executor> StepLoop<E> {
             cached: vec![None; submission.prompts.len()],
             scores: PromptScores::of(&submission),
             completion_tokens: 0,
+            reasoning_tokens: 0,
             submission,
         };
         self.state.requests.insert(id, request);
@@ -353,13 +355,17 @@ impl<E: Executor> StepLoop<E> {
             let Some((id, choice)) = self.state.choices.get_mut(&job.seq) else { continue };
             let id = *id;
             choice.sampler = Some(sampler);
-            choice.constrained = job.constrained.take();
+            let constrained = job.constrained.take();
+            let is_held = constrained.is_some();
+            choice.constrained = constrained.or(choice.constrained.take());
             match choice.last_token.replace(now) {
                 Some(last) => self.metrics.on_next_token(now.saturating_duration_since(last)),
                 None => choice.first_token = Some(now),
             }
             let before = choice.generated;
             let advance = choice.on_token(&sampled);
+            // What begins to reason is no part of what the constraint is about.
+            let follows = is_held && !choice.thinks();
             let (number, prompt, new) = (choice.number, choice.prompt, choice.generated - before);
             generated += new as usize;
             if before == 0 {
@@ -372,7 +378,9 @@ impl<E: Executor> StepLoop<E> {
                 self.scheduler.finish(job.seq);
             } else {
                 self.scheduler.on_token(job.seq, sampled.token);
-                self.follow(job.seq, sampled.token);
+                if follows {
+                    self.follow(job.seq, sampled.token);
+                }
             }
             if let Some(delta) = advance.delta {
                 self.send(id, Event::Delta(delta));
@@ -448,6 +456,7 @@ impl<E: Executor> StepLoop<E> {
         let Some(request) = self.state.requests.get_mut(&id) else { return };
         request.open -= 1;
         if let Some((_, choice)) = choice {
+            request.reasoning_tokens += choice.reasoning_tokens;
             self.metrics.on_finished(&record_of(request, &choice, reason));
         }
         let done = request.open == 0;
@@ -501,6 +510,7 @@ impl Request {
         Usage {
             prompt_tokens: self.submission.prompts.iter().map(|p| p.ids.len() as u32).sum(),
             completion_tokens: self.completion_tokens,
+            reasoning_tokens: self.reasoning_tokens,
             cached_tokens: self.cached.iter().flatten().sum(),
         }
     }

@@ -10,6 +10,7 @@ use forebay_wire::{Event, Sampling};
 use tokio::sync::mpsc;
 
 use super::constrain::Beginning;
+use super::reading::Reading;
 use super::words::BadWords;
 use crate::sample::Wanted;
 
@@ -57,6 +58,8 @@ pub(crate) struct How {
     pub skip_special: bool,
     /// Tokens per delta, except the first and the last.
     pub interval: u32,
+    /// How text becomes content, reasoning and calls; `None` where all of it is content.
+    pub reading: Option<Reading>,
     /// What every choice has to match, at its beginning.
     pub constrained: Option<Beginning>,
     /// Only these tokens may come, as vLLM's `allowed_token_ids`.

@@ -4,6 +4,7 @@
 mod constrained;
 mod scores;
 mod tokens;
+mod tools;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,6 +33,11 @@ const VOCAB: usize = 257;
 
 /// A vocabulary of single bytes: a text's ids are its bytes, so that scripts can be read.
 fn text_model() -> TextModel {
+    text_model_with(None, &[])
+}
+
+/// With further control tokens, from 257.
+fn text_model_with(template: Option<&str>, controls: &[&str]) -> TextModel {
     // GPT-2's byte alphabet: printable bytes stand for themselves, the others follow from U+0100.
     let printable = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
     let mut next = 256;
@@ -47,8 +53,9 @@ fn text_model() -> TextModel {
         })
         .collect();
     tokens.push("<|end|>".into());
+    tokens.extend(controls.iter().map(|&control| control.to_owned()));
     let mut token_types = vec![TokenType::Normal; 256];
-    token_types.push(TokenType::Control);
+    token_types.resize(tokens.len(), TokenType::Control);
     let vocab = Vocab {
         model: "gpt2".into(),
         pre: "default".into(),
@@ -57,7 +64,7 @@ fn text_model() -> TextModel {
         eos: Some(EOS),
         ..Vocab::default()
     };
-    TextModel::new(Tokenizer::new(vocab).expect("a vocabulary of bytes"), None).expect("the default template")
+    TextModel::new(Tokenizer::new(vocab).expect("a vocabulary of bytes"), template).expect("a template")
 }
 
 struct Bench {
@@ -74,6 +81,15 @@ fn bench_with(
     change: impl FnOnce(&mut SchedulerConfig),
     config: EngineConfig,
 ) -> Bench {
+    bench_of(text_model(), executor, change, config)
+}
+
+fn bench_of(
+    text: TextModel,
+    executor: FakeExecutor,
+    change: impl FnOnce(&mut SchedulerConfig),
+    config: EngineConfig,
+) -> Bench {
     let registry = Registry::new();
     let metrics = EngineMetrics::register(&registry, 1024).expect("registers once");
     let mut scheduling =
@@ -82,7 +98,7 @@ fn bench_with(
     let kv = KvInfo { block_size: 4, blocks: 64, prefix_caching: true };
     let engine = Engine::run(
         "fake".into(),
-        text_model(),
+        text,
         executor,
         Scheduler::new(scheduling),
         Arc::new(Pool::new(1)),
@@ -205,7 +221,10 @@ async fn a_reply_is_started_deltas_finished_done() {
     assert_eq!(events.first(), Some(&Event::Started { prompt_tokens: 2, cached_tokens: 0 }));
     assert_eq!((text(&events, 0).as_str(), reason(&events, 0)), ("yes", Some(FinishReason::Stop)));
     // The end token was generated too.
-    assert_eq!(usage(&events), Usage { prompt_tokens: 2, completion_tokens: 4, cached_tokens: 0 });
+    assert_eq!(
+        usage(&events),
+        Usage { prompt_tokens: 2, completion_tokens: 4, cached_tokens: 0, ..Usage::default() }
+    );
     let tokens: u32 = events.iter().map(|e| if let Event::Delta(d) = e { d.tokens } else { 0 }).sum();
     assert_eq!(tokens, 4, "deltas account for every token");
 }
@@ -272,7 +291,10 @@ async fn choices_are_numbered_over_prompts() {
     let texts: Vec<String> = (0..4).map(|choice| text(&events, choice)).collect();
     assert_eq!(texts, ["1", "1", "2", "2"]);
     // Each prompt counts once, each choice's tokens count.
-    assert_eq!(usage(&events), Usage { prompt_tokens: 2, completion_tokens: 8, cached_tokens: 0 });
+    assert_eq!(
+        usage(&events),
+        Usage { prompt_tokens: 2, completion_tokens: 8, cached_tokens: 0, ..Usage::default() }
+    );
 }
 
 #[tokio::test]

@@ -181,7 +181,8 @@ async fn every_ending_settles_for_what_was_used() {
     let fails = |chunks: Vec<Chunk>| {
         Play::Reply(ReplyForm::Sse, chunks.into_iter().map(Ok).chain([Err(upstream_failed())]).collect())
     };
-    let usage = |p, c| Some(Usage { prompt_tokens: p, completion_tokens: c, cached_tokens: 0 });
+    let usage =
+        |p, c| Some(Usage { prompt_tokens: p, completion_tokens: c, cached_tokens: 0, ..Usage::default() });
     let cases: Vec<(&str, Play, &str, u64, Value)> = vec![
         ("events", generation(), "m", 13, json!(["team-a", 200, "ok", 10, 3, 8, false, false])),
         (
@@ -559,7 +560,7 @@ fn zero_is_no_limit_that_can_be_set() {
 
 #[tokio::test(start_paused = true)]
 async fn embeddings_are_held_and_charged_by_their_tokens() {
-    let usage = Usage { prompt_tokens: 9, completion_tokens: 0, cached_tokens: 0 };
+    let usage = Usage { prompt_tokens: 9, completion_tokens: 0, ..Usage::default() };
     let rig = rig([whole(ReplyForm::Json, vec![verbatim("{}", Some(usage), 0)])]);
     let body = r#"{"model":"m","input":["12345","67890"]}"#;
     let reply = rig.call(flow(Method::POST, "/v1/embeddings", Some("sk-a1"), body)).await.unwrap();

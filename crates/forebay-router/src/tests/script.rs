@@ -61,7 +61,7 @@ pub(crate) fn token() -> Result<Chunk, Fault> {
 }
 
 pub(crate) fn done(prompt_tokens: u32, completion_tokens: u32) -> Result<Chunk, Fault> {
-    let usage = Usage { prompt_tokens, completion_tokens, cached_tokens: 0 };
+    let usage = Usage { prompt_tokens, completion_tokens, cached_tokens: 0, ..Usage::default() };
     Ok(Chunk::Event(Event::Done { usage }))
 }
 

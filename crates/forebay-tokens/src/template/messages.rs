@@ -74,18 +74,19 @@ impl Client<'_> {
     }
 
     /// A tool call with its `arguments` as an object: templates write them out with `tojson`, and models were
-    /// trained on that, not on a string in a string.
+    /// trained on that, not on a string in a string. None are an empty object, as in vLLM.
     fn tool_call(&self, call: &Json) -> Value {
-        let arguments = call.pointer("/function/arguments").and_then(Json::as_str);
-        let parsed = match arguments {
-            Some("") => Some(Json::Object(Map::new())),
-            Some(text) => serde_json::from_str(text).ok().filter(Json::is_object),
-            None => None,
+        let Some(Json::Object(function)) = call.get("function") else { return self.value(call) };
+        let parsed = match function.get("arguments") {
+            None | Some(Json::Null) => Some(Json::Object(Map::new())),
+            Some(Json::String(text)) if text.is_empty() => Some(Json::Object(Map::new())),
+            Some(Json::String(text)) => serde_json::from_str(text).ok().filter(Json::is_object),
+            Some(_) => None,
         };
         let Some(parsed) = parsed else { return self.value(call) };
         let mut call = call.clone();
-        if let Some(slot) = call.pointer_mut("/function/arguments") {
-            *slot = parsed;
+        if let Some(Json::Object(function)) = call.get_mut("function") {
+            function.insert("arguments".to_owned(), parsed);
         }
         self.value(&call)
     }
@@ -121,7 +122,7 @@ impl Client<'_> {
 }
 
 /// The text of a content part; images and the like have none here.
-fn part_text(part: &Json) -> Option<&str> {
+pub(super) fn part_text(part: &Json) -> Option<&str> {
     match part {
         Json::String(text) => Some(text),
         Json::Object(fields) => ["text", "refusal"].iter().find_map(|key| fields.get(*key)?.as_str()),

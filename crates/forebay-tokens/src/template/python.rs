@@ -46,6 +46,16 @@ pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     Ok(String::from_utf8(out).expect("serde_json writes UTF-8"))
 }
 
+/// A value as `json.dumps` writes it.
+pub(super) fn dumps(value: &serde_json::Value) -> String {
+    let mut out = Vec::new();
+    let format =
+        Dumps { item: ", ".to_owned(), key: ": ".to_owned(), indent: None, depth: 0, has_value: false };
+    let mut serializer = serde_json::Serializer::with_formatter(&mut out, format);
+    value.serialize(&mut serializer).expect("a tree of values serializes, and a buffer grows");
+    String::from_utf8(out).expect("serde_json writes UTF-8")
+}
+
 fn bad(detail: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, detail)
 }

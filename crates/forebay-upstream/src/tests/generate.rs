@@ -99,7 +99,10 @@ async fn the_request_carries_key_id_and_trace() {
     let mut reply = reply.unwrap();
     assert_eq!(reply.form, ReplyForm::Json);
     let Some(Ok(Chunk::Verbatim { bytes, usage, .. })) = reply.chunks.next().await else { panic!() };
-    assert_eq!(usage, Some(Usage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 0 }));
+    assert_eq!(
+        usage,
+        Some(Usage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 0, ..Usage::default() })
+    );
     assert_eq!(bytes, r#"{"usage":{"prompt_tokens":3,"completion_tokens":2}}"#);
     assert!(reply.chunks.next().await.is_none());
 }

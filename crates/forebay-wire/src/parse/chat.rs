@@ -7,16 +7,15 @@ use super::ParseError;
 use super::field::{Fields, Kind};
 use super::sampling::{self, LOGPROBS_MAX};
 use super::tokens::continue_final_message;
+use super::tools;
 use crate::{Api, ChatMessage, Content, Generate, Need, Prompt};
 
 const MESSAGES_MAX: usize = 4096;
 const PARTS_MAX: usize = 1024;
-/// OpenAI's limit.
-const TOOLS_MAX: usize = 128;
 /// Fields of chats that change the answer, with the values that change nothing.
 const NEEDS: &[(&str, &[&str], &str)] = &[
-    ("functions", &["[]"], "functions can't be called yet"),
-    ("function_call", &["\"none\"", "\"auto\""], "functions can't be called yet"),
+    ("functions", &["[]"], "write 'tools' and 'tool_choice' instead"),
+    ("function_call", &["\"none\"", "\"auto\""], "write 'tools' and 'tool_choice' instead"),
     ("chat_template", &[], "the model's own chat template is used as it is"),
     ("documents", &["[]"], "put the documents into the messages"),
     ("best_of", &["1"], "every choice that is generated is returned; ask for 'n' of them"),
@@ -31,20 +30,26 @@ const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "f
 pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Generate, ParseError> {
     let mut needs = Vec::new();
     let messages = messages(fields, &mut needs)?.ok_or(ParseError::Missing { param: "messages".into() })?;
-    let tools = tools(fields, &mut needs)?;
+    let tools = tools::tools(fields, &mut needs)?;
+    let tool_choice = tools::choice(fields, tools.as_deref(), &mut needs)?;
     for (name, harmless, what) in NEEDS {
         needs.extend(fields.need(name, harmless, what));
     }
     needs.extend(modalities(fields)?);
     let prompt = Prompt::Chat {
         messages,
-        tools,
+        tools: tools.map(Value::Array),
         add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
         chat_template_kwargs: template_kwargs(fields)?,
     };
-    let mut call = sampling::parse(fields, Api::ChatCompletions, prompt, logprobs(fields)?, needs, body)?;
-    call.continue_final_message = continue_final_message(fields)?;
-    Ok(call)
+    let call = sampling::parse(fields, Api::ChatCompletions, prompt, logprobs(fields)?, needs, body)?;
+    Ok(Generate {
+        tool_choice,
+        parallel_tool_calls: fields.boolean("parallel_tool_calls")?.unwrap_or(true),
+        include_reasoning: fields.boolean("include_reasoning")?.unwrap_or(true),
+        continue_final_message: continue_final_message(fields)?,
+        ..call
+    })
 }
 
 fn logprobs(fields: &Fields<'_>) -> Result<Option<u32>, ParseError> {
@@ -82,50 +87,6 @@ fn template_kwargs(fields: &Fields<'_>) -> Result<Option<Map<String, Value>>, Pa
     Ok(Some(kwargs))
 }
 
-/// The tools that the template is to show. None under `tool_choice: "none"`: what the model is not told of, it does
-/// not call. Any that are shown are a need: whoever answers must be able to tell a call from text.
-pub(super) fn tools(fields: &Fields<'_>, needs: &mut Vec<Need>) -> Result<Option<Value>, ParseError> {
-    let tools = match (fields.raw("tools"), fields.kind("tools")) {
-        (Some(raw), Some(Kind::Array)) => Some(fields.read::<Vec<Value>>("tools", raw)?),
-        (Some(_), Some(got)) => {
-            return Err(ParseError::Type { param: "tools".into(), expected: "an array of objects", got });
-        }
-        _ => None,
-    };
-    let tools = tools.filter(|tools| !tools.is_empty());
-    for (i, tool) in tools.iter().flatten().enumerate() {
-        if !tool.is_object() {
-            let (param, got) = (format!("tools[{i}]"), Kind::of_value(tool));
-            return Err(ParseError::Type { param, expected: "an object", got });
-        }
-    }
-    fields.check_length("tools", tools.as_ref().map_or(0, Vec::len), TOOLS_MAX)?;
-
-    let shown = match (fields.raw("tool_choice"), fields.kind("tool_choice")) {
-        (None, _) | (_, None) => true,
-        (Some("\"auto\""), _) => true,
-        (Some("\"none\""), _) => false,
-        (Some("\"required\""), _) | (_, Some(Kind::Object)) => {
-            needs.push(Need { param: "tool_choice".into(), what: "a call can't be forced" });
-            true
-        }
-        (_, Some(Kind::String)) => {
-            let what = "Supported values are: 'none', 'auto' and 'required'";
-            return Err(ParseError::value("tool_choice", what));
-        }
-        (_, Some(got)) => {
-            let expected = "one of a string or an object";
-            return Err(ParseError::Type { param: "tool_choice".into(), expected, got });
-        }
-    };
-    let tools = tools.filter(|_| shown).map(Value::Array);
-    if tools.is_some() {
-        let what = "tools can't be called yet; leave them out, or set 'tool_choice' to 'none'";
-        needs.push(Need { param: "tools".into(), what });
-    }
-    Ok(tools)
-}
-
 /// `None` where there is no `messages`. Parts that are no text are needs, and left out of what is read here.
 pub(super) fn messages(
     fields: &Fields<'_>,
@@ -161,6 +122,7 @@ fn message(param: &str, value: Value, needs: &mut Vec<Need>) -> Result<ChatMessa
         let what = "Supported values are: 'system', 'developer', 'user', 'assistant', 'tool' and 'function'";
         return Err(ParseError::value(format!("{param}.role"), what));
     }
+    tools::check_message(param, &role, &fields, needs)?;
     let at = || format!("{param}.content");
     let content = match fields.shift_remove("content") {
         Some(Value::String(text)) => Content::Text(text),

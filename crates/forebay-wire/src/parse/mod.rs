@@ -16,6 +16,7 @@ mod field;
 mod sampling;
 mod tokenize;
 mod tokens;
+mod tools;
 
 use bytes::Bytes;
 use forebay_types::ModelName;

@@ -197,7 +197,7 @@ fn every_field_is_read() {
             "stop":["a","b"],"stop_token_ids":[1,2],"include_stop_str_in_output":true,"ignore_eos":true,
             "logprobs":true,"top_logprobs":3,"stream":true,"stream_options":{"include_usage":true},"user":"u",
             "cache_salt":"s","priority":-1,"add_generation_prompt":false,"chat_template_kwargs":{"enable_thinking":false},
-            "tools":[{"type":"function"}],"tool_choice":"auto","response_format":{"type":"text"},"unknown":{"x":1},
+            "tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":"auto","response_format":{"type":"text"},"unknown":{"x":1},
             "store":false,"metadata":null"#,
         ),
     );
@@ -217,7 +217,7 @@ fn every_field_is_read() {
     let Prompt::Chat { tools, add_generation_prompt, chat_template_kwargs, .. } = call.prompt else {
         panic!()
     };
-    assert_eq!(tools, Some(json!([{"type": "function"}])));
+    assert_eq!(tools, Some(json!([{"type": "function", "function": {"name": "f"}}])));
     assert!(!add_generation_prompt);
     assert_eq!(json!(chat_template_kwargs), json!({"enable_thinking": false}));
 }
@@ -237,21 +237,15 @@ fn null_is_absent() {
 fn messages_keep_what_templates_want() {
     let body = r#"{"model":"m","messages":[
         {"role":"system","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},
-        {"role":"assistant","content":null,"tool_calls":[{"id":"1"}]},
+        {"role":"assistant","content":null,"tool_calls":[{"id":"1","function":{"name":"f"}}]},
         {"role":"assistant"},
         {"role":"tool","content":"42","tool_call_id":"1","name":"f"}]}"#;
     let Prompt::Chat { messages, .. } = generate(CHAT, body).prompt else { panic!() };
     assert_eq!(messages[0].content, Content::Parts(vec!["a".into(), "b".into()]));
     assert_eq!(messages[1].content, Content::None);
-    assert_eq!(json!(messages[1].extra), json!({"tool_calls": [{"id": "1"}]}));
+    assert_eq!(json!(messages[1].extra), json!({"tool_calls": [{"id": "1", "function": {"name": "f"}}]}));
     assert_eq!(messages[2].content, Content::None);
     assert_eq!(json!(messages[3].extra), json!({"tool_call_id": "1", "name": "f"}));
-}
-
-#[test]
-fn tools_are_hidden_under_tool_choice_none() {
-    let call = generate(CHAT, &chat(r#","tools":[{}],"tool_choice":"none""#));
-    assert!(matches!(call.prompt, Prompt::Chat { tools: None, .. }));
 }
 
 #[test]
@@ -544,12 +538,9 @@ fn what_is_beyond_text_is_noted_not_ignored() {
         ("", &[][..]),
         (r#","response_format":{"type":"json_object"}"#, &[]),
         (r#","response_format":{"type":"structural_tag"}"#, &["response_format"]),
-        (r#","tools":[{}]"#, &["tools"]),
-        (r#","tools":[{}],"tool_choice":"auto""#, &["tools"]),
-        (r#","tools":[{}],"tool_choice":"none""#, &[]),
+        (r#","tools":[{"function":{"name":"f"}}],"tool_choice":"required""#, &[]),
         (r#","tools":[],"tool_choice":"auto""#, &[]),
-        (r#","tool_choice":"required","tools":[{}]"#, &["tool_choice", "tools"]),
-        (r#","tool_choice":{"type":"function"}"#, &["tool_choice"]),
+        (r#","tools":[{"type":"custom"}]"#, &["tools[0].type"]),
         (r#","prediction":{"type":"content","content":"x"}"#, &["prediction"]),
         (r#","web_search_options":{}"#, &["web_search_options"]),
         (r#","audio":{"voice":"x"}"#, &["audio"]),
@@ -610,10 +601,13 @@ fn the_longest_prompt_counts() {
     check(COMPLETIONS, r#"{"model":"m","prompt":[1,2,3]}"#, 0);
     check(CHAT, &chat(""), 2);
     // Whatever a template could write: 2 of content, and the strings and keys of the rest.
-    check(CHAT, &chat(r#","tools":[{"name":"abcd"}],"chat_template_kwargs":{"x":"abc"}"#), 2 + 4 + 4 + 3);
-    let calls =
-        r#"{"model":"m","messages":[{"role":"assistant","content":null,"tool_calls":[{"id":"abc"}]}]}"#;
-    check(CHAT, calls, 5);
+    check(
+        CHAT,
+        &chat(r#","tools":[{"function":{"name":"ab"}}],"chat_template_kwargs":{"x":"abc"}"#),
+        2 + 8 + 4 + 2 + 3,
+    );
+    let calls = r#"{"model":"m","messages":[{"role":"assistant","content":null,"tool_calls":[{"function":{"name":"f"}}]}]}"#;
+    check(CHAT, calls, 8 + 4 + 1);
 }
 
 #[test]

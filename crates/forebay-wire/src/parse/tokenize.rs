@@ -1,9 +1,11 @@
 //! `POST /tokenize` and `POST /detokenize`, in vLLM's shape.
 
 use bytes::Bytes;
+use serde_json::Value;
 
-use super::chat::{messages, tools};
+use super::chat::messages;
 use super::field::Fields;
+use super::tools::tools;
 use super::{ParseError, model};
 use crate::{Detokenize, Tokenize, TokenizeInput};
 
@@ -30,7 +32,7 @@ pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Tokenize, Parse
             fields.refuse("continue_final_message", &["false"], "a reply always begins a new message")?;
             let add_generation_prompt = fields.boolean("add_generation_prompt")?.unwrap_or(true);
             // They only have to be shown here, whoever can call them.
-            let tools = tools(fields, &mut Vec::new())?;
+            let tools = tools(fields, &mut Vec::new())?.map(Value::Array);
             TokenizeInput::Messages { messages, tools, add_generation_prompt }
         }
         (None, None) => return Err(ParseError::Missing { param: "prompt".into() }),

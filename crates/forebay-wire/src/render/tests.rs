@@ -37,7 +37,9 @@ fn finished(choice: u32, reason: FinishReason) -> Event {
 }
 
 const STARTED: Event = Event::Started { prompt_tokens: 3, cached_tokens: 2 };
-const DONE: Event = Event::Done { usage: Usage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 2 } };
+const DONE: Event = Event::Done {
+    usage: Usage { prompt_tokens: 3, completion_tokens: 2, cached_tokens: 2, reasoning_tokens: 0 },
+};
 
 fn stream(spec: &RenderSpec, events: &[Event]) -> String {
     let mut renderer = Renderer::new("r1", 1700000000, spec);
@@ -101,6 +103,16 @@ fn usage_so_far_in_every_frame() {
         let roles = usize::from(api == Api::Completions);
         assert_eq!(seen, [0, 1, 5, 5, 2][roles..], "the last is the engine's own");
     }
+}
+
+#[test]
+fn reasoning_is_part_of_the_completion() {
+    let usage = Usage { prompt_tokens: 3, completion_tokens: 9, cached_tokens: 0, reasoning_tokens: 4 };
+    let events = [STARTED, delta(0, "a"), finished(0, FinishReason::Stop), Event::Done { usage }];
+    let body = collect(&spec(Api::ChatCompletions, 1, false), &events).unwrap();
+    let read: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(read["usage"]["completion_tokens_details"], json!({"reasoning_tokens": 4}));
+    assert_eq!(crate::scan_body(body.as_bytes()), Some(usage));
 }
 
 #[test]

@@ -236,7 +236,12 @@ pub(super) fn delta(tokens: u32) -> Chunk {
 }
 
 pub(super) fn done(prompt: u32, completion: u32, cached: u32) -> Chunk {
-    let usage = Usage { prompt_tokens: prompt, completion_tokens: completion, cached_tokens: cached };
+    let usage = Usage {
+        prompt_tokens: prompt,
+        completion_tokens: completion,
+        cached_tokens: cached,
+        ..Usage::default()
+    };
     Chunk::Event(Event::Done { usage })
 }
 
