@@ -11,9 +11,15 @@ use super::llama_cpp;
 use super::machine;
 use super::server::{Scratch, Server, free_port};
 
-/// Slots of the peer, and tokens of each: the longest load has 512 and its chat template.
-const SLOTS: u32 = 32;
-const SLOT_TOKENS: u32 = 1024;
+/// The peer's sequences: how many at a time, and how many tokens each may have.
+#[derive(Debug, Clone, Copy)]
+pub struct Slots {
+    pub count: u32,
+    pub tokens: u32,
+}
+
+/// The longest load here has 512 tokens and its chat template.
+const SLOTS: Slots = Slots { count: 32, tokens: 1024 };
 
 /// What every server calls its model.
 pub const NAME: &str = "bench";
@@ -47,14 +53,14 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     );
     for model in &bench.models {
         let scratch = Scratch::new()?;
-        let sides = [ours(bench, model, &scratch), llama(bench, model, &peer, &scratch)];
+        let sides = [ours(bench, model, &scratch), llama(bench, model, &peer, SLOTS, &scratch)];
         let generator = bench.generator(&scratch)?;
         let turns = contest::run(&*generator, bench.args.rounds, &sides, &works)?;
         let name = file_name(model);
         let shown = format!(
             "```text\nforebay worker --model {name} {}\nllama-server -m {name} {}\n{}\n```",
             our_flags(bench).join(" "),
-            llama_flags(bench).join(" "),
+            llama_flags(bench, SLOTS).join(" "),
             commands(&*generator, &works),
         );
         out.push_str(&format!(
@@ -81,9 +87,9 @@ pub fn our_flags(bench: &Bench<'_>) -> Vec<String> {
     ["--host", "127.0.0.1", "--threads", &threads, "--served-model-name", NAME].map(str::to_owned).to_vec()
 }
 
-fn llama_flags(bench: &Bench<'_>) -> Vec<String> {
-    let (threads, slots) = (bench.threads.to_string(), SLOTS.to_string());
-    let context = (SLOTS * SLOT_TOKENS).to_string();
+fn llama_flags(bench: &Bench<'_>, slots: Slots) -> Vec<String> {
+    let (threads, context) = (bench.threads.to_string(), (slots.count * slots.tokens).to_string());
+    let slots = slots.count.to_string();
     let mut flags: Vec<String> =
         ["--host", "127.0.0.1", "-t", &threads, "-tb", &threads, "-np", &slots].map(str::to_owned).to_vec();
     flags.extend(["-c", &context, "--alias", NAME, "--no-webui"].map(str::to_owned));
@@ -108,16 +114,17 @@ pub fn ours<'a>(bench: &'a Bench<'_>, model: &'a Path, scratch: &'a Scratch) -> 
     Contestant { name: "Forebay", model: Some(NAME), start: Box::new(start) }
 }
 
-/// llama.cpp's server with as many slots as the heaviest load needs.
+/// llama.cpp's server with as many slots as the heaviest load of a suite needs.
 pub fn llama<'a>(
     bench: &'a Bench<'_>,
     model: &'a Path,
     peer: &'a llama_cpp::Peer,
+    slots: Slots,
     scratch: &'a Scratch,
 ) -> Contestant<'a> {
     let start = move || {
         let mut command = Command::new(&peer.program);
-        command.arg("-m").arg(model).args(llama_flags(bench));
+        command.arg("-m").arg(model).args(llama_flags(bench, slots));
         start("llama-server", command, scratch)
     };
     Contestant { name: "llama.cpp", model: Some(NAME), start: Box::new(start) }

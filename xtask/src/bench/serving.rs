@@ -10,7 +10,7 @@ use anyhow::Context;
 use super::Bench;
 use super::contest::{Contestant, Running};
 use super::document::{median, table};
-use super::engine::{self, Begun, file_name, shown};
+use super::engine::{self, Begun, Slots, file_name, shown};
 use super::generator::{self, Work};
 use super::llama_cpp;
 use super::machine;
@@ -23,6 +23,9 @@ const IDLE: Duration = Duration::from_secs(10);
 const STARTS: usize = 5;
 /// From the start of a load's generator until its few short prompts are surely computed.
 const DECODES_START: Duration = Duration::from_millis(700);
+
+/// Room for every load at the peer, which divides its context among its slots.
+const SLOTS: Slots = Slots { count: 8, tokens: 10_240 };
 
 /// The loads; each is described where it is used.
 const COLD: Work = load("2k prompt, cold", 1, 8, 2048, 0, 1);
@@ -48,12 +51,12 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     let model = &bench.models[0];
     let peer = llama_cpp::obtain(bench.args.llama_server.as_deref())?;
     let scratch = Scratch::new()?;
-    let sides = [engine::ours(bench, model, &scratch), engine::llama(bench, model, &peer, &scratch)];
+    let sides = [engine::ours(bench, model, &scratch), engine::llama(bench, model, &peer, SLOTS, &scratch)];
     let begun = Begun::now();
     let mut rows = Vec::new();
     for (nth, side) in sides.iter().enumerate() {
         println!("serving: {}", side.name);
-        let figures = figures(bench, side)?;
+        let figures = figures(bench, side, nth == 0)?;
         if nth == 0 {
             rows = figures.into_iter().map(|(name, value)| vec![name, value]).collect();
         } else {
@@ -64,7 +67,8 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     }
     Ok(format!(
         "One server at a time with `{}` and {} compute threads; no cell is a target, each is what was seen.\n\n{}\n\n\
-         - Decodes beside a prefill: {} streams of {} tokens, while prompts of {} tokens come one after the other.\n\
+         - Decodes beside a prefill: {} streams of {} tokens, while prompts of {} tokens come one after the other.\n  \
+           Not asked of the peer: with a whole batch of a prompt between any two of its tokens it would take too long.\n\
          - Competing load: {BUSY} processes that do nothing but compute; the share is what is left of the tokens per\n  \
            second, divided by the part of the cores that a fair scheduler gives {} of {} threads.\n\
          - Memory: growth of the resident memory over {} prompts of {} distinct tokens.\n\n{}",
@@ -82,7 +86,9 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     ))
 }
 
-fn figures(bench: &Bench<'_>, side: &Contestant<'_>) -> anyhow::Result<Vec<(String, String)>> {
+/// `beside`: also the decodes beside prefills. With the peer that takes too long, as a whole batch of the prompt comes
+/// between any two of its tokens.
+fn figures(bench: &Bench<'_>, side: &Contestant<'_>, beside: bool) -> anyhow::Result<Vec<(String, String)>> {
     let mut out = Vec::new();
     let mut add = |name: &str, value: f64| out.push((name.to_owned(), shown(value)));
     let forebay = bench.forebay.as_path();
@@ -121,8 +127,12 @@ fn figures(bench: &Bench<'_>, side: &Contestant<'_>) -> anyhow::Result<Vec<(Stri
     let running = (side.start)()?;
     let quiet = generator::run(forebay, &running.url, None, &DECODES, 6)?;
     add("4 decodes alone: ITL p50, ms", quiet.number("median_itl_ms"));
-    let mixed = beside_prefills(forebay, &running)?;
-    let (p50, p99) = (mixed.number("median_itl_ms"), mixed.number("p99_itl_ms"));
+    let (p50, p99) = if beside {
+        let mixed = beside_prefills(forebay, &running)?;
+        (mixed.number("median_itl_ms"), mixed.number("p99_itl_ms"))
+    } else {
+        (f64::NAN, f64::NAN)
+    };
     add("4 decodes beside 8k prefills: ITL p50, ms", p50);
     add("4 decodes beside 8k prefills: ITL p99, ms", p99);
     add("its p99 : its p50, %", p99 / p50 * 100.0);
