@@ -65,6 +65,7 @@ fn check(call: &Generate) {
     let path = match call.api {
         forebay_wire::Api::ChatCompletions => "/v1/chat/completions",
         forebay_wire::Api::Completions => "/v1/completions",
+        forebay_wire::Api::Tokens => "/inference/v1/generate",
     };
     let Ok(Ask::Generate(again)) = parse(&Method::POST, path, None, &forwarded) else {
         panic!("the forwarded body is not understood: {forwarded:?}");

@@ -410,9 +410,9 @@ def test_a_worker_takes_the_command_line_of_vllm(start):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["-tp", "2"], "-tp is not supported"),
+        (["-dp", "2"], "-dp is not supported"),
         (["--enable-lora"], "--enable-lora is not supported"),
-        (["--api-key", "sk-not-shown"], "--api-key is not supported"),
+        (["--root-path", "llm"], "a path begins with"),
         (["--max-modle-len", "5"], "--max-model-len"),
         (["--kv-events-config", "{"], "--kv-events-config"),
     ],

@@ -19,6 +19,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 
+use forebay_edge::{Operator, OperatorAsk};
+use forebay_wire::error_row;
+
 use crate::slots::{Slot, SlotError};
 
 /// Scrapers and people: far more than both ever need.
@@ -39,10 +42,14 @@ pub struct AdminState {
     pub fleets: Box<dyn Fn() -> serde_json::Value + Send + Sync>,
     /// The models of this process.
     pub slots: Vec<Arc<Slot>>,
+    /// vLLM's endpoints for operators.
+    pub operator: Arc<dyn Operator>,
+    /// Requests to the LLM stack that are not yet answered in full.
+    pub in_flight: Box<dyn Fn() -> u64 + Send + Sync>,
 }
 
-/// Bytes of a request's body: a model's name in JSON.
-const BODY_BYTES_MAX: usize = 16 * 1024;
+/// Bytes of a request's body: a model's name, or ids of requests, in JSON.
+const BODY_BYTES_MAX: usize = 1024 * 1024;
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves until `stop` turns true. Cancellation: dropping the future closes the listener and every connection.
@@ -87,6 +94,7 @@ async fn answer(request: Request<Incoming>, state: &AdminState) -> Response<Full
             Ok(model) => on_model(change, &model, state).await,
             Err((status, why)) => json(status, &serde_json::json!({"error": why})),
         },
+        (_, None) if state.operator.has(request.uri().path()) => operate(request, state).await,
         (&(Method::GET | Method::HEAD), None) => read(&request, state),
         (_, Some(_)) => json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only POST here"})),
         (_, None) => json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only GET here"})),
@@ -100,22 +108,50 @@ enum Change {
     Unload,
 }
 
-/// `{"model": NAME}`
-async fn asked_model(request: Request<Incoming>) -> Result<String, (StatusCode, String)> {
-    const SHAPE: &str = "send {\"model\": NAME} as application/json";
+/// vLLM's endpoints for operators, with the errors of this listener.
+async fn operate(request: Request<Incoming>, state: &AdminState) -> Response<Full<Bytes>> {
+    const SHAPE: &str = "send it as application/json";
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let query = request.uri().query().map(str::to_owned);
+    let body = match method {
+        Method::GET => Ok(Bytes::new()),
+        _ => json_body(request, SHAPE).await,
+    };
+    let body = match body {
+        Ok(body) => body,
+        Err((status, why)) => return json(status, &serde_json::json!({"error": why})),
+    };
+    match state.operator.answer(OperatorAsk { method, path, query, body }).await {
+        Ok(Some(body)) => json(StatusCode::OK, &body),
+        Ok(None) => json(StatusCode::OK, &serde_json::json!({})),
+        Err(fault) => {
+            let status = StatusCode::from_u16(error_row(fault.class.code).status).unwrap_or_default();
+            json(status, &serde_json::json!({"error": fault.message}))
+        }
+    }
+}
+
+/// A body that no page in a browser can send here without asking.
+async fn json_body(request: Request<Incoming>, shape: &str) -> Result<Bytes, (StatusCode, String)> {
     let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let is_json = content_type.is_some_and(|given| {
         given.split(';').next().is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json"))
     });
     if !is_json {
-        return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, SHAPE.to_owned()));
+        return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, shape.to_owned()));
     }
     let body = Limited::new(request.into_body(), BODY_BYTES_MAX).collect();
-    let body = match tokio::time::timeout(BODY_TIMEOUT, body).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(_)) => return Err((StatusCode::BAD_REQUEST, SHAPE.to_owned())),
-        Err(_) => return Err((StatusCode::REQUEST_TIMEOUT, "the body did not come".to_owned())),
-    };
+    match tokio::time::timeout(BODY_TIMEOUT, body).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(_)) => Err((StatusCode::BAD_REQUEST, shape.to_owned())),
+        Err(_) => Err((StatusCode::REQUEST_TIMEOUT, "the body did not come".to_owned())),
+    }
+}
+
+/// `{"model": NAME}`
+async fn asked_model(request: Request<Incoming>) -> Result<String, (StatusCode, String)> {
+    const SHAPE: &str = "send {\"model\": NAME} as application/json";
+    let body = json_body(request, SHAPE).await?;
     let body: serde_json::Value = serde_json::from_slice(&body)
         .map_err(|error| (StatusCode::BAD_REQUEST, format!("{error}; {SHAPE}")))?;
     let model = body.get("model").and_then(serde_json::Value::as_str);
@@ -166,6 +202,7 @@ fn read(request: &Request<Incoming>, state: &AdminState) -> Response<Full<Bytes>
             }
         },
         "/version" => json(StatusCode::OK, &serde_json::json!({"version": state.version})),
+        "/load" => json(StatusCode::OK, &serde_json::json!({"server_load": (state.in_flight)()})),
         "/api/fleets" => json(StatusCode::OK, &(state.fleets)()),
         "/api/models" => {
             let models: Vec<_> = state.slots.iter().map(|slot| slot.status()).collect();
@@ -183,6 +220,12 @@ fn read(request: &Request<Incoming>, state: &AdminState) -> Response<Full<Bytes>
                     "/health",
                     "/ready",
                     "/version",
+                    "/load",
+                    "/kv_event_sources",
+                    "/abort_requests",
+                    "/pause",
+                    "/resume",
+                    "/is_paused",
                     "/api/fleets",
                     "/api/models",
                     "/api/models/load",

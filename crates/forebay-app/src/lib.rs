@@ -9,6 +9,7 @@ pub mod compose;
 pub mod config;
 mod error;
 pub mod model;
+mod operator;
 mod serve;
 pub mod slots;
 

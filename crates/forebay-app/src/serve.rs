@@ -21,6 +21,7 @@ use crate::compose::{self, EngineTokenizers, Shared, Stack};
 use crate::config::Config;
 use crate::error::BuildError;
 use crate::model::{self, ModelError};
+use crate::operator::OperatorApi;
 use crate::slots::Slot;
 
 /// This program's version.
@@ -112,6 +113,13 @@ pub async fn prepare(
             if let Some(slot) = dead {
                 return Err(format!("the engine of `{}` has stopped", slot.model()));
             }
+            let stuck = slots.iter().find(|slot| {
+                let engine = slot.engine();
+                engine.is_some_and(|engine| engine.generating().is_some_and(|engine| engine.is_stuck()))
+            });
+            if let Some(slot) = stuck {
+                return Err(format!("a step of the engine of `{}` does not come back", slot.model()));
+            }
             if needs_fleet && !router.ready() {
                 return Err("no replica is up".into());
             }
@@ -126,7 +134,9 @@ pub async fn prepare(
             Err(why) => Health::not_ready(why),
         }
     };
+    let operator = Arc::new(OperatorApi::new(slots.clone()));
     let deps = EdgeDeps {
+        operator: Some(operator.clone()),
         llm: Some(LlmStage::new(composed.stack.clone())),
         client,
         registry: registry.clone(),
@@ -148,6 +158,8 @@ pub async fn prepare(
                 ready: Box::new(ready),
                 fleets: Box::new(move || serde_json::json!({"fleets": router.fleets()})),
                 slots: slots.clone(),
+                operator,
+                in_flight: Box::new(edge.llm_in_flight()),
             };
             Some((listener, Arc::new(state)))
         }

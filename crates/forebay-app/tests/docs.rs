@@ -80,6 +80,7 @@ async fn the_metrics_reference_is_fresh() {
     };
     let deps = EdgeDeps {
         llm: None,
+        operator: None,
         client,
         registry: registry.clone(),
         recent: RecentRequests::new(0),

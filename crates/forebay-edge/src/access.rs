@@ -62,6 +62,8 @@ pub(crate) struct Ticket {
     first_byte: Option<Instant>,
     outcome: Outcome,
     _counted: Counted,
+    /// Of a request to the LLM stack.
+    pub(crate) llm: Option<Counted>,
     in_flight: InFlight,
     /// On HTTP/2.
     stream: Option<Arc<StreamWatch>>,
@@ -99,6 +101,7 @@ impl Ticket {
             first_byte: None,
             outcome: Outcome::ClientLeft,
             _counted: Counted::new(&shared.metrics.in_flight),
+            llm: None,
             in_flight,
             stream: StreamWatch::current(),
         }

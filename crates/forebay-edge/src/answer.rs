@@ -52,6 +52,13 @@ pub(crate) fn finish(mut answer: Response<Content>, mut ticket: Ticket) -> Respo
     })
 }
 
+/// No body.
+impl Default for Content {
+    fn default() -> Self {
+        Self::Full(Bytes::new())
+    }
+}
+
 impl AnswerBody {
     fn end(&mut self, outcome: Outcome) {
         if let Some(mut ticket) = self.ticket.take() {

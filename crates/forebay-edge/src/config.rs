@@ -28,6 +28,12 @@ pub struct EdgeConfig {
     pub access_log: Switch,
     /// Whether `/metrics` is answered on LLM routes too, where vLLM has it, `on` or `off`; for a worker whose port only a router and a scraper reach.
     pub metrics: Switch,
+    /// Whether what vLLM has for operators and routers is answered on LLM routes too, `on` or `off`: `/load`, `/kv_event_sources`, `/abort_requests`, `/pause`, `/resume`, `/is_paused`, and the header `endpoint-load-metrics`. For a worker whose port only a router reaches; the admin listener always has them.
+    pub operator_api: Switch,
+    /// Keys of which a client must show one as a bearer token for LLM paths below `/v1`, `/v2` and `/inference`, as `env:NAME` or `file:PATH` (vLLM's `--api-key`); for consumers with quotas use `gateway`.
+    pub access_keys: Vec<Secret>,
+    /// Origins whose pages may call LLM routes from a browser, like `https://app.example.org`, or `*` for all (vLLM's `--allowed-origins`); without any, no CORS headers are sent.
+    pub cors_origins: Vec<String>,
     /// Pause of an event stream after which a comment line is sent to keep proxies in between from closing it; unset
     /// is never. Half of the shortest idle timeout on the way is a good value.
     pub stream_heartbeat: Option<HumanDuration>,
@@ -45,6 +51,9 @@ impl Default for EdgeConfig {
             drain_timeout: HumanDuration::from_secs(30),
             access_log: Switch::On,
             metrics: Switch::Off,
+            operator_api: Switch::Off,
+            access_keys: Vec::new(),
+            cors_origins: Vec::new(),
             stream_heartbeat: None,
         }
     }
@@ -189,6 +198,14 @@ impl EdgeConfig {
             }
             if route.waf == Some(Switch::On) {
                 add(key("waf"), "the web application firewall is not supported yet; remove the key");
+            }
+        }
+        for (i, origin) in self.cors_origins.iter().enumerate() {
+            if !crate::cors::is_origin(origin) {
+                add(
+                    format!("cors_origins[{i}]").replace('_', "-"),
+                    "an origin is `*`, or scheme, host and port without a path, like `https://app.example.org`",
+                );
             }
         }
         let limits = &self.limits;

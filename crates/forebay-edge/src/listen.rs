@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use forebay_config::{Environment, ListenAddr};
+use forebay_config::{Environment, ListenAddr, SecretError};
 use forebay_observe::{MetricError, RecentRequests, Registry};
 use forebay_upstream::HttpClient;
 use tokio::net::TcpListener;
@@ -19,8 +19,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::{EdgeConfig, EdgeConfigError, Switch};
 use crate::connection::{Stop, serve_connection};
+use crate::cors::Cors;
 use crate::llm::LlmStage;
+use crate::lock::Lock;
 use crate::metrics::Metrics;
+use crate::operator::Operator;
 use crate::route::RouteTable;
 use crate::service::{Health, Shared};
 use crate::tls::{TlsError, server_config};
@@ -28,10 +31,15 @@ use crate::tls::{TlsError, server_config};
 /// Pause after a failed accept: out of file descriptors is not over a microsecond later.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long clients have for the last frames of replies that were ended.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// What the edge needs from the composition.
 pub struct EdgeDeps {
     /// The stack; `None` where only upstream routes are configured.
     pub llm: Option<LlmStage>,
+    /// Answers for the process; used on LLM routes where `edge.operator-api` is on, and at the end of a drain.
+    pub operator: Option<Arc<dyn Operator>>,
     pub client: HttpClient,
     pub registry: Registry,
     pub recent: RecentRequests,
@@ -59,6 +67,8 @@ pub enum BindError {
     Forbidden { address: String },
     #[error("can't listen on {address}; correct `edge.listen`")]
     Listen { address: String, source: io::Error },
+    #[error("`edge.access-keys[{nth}]` can't be fetched")]
+    AccessKey { nth: usize, source: SecretError },
     #[error(transparent)]
     Metric(#[from] MetricError),
 }
@@ -84,6 +94,7 @@ pub struct BoundEdge {
     addrs: Vec<SocketAddr>,
     tls: Option<TlsAcceptor>,
     shared: Arc<Shared>,
+    operator: Option<Arc<dyn Operator>>,
     drain_delay: Duration,
     drain_timeout: Duration,
 }
@@ -124,7 +135,12 @@ impl Edge {
         for label in routes.labels() {
             metrics.requests.with_label_values(&[label, "2xx"]);
         }
+        let lock = Lock::new(&config.access_keys, env)
+            .map_err(|(nth, source)| BindError::AccessKey { nth, source })?;
         let shared = Arc::new(Shared {
+            operator: deps.operator.clone().filter(|_| config.operator_api == Switch::On),
+            lock,
+            cors: Cors::new(&config.cors_origins),
             routes,
             limits: config.limits.clone(),
             llm: deps.llm,
@@ -143,6 +159,7 @@ impl Edge {
             addrs,
             tls,
             shared,
+            operator: deps.operator,
             drain_delay: config.drain_delay.get(),
             drain_timeout: config.drain_timeout.get(),
         })
@@ -150,6 +167,12 @@ impl Edge {
 }
 
 impl BoundEdge {
+    /// Requests to the LLM stack that are not yet answered in full.
+    pub fn llm_in_flight(&self) -> impl Fn() -> u64 + Send + Sync + use<> {
+        let gauge = self.shared.metrics.llm_in_flight.clone();
+        move || u64::try_from(gauge.get()).unwrap_or(0)
+    }
+
     /// The addresses as bound: a configured port 0 has become a real one.
     pub fn local_addrs(&self) -> &[SocketAddr] {
         &self.addrs
@@ -157,7 +180,7 @@ impl BoundEdge {
 
     /// Serves until `shutdown` resolves, then drains: `/health` says 503 at once, and for `drain-delay` that is all;
     /// then the listeners close, connections are told to close (`connection: close`, GOAWAY) and finish what is in
-    /// flight, up to `drain-timeout`.
+    /// flight, up to `drain-timeout`. What an engine here still generates then ends with the finish reason `abort`.
     ///
     /// Cancellation: dropping the future closes everything at once.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> DrainReport {
@@ -185,7 +208,14 @@ impl BoundEdge {
         connections.close();
         let open = connections.len();
         let in_time = tokio::time::timeout(self.drain_timeout, connections.wait()).await;
-        let cut = if in_time.is_ok() { 0 } else { connections.len() };
+        if in_time.is_err()
+            && let Some(operator) = &self.operator
+            && operator.abort_all().await
+        {
+            // Streams get their last frames.
+            let _ = tokio::time::timeout(LAST_WORDS, connections.wait()).await;
+        }
+        let cut = connections.len();
         if cut > 0 {
             tracing::warn!(cut, "connections were closed at the end of `edge.drain-timeout`");
             stop.kill.cancel();

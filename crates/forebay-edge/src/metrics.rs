@@ -17,6 +17,7 @@ pub(crate) struct Metrics {
     pub(crate) connections: IntGauge,
     pub(crate) in_flight: IntGauge,
     pub(crate) streams: IntGauge,
+    pub(crate) llm_in_flight: IntGauge,
     pub(crate) refused: IntCounterVec,
 }
 
@@ -52,6 +53,10 @@ impl Metrics {
                 .gauge("forebay_edge_requests_in_flight", "Requests not yet answered in full.")?,
             streams: registry
                 .gauge("forebay_edge_streams_in_flight", "Event streams of LLM replies being sent.")?,
+            llm_in_flight: registry.gauge(
+                "forebay_edge_llm_requests_in_flight",
+                "Requests to the LLM stack not yet answered in full: the number that /load tells.",
+            )?,
             refused: registry.counters(
                 "forebay_edge_refused_total",
                 "Connections and requests refused at the edge, by reason.",

@@ -115,7 +115,21 @@ pub(crate) fn without_mount<'a>(mount: &str, path: &'a str) -> &'a str {
 }
 
 /// Paths of an LLM route that are not below `/v1`, as vLLM has them.
-const OUTSIDE_V1: [&str; 6] = ["/health", "/ping", "/version", "/metrics", "/tokenize", "/detokenize"];
+const OUTSIDE_V1: [&str; 13] = [
+    "/health",
+    "/ping",
+    "/version",
+    "/metrics",
+    "/tokenize",
+    "/detokenize",
+    "/inference/v1/generate",
+    "/load",
+    "/kv_event_sources",
+    "/abort_requests",
+    "/pause",
+    "/resume",
+    "/is_paused",
+];
 
 /// The path that the stack below is asked for.
 pub(crate) fn llm_path(mount: &str, v1_optional: bool, path: &str) -> String {

@@ -15,9 +15,12 @@ use crate::access::Ticket;
 use crate::answer::{self, AnswerBody, Content};
 use crate::config::EdgeLimits;
 use crate::connection::{ConnState, InFlight};
+use crate::cors::Cors;
 use crate::guard::{self, Refusal};
 use crate::llm::LlmStage;
-use crate::metrics::Metrics;
+use crate::lock::{self, Lock};
+use crate::metrics::{Counted, Metrics};
+use crate::operator::{self, Operator};
 use crate::route::{RouteTable, Target, llm_path};
 use crate::{body, llm, relay};
 
@@ -44,6 +47,10 @@ pub(crate) struct Shared {
     pub(crate) routes: RouteTable,
     pub(crate) limits: EdgeLimits,
     pub(crate) llm: Option<LlmStage>,
+    /// Where its paths are answered on LLM routes.
+    pub(crate) operator: Option<Arc<dyn Operator>>,
+    pub(crate) lock: Lock,
+    pub(crate) cors: Cors,
     pub(crate) client: HttpClient,
     pub(crate) health: Arc<dyn Fn() -> Health + Send + Sync>,
     /// The body of `/version`.
@@ -86,10 +93,7 @@ pub(crate) async fn serve(
             match (&route.target, &shared.llm) {
                 (Target::Llm { mount, v1_optional }, Some(stage)) => {
                     let path = llm_path(mount, *v1_optional, parts.uri.path());
-                    match own_answer(&shared, &parts.method, &path) {
-                        Some(answer) => answer,
-                        None => llm::answer(&shared, stage, parts, incoming, path, &ticket).await,
-                    }
+                    llm_route(&shared, stage, parts, incoming, path, &mut ticket).await
                 }
                 (Target::Upstream(target), _) => {
                     let secure = connection.secure;
@@ -101,6 +105,43 @@ pub(crate) async fn serve(
         }
     };
     answer::finish(answer, ticket)
+}
+
+/// A request on an LLM route: who may ask, what is answered here, and the stack for the rest.
+async fn llm_route(
+    shared: &Arc<Shared>,
+    stage: &LlmStage,
+    parts: http::request::Parts,
+    incoming: Incoming,
+    path: String,
+    ticket: &mut Ticket,
+) -> Response<Content> {
+    let asked = parts.headers.clone();
+    // Before the lock: a browser sends no key with it.
+    let mut answer = if let Some(answer) = shared.cors.preflight(&parts.method, &parts.headers) {
+        answer
+    } else if (shared.lock.guards(&path) || operator::needs_key(shared, &parts.method, &path))
+        && !shared.lock.opens(&parts.headers)
+    {
+        body::linger(incoming, &parts.headers);
+        let mut answer = answer::json(StatusCode::UNAUTHORIZED, lock::UNAUTHORIZED);
+        answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        answer
+    } else if let Some(answer) = own_answer(shared, &parts.method, &path) {
+        answer
+    } else {
+        match operator::answer(shared, &parts, incoming, &path).await {
+            Ok(answer) => answer,
+            Err(incoming) => {
+                ticket.llm = Some(Counted::new(&shared.metrics.llm_in_flight));
+                let mut answer = llm::answer(shared, stage, parts, incoming, path, ticket).await;
+                operator::tell_load(shared, &asked, answer.headers_mut());
+                answer
+            }
+        }
+    };
+    shared.cors.mark(&asked, answer.headers_mut());
+    answer
 }
 
 fn refuse(

@@ -26,6 +26,8 @@ pub struct EngineConfig {
     pub max_model_len: Option<u32>,
     /// Memory for KV blocks; more means more and longer requests at once.
     pub kv_cache_memory: ByteSize,
+    /// KV blocks, in place of as many as `kv-cache-memory` has room for: for tests of how a small cache behaves.
+    pub num_gpu_blocks_override: Option<u32>,
     /// Tokens per KV block, a multiple of 16; smaller shares prefixes more finely, larger costs less bookkeeping.
     pub block_size: u32,
     /// Tokens computed in one step at most: prefill chunks are cut to it; larger raises prefill speed and the inter-token latency of others.
@@ -50,12 +52,20 @@ pub struct EngineConfig {
     pub tool_call_parser: ToolCallParser,
     /// How reasoning is told from the answer, by vLLM's names; `none` leaves it in the text.
     pub reasoning_parser: ReasoningParser,
+    /// Chat template in place of the model's own: Jinja as text, or the path of a file.
+    pub chat_template: Option<String>,
+    /// Most `logprobs` and `top_logprobs` that a request may ask for, 20 at most; 0 refuses all but the chosen token's.
+    pub max_logprobs: u32,
+    /// Seed of requests that bring none: the same requests in the same order then get the same answers; unset is a random one each.
+    pub seed: Option<u64>,
     /// Compute threads; the machine's cores where absent.
     pub threads: Option<u32>,
     /// Ranks that compute each layer together; the model's attention heads must divide by it. Results don't depend on it.
     pub tensor_parallel_size: u32,
     /// Stages that have layers of their own, times the ranks of each; results don't depend on it.
     pub pipeline_parallel_size: u32,
+    /// Longest time one step may take before it is reported as stuck and `/health` says 503; 0 turns it off.
+    pub watchdog: HumanDuration,
     /// Longest time one request may take from arrival to its last token.
     pub request_timeout: HumanDuration,
 }
@@ -75,6 +85,8 @@ const BLOCK_SIZE_MAX: u32 = 256;
 const BLOCK_SIZE_STEP: u32 = 16;
 /// Far above the cores of any machine: more is a slip of the pen.
 const THREADS_MAX: u32 = 1024;
+/// OpenAI's limit, and vLLM's default.
+const LOGPROBS_MAX: u32 = 20;
 const SEQS_MAX: u32 = 16_384;
 /// Bounds the memory of activations.
 const STEP_TOKENS_MAX: u32 = 131_072;
@@ -96,6 +108,7 @@ impl EngineConfig {
             );
         }
         for (key, value, max) in [
+            ("max-logprobs", self.max_logprobs, LOGPROBS_MAX),
             ("threads", self.threads.unwrap_or(1), THREADS_MAX),
             ("tensor-parallel-size", self.tensor_parallel_size, THREADS_MAX),
             ("pipeline-parallel-size", self.pipeline_parallel_size, THREADS_MAX),
@@ -144,6 +157,7 @@ impl EngineConfig {
             }
         }
         for (key, zero) in [
+            ("num-gpu-blocks-override", self.num_gpu_blocks_override == Some(0)),
             ("max-num-batched-tokens", self.max_num_batched_tokens == 0),
             ("max-num-seqs", self.max_num_seqs == 0),
             ("max-num-queued-reqs", self.max_num_queued_reqs == 0),
@@ -175,6 +189,7 @@ impl Default for EngineConfig {
             preload: true,
             max_model_len: None,
             kv_cache_memory: ByteSize::mib(512),
+            num_gpu_blocks_override: None,
             block_size: 16,
             max_num_batched_tokens: 512,
             itl_slo: HumanDuration::from_millis(200),
@@ -187,9 +202,13 @@ impl Default for EngineConfig {
             kv_events: None,
             tool_call_parser: ToolCallParser::Auto,
             reasoning_parser: ReasoningParser::Auto,
+            chat_template: None,
+            max_logprobs: LOGPROBS_MAX,
+            seed: None,
             threads: None,
             tensor_parallel_size: 1,
             pipeline_parallel_size: 1,
+            watchdog: HumanDuration::from_secs(60),
             request_timeout: HumanDuration::from_secs(600),
         }
     }
@@ -219,6 +238,8 @@ mod tests {
         check(|c| c.override_generation_config.top_p = Some(0.0), &["override-generation-config"]);
         check(|c| c.max_model_len = Some(1), &["max-model-len"]);
         check(|c| c.max_model_len = Some(2), &[]);
+        check(|c| c.max_logprobs = 21, &["max-logprobs"]);
+        check(|c| c.num_gpu_blocks_override = Some(0), &["num-gpu-blocks-override"]);
         check(|c| c.served_model_name = Some(" ".into()), &["served-model-name"]);
         check(|c| (c.max_num_seqs, c.threads) = (0, Some(0)), &["max-num-seqs", "threads"]);
         check(|c| c.request_timeout = HumanDuration::from_secs(0), &["request-timeout"]);

@@ -15,7 +15,8 @@ mod small_file;
 pub use config::{EngineConfig, EngineConfigError, ReasoningParser, ToolCallParser};
 pub use generation::{GenerationDefaults, GenerationError, GenerationSource};
 pub use kv_events::{KvEventSource, KvEventsConfig, KvEventsError};
-pub use metrics::EngineMetrics;
+pub use metrics::{EngineLoad, EngineMetrics};
 pub use serve::{
-    EmbeddingEngine, Engine, EngineDeps, HfTextError, KvSink, ModelEngine, StartError, TextError,
+    Aborted, ChatTemplateError, EmbeddingEngine, Engine, EngineDeps, HfTextError, KvSink, ModelEngine,
+    PauseMode, StartError, Stopped, TextError,
 };

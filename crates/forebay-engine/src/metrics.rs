@@ -37,6 +37,10 @@ pub struct EngineMetrics {
     counters: Counters<IntCounterVec>,
     finished: IntCounterVec,
     rejections: IntCounterVec,
+    waiting_by_reason: forebay_observe::metrics::IntGaugeVec,
+    by_source: IntCounterVec,
+    sleep_state: forebay_observe::metrics::IntGaugeVec,
+    stuck: IntCounterVec,
     histograms: Histograms<HistogramVec>,
     pub(crate) kv_events: KvEventFamilies,
 }
@@ -66,6 +70,7 @@ struct Histograms<T> {
     max_tokens: T,
     n: T,
     iteration: T,
+    prefill_computed: T,
 }
 
 impl EngineMetrics {
@@ -125,6 +130,26 @@ impl EngineMetrics {
                 "vllm:request_success_total",
                 "Count of successfully processed requests.",
                 &["model_name", "engine", "finished_reason"],
+            )?,
+            waiting_by_reason: registry.gauges(
+                "vllm:num_requests_waiting_by_reason",
+                "Number of waiting requests by reason: capacity, or deferred while the engine is paused.",
+                &["model_name", "engine", "reason"],
+            )?,
+            by_source: registry.counters(
+                "vllm:prompt_tokens_by_source_total",
+                "Number of prompt tokens by where their keys and values came from.",
+                &["model_name", "engine", "source"],
+            )?,
+            sleep_state: registry.gauges(
+                "vllm:engine_sleep_state",
+                "Whether the engine is awake: it always is.",
+                &["model_name", "engine", "sleep_state"],
+            )?,
+            stuck: registry.counters(
+                "forebay_engine_stuck_steps_total",
+                "Steps that took longer than engine.watchdog.",
+                LABELS,
             )?,
             rejections: registry.counters(
                 "vllm:admission_rejections_total",
@@ -187,6 +212,11 @@ impl EngineMetrics {
                     "Histogram of the max_tokens request parameter.",
                     &tokens,
                 )?,
+                prefill_computed: histogram(
+                    "vllm:request_prefill_kv_computed_tokens",
+                    "Histogram of new KV tokens computed during prefill, without cached tokens.",
+                    &tokens,
+                )?,
                 n: histogram("vllm:request_params_n", "Histogram of the n request parameter.", N_BUCKETS)?,
                 iteration: histogram(
                     "vllm:iteration_tokens_total",
@@ -220,10 +250,20 @@ impl EngineMetrics {
             usage: self.gauges.with_label_values(&labels),
             running: self.running.with_label_values(&labels),
             waiting: self.waiting.with_label_values(&labels),
+            waiting_for_room: self.waiting_by_reason.with_label_values(&[model, "0", "capacity"]),
+            waiting_for_resume: self.waiting_by_reason.with_label_values(&[model, "0", "deferred"]),
+            computed: self.by_source.with_label_values(&[model, "0", "local_compute"]),
+            cache_hit: self.by_source.with_label_values(&[model, "0", "local_cache_hit"]),
+            stuck: self.stuck.with_label_values(&labels),
             counters: self.counters.map(|c| c.with_label_values(&labels)),
             histograms: self.histograms.map(|h| h.with_label_values(&labels)),
             families: self.clone(),
         };
+        // KV blocks never come from elsewhere, and there is nothing to sleep for; dashboards ask all the same.
+        self.by_source.with_label_values(&[model, "0", "external_kv_transfer"]);
+        for (state, is_so) in [("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)] {
+            self.sleep_state.with_label_values(&[model, "0", state]).set(is_so);
+        }
         // Series that dashboards rate() must exist before their first event.
         for reason in [FinishReason::Stop, FinishReason::Length, FinishReason::Abort, FinishReason::Error] {
             self.finished.with_label_values(&[model, "0", reason.as_str()]);
@@ -265,9 +305,41 @@ pub struct ModelMetrics {
     usage: forebay_observe::metrics::Gauge,
     running: forebay_observe::metrics::IntGauge,
     waiting: forebay_observe::metrics::IntGauge,
+    waiting_for_room: forebay_observe::metrics::IntGauge,
+    waiting_for_resume: forebay_observe::metrics::IntGauge,
+    computed: forebay_observe::metrics::IntCounter,
+    cache_hit: forebay_observe::metrics::IntCounter,
+    stuck: forebay_observe::metrics::IntCounter,
     counters: Counters<forebay_observe::metrics::IntCounter>,
     histograms: Histograms<forebay_observe::metrics::Histogram>,
     families: EngineMetrics,
+}
+
+/// How much an engine has to do, as routers ask for it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EngineLoad {
+    pub running: u64,
+    pub waiting: u64,
+    /// From 0 to 1.
+    pub kv_usage: f64,
+}
+
+/// The gauges that [`EngineLoad`] is read from.
+pub(crate) struct LoadGauges {
+    usage: forebay_observe::metrics::Gauge,
+    running: forebay_observe::metrics::IntGauge,
+    waiting: forebay_observe::metrics::IntGauge,
+}
+
+impl LoadGauges {
+    pub(crate) fn read(&self) -> EngineLoad {
+        let count = |gauge: &forebay_observe::metrics::IntGauge| u64::try_from(gauge.get()).unwrap_or(0);
+        EngineLoad {
+            running: count(&self.running),
+            waiting: count(&self.waiting),
+            kv_usage: self.usage.get(),
+        }
+    }
 }
 
 /// What the engine knows after a step.
@@ -275,6 +347,8 @@ pub struct ModelMetrics {
 pub struct StepRecord {
     pub running: usize,
     pub waiting: usize,
+    /// Waiting for the end of a pause.
+    pub parked: usize,
     pub kv_usage: f64,
     /// Tokens of this step; 0 for an idle update.
     pub tokens: usize,
@@ -293,6 +367,8 @@ pub struct RequestRecord {
     pub prefill: Option<Duration>,
     pub decode: Option<Duration>,
     pub prompt_tokens: u32,
+    /// Of the prompt; `None` where its first token was not reached.
+    pub cached_tokens: Option<u32>,
     pub generation_tokens: u32,
     pub max_tokens: u32,
     /// Choices per prompt: `Some` for one choice of each prompt, so that a request counts once.
@@ -301,9 +377,19 @@ pub struct RequestRecord {
 }
 
 impl ModelMetrics {
+    pub(crate) fn stuck_steps(&self) -> forebay_observe::metrics::IntCounter {
+        self.stuck.clone()
+    }
+
+    pub(crate) fn load_gauges(&self) -> LoadGauges {
+        LoadGauges { usage: self.usage.clone(), running: self.running.clone(), waiting: self.waiting.clone() }
+    }
+
     pub fn on_step(&self, step: &StepRecord) {
         self.running.set(step.running as i64);
-        self.waiting.set(step.waiting as i64);
+        self.waiting.set((step.waiting + step.parked) as i64);
+        self.waiting_for_room.set(step.waiting as i64);
+        self.waiting_for_resume.set(step.parked as i64);
         self.usage.set(step.kv_usage);
         self.counters.preemptions.inc_by(step.preemptions);
         self.counters.prefix_queries.inc_by(step.prefix_queries);
@@ -317,7 +403,9 @@ impl ModelMetrics {
 
     /// A prompt counts whole, cached or not, when its prefill is done: what vLLM counts, so that cached ÷ all is the
     /// hit rate.
-    pub fn on_first_token(&self, since_arrival: Duration, prompt_tokens: u32) {
+    pub fn on_first_token(&self, since_arrival: Duration, prompt_tokens: u32, cached_tokens: u32) {
+        self.cache_hit.inc_by(u64::from(cached_tokens));
+        self.computed.inc_by(u64::from(prompt_tokens.saturating_sub(cached_tokens)));
         self.histograms.ttft.observe(since_arrival.as_secs_f64());
         self.counters.prompt_tokens.inc_by(u64::from(prompt_tokens));
     }
@@ -346,6 +434,9 @@ impl ModelMetrics {
             }
         }
         h.prompt.observe(f64::from(request.prompt_tokens));
+        if let Some(cached) = request.cached_tokens {
+            h.prefill_computed.observe(f64::from(request.prompt_tokens.saturating_sub(cached)));
+        }
         h.generation.observe(f64::from(request.generation_tokens));
         h.max_tokens.observe(f64::from(request.max_tokens));
         if let Some(n) = request.n {
@@ -389,6 +480,7 @@ impl<T> Histograms<T> {
             max_tokens: f(&self.max_tokens),
             n: f(&self.n),
             iteration: f(&self.iteration),
+            prefill_computed: f(&self.prefill_computed),
         }
     }
 }
@@ -416,6 +508,78 @@ mod tests {
     #[test]
     fn buckets_are_vllms() {
         assert_eq!(one_two_five(120), [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]);
+    }
+
+    /// vLLM 0.33's own list, `LABELS` left out. What is not here is named with the reason.
+    const OF_VLLM: &[(&str, &str, &[&str])] = &[
+        ("vllm:num_requests_running", "gauge", &[]),
+        ("vllm:num_requests_waiting", "gauge", &[]),
+        ("vllm:num_requests_waiting_by_reason", "gauge", &["reason"]),
+        ("vllm:kv_cache_usage_perc", "gauge", &[]),
+        ("vllm:engine_sleep_state", "gauge", &["sleep_state"]),
+        ("vllm:prefix_cache_queries_total", "counter", &[]),
+        ("vllm:prefix_cache_hits_total", "counter", &[]),
+        ("vllm:num_preemptions_total", "counter", &[]),
+        ("vllm:prompt_tokens_total", "counter", &[]),
+        ("vllm:prompt_tokens_by_source_total", "counter", &["source"]),
+        ("vllm:prompt_tokens_cached_total", "counter", &[]),
+        ("vllm:generation_tokens_total", "counter", &[]),
+        ("vllm:request_success_total", "counter", &["finished_reason"]),
+        ("vllm:admission_rejections_total", "counter", &["reason"]),
+        ("vllm:time_to_first_token_seconds", "histogram", &[]),
+        ("vllm:inter_token_latency_seconds", "histogram", &[]),
+        ("vllm:request_time_per_output_token_seconds", "histogram", &[]),
+        ("vllm:e2e_request_latency_seconds", "histogram", &[]),
+        ("vllm:request_queue_time_seconds", "histogram", &[]),
+        ("vllm:request_inference_time_seconds", "histogram", &[]),
+        ("vllm:request_prefill_time_seconds", "histogram", &[]),
+        ("vllm:request_decode_time_seconds", "histogram", &[]),
+        ("vllm:request_prompt_tokens", "histogram", &[]),
+        ("vllm:request_generation_tokens", "histogram", &[]),
+        ("vllm:request_params_max_tokens", "histogram", &[]),
+        ("vllm:request_prefill_kv_computed_tokens", "histogram", &[]),
+        ("vllm:iteration_tokens_total", "histogram", &[]),
+        ("vllm:request_params_n", "histogram", &[]),
+    ];
+
+    /// Names of vLLM's that mean nothing here, or are not counted yet.
+    const NOT_HERE: &[(&str, &str)] = &[
+        ("vllm:num_requests_kv_fetch_by_stage", "KV blocks are not fetched"),
+        ("vllm:lora_requests_info", "there are no adapters"),
+        ("vllm:external_prefix_cache_queries_total", "there is no other cache"),
+        ("vllm:external_prefix_cache_hits_total", "there is no other cache"),
+        ("vllm:mm_cache_queries_total", "models read text only"),
+        ("vllm:mm_cache_hits_total", "models read text only"),
+        ("vllm:spec_decode_num_drafts_total", "there is no speculative decoding"),
+        ("vllm:prompt_tokens_cached_by_source_total", "the one source is the cache of the process"),
+        ("vllm:request_max_num_generation_tokens", "not counted yet"),
+        ("vllm:request_num_preemptions", "not counted yet"),
+        ("vllm:corrupted_requests_total", "optional in vLLM"),
+    ];
+
+    #[test]
+    fn names_kinds_and_labels_are_vllms() {
+        let registry = Registry::new();
+        EngineMetrics::register(&registry, 4096).expect("registers once");
+        let families = registry.families();
+        let ours = |name: &str| families.iter().find(|family| family.name == name);
+        for (name, kind, extra) in OF_VLLM {
+            let family = ours(name).unwrap_or_else(|| panic!("{name} is missing"));
+            assert_eq!(family.kind.to_string(), *kind, "{name}");
+            let mut labels: Vec<String> = family.labels.iter().map(ToString::to_string).collect();
+            let mut expect: Vec<String> = LABELS.iter().chain(*extra).map(ToString::to_string).collect();
+            labels.sort();
+            expect.sort();
+            assert_eq!(labels, expect, "{name}");
+        }
+        for (name, why) in NOT_HERE {
+            assert!(ours(name).is_none(), "{name} is there: {why}?");
+        }
+        let unknown = families.iter().filter(|family| family.name.starts_with("vllm:"));
+        for family in unknown {
+            let known = OF_VLLM.iter().any(|(name, ..)| *name == family.name);
+            assert!(known || family.name == "vllm:cache_config_info", "{} is not vLLM's", family.name);
+        }
     }
 
     #[test]

@@ -159,7 +159,7 @@ impl<Next> Gateway<Next> {
         let tokens = match &ask {
             Ask::Generate(call) => tokens_max(call, &ids, self.default_output_tokens),
             Ask::Embed(_) => u64::from(ids.tokens()),
-            Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => 0,
+            Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => 0,
         };
         if let Err(refused) = hold.try_resize(self.clock.now(), tokens) {
             drop(hold);
@@ -263,9 +263,12 @@ impl<Next: Stage<Admitted>> Stage<Received> for Gateway<Next> {
         let render = match &admitted.ask {
             Ask::Generate(call) => Some(RenderSpec::new(call)),
             // Their answer is one body that is rendered below.
-            Ask::Embed(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
-                None
-            }
+            Ask::Embed(_)
+            | Ask::Render(_)
+            | Ask::Tokenize(_)
+            | Ask::Detokenize(_)
+            | Ask::ListModels
+            | Ask::GetModel(_) => None,
         };
         let mut reply = match self.next.call(Flow::new(origin, admitted)).await {
             Ok(reply) => reply,
@@ -291,8 +294,8 @@ impl<Next: Stage<Admitted>> Stage<Received> for Gateway<Next> {
 
 /// Whether this can cost tokens, as far as the path says.
 fn may_compute(received: &Received) -> bool {
-    let computes = received.path.ends_with("/completions") || received.path.ends_with("/embeddings");
-    received.method == Method::POST && computes
+    let ends = ["/completions", "/embeddings", "/generate"];
+    received.method == Method::POST && ends.iter().any(|end| received.path.ends_with(end))
 }
 
 fn read(received: &Received) -> Result<Ask, Fault> {
@@ -310,7 +313,9 @@ fn may_use(consumer: &Consumer, ask: &Ask) -> Result<(), Fault> {
     let Some(models) = &consumer.models else { return Ok(()) };
     let model = match ask {
         Ask::ListModels | Ask::GetModel(_) => return Ok(()),
-        Ask::Generate(_) | Ask::Embed(_) | Ask::Tokenize(_) | Ask::Detokenize(_) => ask.model(),
+        Ask::Generate(_) | Ask::Embed(_) | Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) => {
+            ask.model()
+        }
     };
     let consumer = consumer.name.clone();
     match model {
@@ -338,7 +343,9 @@ fn encode(
     let ids = match &ask {
         Ask::Generate(call) => encoder.encode(call)?,
         Ask::Embed(call) => encoder.encode_inputs(call)?,
-        Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => PromptIds::none(),
+        Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
+            PromptIds::none()
+        }
     };
     let how = if matches!(ids, PromptIds::Exact { .. }) { "exact" } else { "estimated" };
     origin.trace.note(Layer::Gateway, "tokenize", start, format!("{} tokens, {how}", ids.tokens()));
@@ -348,7 +355,7 @@ fn encode(
 /// The most a call may use, as far as it says: prompt and all choices.
 fn tokens_max(call: &Generate, ids: &PromptIds, default_output_tokens: u32) -> u64 {
     let default = match call.api {
-        Api::ChatCompletions => default_output_tokens,
+        Api::ChatCompletions | Api::Tokens => default_output_tokens,
         Api::Completions => COMPLETION_TOKENS_DEFAULT,
     };
     let output = u64::from(call.max_tokens.unwrap_or(default));

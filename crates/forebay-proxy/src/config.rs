@@ -114,7 +114,9 @@ impl Provider {
     /// Whether there is such an endpoint.
     pub fn has(self, api: Api) -> bool {
         match self {
-            Self::Openai | Self::OpenaiCompatible => true,
+            // It may be a vLLM.
+            Self::OpenaiCompatible => true,
+            Self::Openai => api != Api::Tokens,
             Self::Anthropic => api == Api::ChatCompletions,
         }
     }

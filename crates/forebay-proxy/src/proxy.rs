@@ -285,11 +285,12 @@ async fn provider(
             let path = match call.api {
                 Api::ChatCompletions => "/v1/chat/completions",
                 Api::Completions => "/v1/completions",
+                Api::Tokens => "/inference/v1/generate",
             };
             (path, for_upstream(call, name), CallInfo::new(call, false))
         }
         Ask::Embed(call) => ("/v1/embeddings", with_model(&call.body, name), CallInfo::of_embedding(call)),
-        Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
+        Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
             return Err(broken(ResolveError::NotAtProviders { model: model.name.clone() }.into()));
         }
     };

@@ -43,7 +43,9 @@ impl Need {
             },
             // Nothing of it is cached, and nothing is generated.
             Ask::Embed(_) => Self { prompt_tokens: ids.tokens(), choices: 1, ..Self::default() },
-            Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => Self::default(),
+            Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
+                Self::default()
+            }
         }
     }
 

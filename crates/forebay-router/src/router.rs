@@ -199,6 +199,13 @@ impl<E: Stage<Placed>> Router<E> {
                 let info = CallInfo::of_embedding(call);
                 return Ok(upstream.generate(&flow.origin, "/v1/embeddings", body, info, timeouts).await?);
             }
+            Ask::Render(call) => {
+                let path = match call.api {
+                    Api::ChatCompletions => "/v1/chat/completions/render",
+                    Api::Completions | Api::Tokens => "/v1/completions/render",
+                };
+                (path, with_model(&call.body, served_name))
+            }
             Ask::Tokenize(call) => ("/tokenize", with_model(&call.body, served_name)),
             Ask::Detokenize(call) => ("/detokenize", with_model(&call.body, served_name)),
             Ask::ListModels | Ask::GetModel(_) => return Err(RouteError::Listing.into()),
@@ -223,6 +230,7 @@ impl<E: Stage<Placed>> Router<E> {
         let path = match call.api {
             Api::ChatCompletions => "/v1/chat/completions",
             Api::Completions => "/v1/completions",
+            Api::Tokens => "/inference/v1/generate",
         };
         let info = CallInfo::new(call, counting);
         Ok(upstream.generate(origin, path, body, info, self.timeouts()).await?)

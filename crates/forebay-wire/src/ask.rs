@@ -15,6 +15,8 @@ pub enum Api {
     ChatCompletions,
     /// `POST /v1/completions`
     Completions,
+    /// `POST /inference/v1/generate` (vLLM's): token ids in, token ids out.
+    Tokens,
 }
 
 /// One request to the LLM stack.
@@ -23,6 +25,8 @@ pub enum Ask {
     Generate(Box<Generate>),
     /// `POST /v1/embeddings`
     Embed(Arc<Embed>),
+    /// `POST /v1/chat/completions/render` and `POST /v1/completions/render` (vLLM's): what the call would generate from.
+    Render(Box<Generate>),
     /// `POST /tokenize` (vLLM's shape)
     Tokenize(Tokenize),
     /// `POST /detokenize` (vLLM's shape)
@@ -37,7 +41,7 @@ impl Ask {
     /// The model that is asked for. `None` for a listing, and for `/tokenize` without `model`.
     pub fn model(&self) -> Option<&ModelName> {
         match self {
-            Self::Generate(call) => Some(&call.model),
+            Self::Generate(call) | Self::Render(call) => Some(&call.model),
             Self::Embed(call) => Some(&call.model),
             Self::Tokenize(call) => call.model.as_ref(),
             Self::Detokenize(call) => call.model.as_ref(),
@@ -51,7 +55,11 @@ impl Ask {
         match self {
             Self::Generate(call) => Some((&call.model, &call.prompt)),
             Self::Embed(call) => Some((&call.model, &call.input)),
-            Self::Tokenize(_) | Self::Detokenize(_) | Self::ListModels | Self::GetModel(_) => None,
+            Self::Render(_)
+            | Self::Tokenize(_)
+            | Self::Detokenize(_)
+            | Self::ListModels
+            | Self::GetModel(_) => None,
         }
     }
 }

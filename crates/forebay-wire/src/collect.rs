@@ -8,6 +8,7 @@ use crate::render::{
     RenderSpec, put_call, put_chat_logprobs, put_completion_logprobs, put_identity, put_prompt_ids,
     put_prompt_logprobs, put_reasoning, put_token_ids,
 };
+use crate::tokens::put_token_logprobs;
 use crate::{Api, Event, PromptTokens, TokenLogprob, ToolCallDelta};
 
 /// Why the events make no whole reply.
@@ -180,6 +181,10 @@ impl Collector {
                     put_completion_logprobs(&mut out, &choice.logprobs, &mut 0, self.spec.tokens_as_ids);
                     self.put_prompt(&mut out, index as u32 / self.spec.choices_per_prompt);
                 }
+                Api::Tokens => {
+                    put_raw(&mut out, ",\"logprobs\":");
+                    put_token_logprobs(&mut out, &choice.logprobs);
+                }
             }
             if self.spec.token_ids {
                 put_token_ids(&mut out, &choice.token_ids);
@@ -190,6 +195,13 @@ impl Collector {
         }
         put_raw(&mut out, "],\"usage\":");
         put_usage(&mut out, &usage);
+        if self.spec.api == Api::Tokens {
+            match self.prompts.first().and_then(|prompt| prompt.logprobs.as_ref()) {
+                Some(logprobs) => put_prompt_logprobs(&mut out, logprobs),
+                None => put_raw(&mut out, ",\"prompt_logprobs\":null"),
+            }
+            put_raw(&mut out, ",\"kv_transfer_params\":null");
+        }
         if self.spec.api == Api::ChatCompletions {
             self.put_prompt(&mut out, 0);
         }

@@ -28,6 +28,7 @@ mod scan;
 mod splice;
 mod sse;
 mod tokenized;
+mod tokens;
 
 pub use ask::{
     Api, Ask, ChatMessage, Constraint, Content, Detokenize, Embed, Generate, LeftOpen, Prompt, Sampling,
@@ -46,3 +47,4 @@ pub use scan::{FrameInfo, scan_body, scan_frame};
 pub use splice::{Change, Edit, SpliceError, for_replica, for_upstream, splice, with_model};
 pub use sse::{FRAME_BYTES_MAX, FrameTooLong, SseSplitter};
 pub use tokenized::{render_detokenized, render_tokenized};
+pub use tokens::{TokensCall, render_tokens_calls};

@@ -29,6 +29,24 @@ struct WireCard<'a> {
     root: Option<&'a str>,
     parent: Option<&'a str>,
     max_model_len: Option<u32>,
+    permission: [Permission; 1],
+}
+
+/// OpenAI's old field, which vLLM fills and some clients read.
+#[derive(Serialize)]
+struct Permission {
+    id: String,
+    object: &'static str,
+    created: u64,
+    allow_create_engine: bool,
+    allow_sampling: bool,
+    allow_logprobs: bool,
+    allow_search_indices: bool,
+    allow_view: bool,
+    allow_fine_tuning: bool,
+    organization: &'static str,
+    group: Option<&'static str>,
+    is_blocking: bool,
 }
 
 #[derive(Serialize)]
@@ -46,6 +64,20 @@ fn wire_card(card: &ModelCard) -> WireCard<'_> {
         root: card.root.as_deref(),
         parent: card.parent.as_deref(),
         max_model_len: card.max_model_len,
+        permission: [Permission {
+            id: format!("modelperm-{}", card.id),
+            object: "model_permission",
+            created: card.created,
+            allow_create_engine: false,
+            allow_sampling: true,
+            allow_logprobs: true,
+            allow_search_indices: false,
+            allow_view: true,
+            allow_fine_tuning: false,
+            organization: "*",
+            group: None,
+            is_blocking: false,
+        }],
     }
 }
 
@@ -77,7 +109,7 @@ mod tests {
             parent: None,
             max_model_len: Some(4096),
         };
-        let one = r#"{"id":"org/m","object":"model","created":7,"owned_by":"forebay","root":"m.gguf","parent":null,"max_model_len":4096}"#;
+        let one = r#"{"id":"org/m","object":"model","created":7,"owned_by":"forebay","root":"m.gguf","parent":null,"max_model_len":4096,"permission":[{"id":"modelperm-org/m","object":"model_permission","created":7,"allow_create_engine":false,"allow_sampling":true,"allow_logprobs":true,"allow_search_indices":false,"allow_view":true,"allow_fine_tuning":false,"organization":"*","group":null,"is_blocking":false}]}"#;
         assert_eq!(render_model(&card), one);
         assert_eq!(render_models(&[card]), format!(r#"{{"object":"list","data":[{one}]}}"#));
         assert_eq!(render_models(&[]), r#"{"object":"list","data":[]}"#);

@@ -8,6 +8,7 @@ use bytes::BytesMut;
 use forebay_types::{FinishReason, ModelName, TokenId, Usage};
 
 use crate::json::{put, put_raw, put_usage};
+use crate::tokens::put_token_logprobs;
 use crate::{Api, Delta, Event, Generate, PromptTokens, ToolCallDelta};
 
 mod logprobs;
@@ -114,11 +115,14 @@ impl Renderer {
             Event::Delta(delta) => self.delta(delta, out),
             Event::Finished { choice, reason } => match self.api {
                 Api::ChatCompletions => self.chat_choice(out, *choice, "{}", Some(*reason), ""),
-                Api::Completions => {
+                Api::Completions | Api::Tokens => {
                     put_raw(out, &self.head);
                     put_raw(out, "{\"index\":");
                     put(out, choice);
-                    put_raw(out, ",\"text\":\"\",\"logprobs\":null,\"finish_reason\":\"");
+                    let nothing =
+                        if self.api == Api::Tokens { ",\"token_ids\":[]" } else { ",\"text\":\"\"" };
+                    put_raw(out, nothing);
+                    put_raw(out, ",\"logprobs\":null,\"finish_reason\":\"");
                     put_raw(out, reason.as_str());
                     put_raw(out, "\"}");
                     self.end(out, "");
@@ -152,6 +156,8 @@ impl Renderer {
                 let choices = first..first + self.choices_per_prompt;
                 self.prompt_ids.extend(choices.map(|choice| (choice, member.clone())));
             }
+            // They are what the client sent.
+            Api::Tokens => {}
         }
     }
 
@@ -182,6 +188,10 @@ impl Renderer {
                 if let Some(at) = self.prompt_ids.iter().position(|(choice, _)| *choice == delta.choice) {
                     put_raw(out, &self.prompt_ids.swap_remove(at).1);
                 }
+            }
+            Api::Tokens => {
+                put_raw(out, ",\"logprobs\":");
+                put_token_logprobs(out, &delta.logprobs);
             }
         }
         if self.token_ids {
@@ -234,9 +244,17 @@ fn put_tail(out: &mut BytesMut, usage: &Usage) {
     put_raw(out, "}\n\n");
 }
 
-/// `"id":…,"object":…,"created":…,"model":…`
+/// `"id":…,"object":…,"created":…,"model":…`; of the tokens API `"request_id":…,"created":…,"model":…`.
 pub(crate) fn put_identity(out: &mut BytesMut, id: &str, created_unix: u64, spec: &RenderSpec, chunk: bool) {
     let (prefix, object) = match (spec.api, chunk) {
+        (Api::Tokens, _) => {
+            put_raw(out, "\"request_id\":");
+            put(out, &format!("generate-tokens-{id}"));
+            put_raw(out, ",\"created\":");
+            put(out, &created_unix);
+            put_raw(out, ",\"model\":");
+            return put(out, spec.model.as_str());
+        }
         (Api::ChatCompletions, true) => ("chatcmpl-", "chat.completion.chunk"),
         (Api::ChatCompletions, false) => ("chatcmpl-", "chat.completion"),
         (Api::Completions, _) => ("cmpl-", "text_completion"),

@@ -6,6 +6,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use forebay_config::{ByteSize, HumanDuration};
 use forebay_engine::{GenerationDefaults, GenerationSource, KvEventsConfig, ReasoningParser, ToolCallParser};
 
+use crate::front::Front;
+
 /// The LLM serving stack in one program: edge, gateway, proxy, router and inference engine.
 #[derive(Parser)]
 #[command(name = "forebay", version, after_help = EXAMPLES)]
@@ -28,7 +30,7 @@ pub(crate) enum Command {
     /// Run the layers that a configuration file names; without one, everything but the gateway on loopback
     Serve(Serve),
     /// Run one engine behind an OpenAI-compatible port, with vLLM's flag names
-    Worker(Worker),
+    Worker(Box<Worker>),
     /// Validate a configuration file and explain what it does
     Check(Check),
     /// Fetch and list models
@@ -132,6 +134,18 @@ pub(crate) struct Worker {
     /// How reasoning is told from the answer: auto (by the chat template), none, deepseek_r1 or qwen3
     #[arg(long, value_name = "NAME")]
     pub reasoning_parser: Option<ReasoningParser>,
+    /// KV blocks, in place of as many as the memory has room for
+    #[arg(long, value_name = "N")]
+    pub num_gpu_blocks_override: Option<u32>,
+    /// Chat template in place of the model's own: a file, or the template itself
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<String>,
+    /// Most log-probabilities a token that a request may ask for
+    #[arg(long, value_name = "N")]
+    pub max_logprobs: Option<u32>,
+    /// Seed of requests that bring none; random ones where absent (vLLM: 0)
+    #[arg(long, value_name = "SEED")]
+    pub seed: Option<u64>,
     /// Compute threads; the machine's cores where absent
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
@@ -141,6 +155,8 @@ pub(crate) struct Worker {
     /// Stages that have layers of their own (also -pp)
     #[arg(long, value_name = "N")]
     pub pipeline_parallel_size: Option<u32>,
+    #[command(flatten)]
+    pub front: Front,
     #[command(flatten)]
     pub log: Log,
 }

@@ -4,6 +4,7 @@
 mod bench;
 mod check;
 mod cli;
+mod front;
 mod log;
 mod model;
 mod out;

@@ -45,6 +45,10 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         enable_prefix_caching: !args.no_enable_prefix_caching,
         tool_call_parser: args.tool_call_parser.unwrap_or(defaults.tool_call_parser),
         reasoning_parser: args.reasoning_parser.unwrap_or(defaults.reasoning_parser),
+        num_gpu_blocks_override: args.num_gpu_blocks_override,
+        chat_template: args.chat_template.clone(),
+        max_logprobs: args.max_logprobs.unwrap_or(defaults.max_logprobs),
+        seed: args.seed,
         threads: args.threads,
         tensor_parallel_size: args.tensor_parallel_size.unwrap_or(defaults.tensor_parallel_size),
         pipeline_parallel_size: args.pipeline_parallel_size.unwrap_or(defaults.pipeline_parallel_size),
@@ -58,13 +62,15 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         };
         format!("{host}:{port}").parse().with_context(|| format!("--host {}", args.host))
     };
+    let edge = EdgeConfig {
+        listen: OneOrMany::one(listen(args.port)?),
+        // Where scrapers, routers and operators look who know vLLM.
+        metrics: Switch::On,
+        operator_api: Switch::On,
+        ..EdgeConfig::default()
+    };
     let config = Config {
-        edge: Some(EdgeConfig {
-            listen: OneOrMany::one(listen(args.port)?),
-            // Where scrapers and routers made for vLLM look.
-            metrics: Switch::On,
-            ..EdgeConfig::default()
-        }),
+        edge: Some(args.front.apply(edge, &RealEnvironment)),
         admin: match args.admin_port {
             Some(port) => Some(AdminConfig { listen: listen(port)?, ..AdminConfig::default() }),
             None => None,
@@ -95,6 +101,11 @@ fn in_flags(message: &str) -> String {
         ("engine.tool-call-parser", "--tool-call-parser"),
         ("engine.itl-slo", "--itl-slo-ms"),
         ("engine.kv-events", "--kv-events-config"),
+        ("engine.num-gpu-blocks-override", "--num-gpu-blocks-override"),
+        ("engine.chat-template", "--chat-template"),
+        ("engine.max-logprobs", "--max-logprobs"),
+        ("edge.tls.cert", "--ssl-certfile"),
+        ("edge.tls.key", "--ssl-keyfile"),
     ];
     FLAGS
         .iter()

@@ -36,19 +36,15 @@ const fn refused(
 }
 
 const GPU: &str = "there is no GPU";
-const GATEWAY: &str = "put `forebay serve` with a `gateway` section in front";
-const EDGE: &str = "use `forebay serve`, whose `edge` section has it";
 
 /// vLLM 0.33's names.
 const FLAGS: &[Flag] = &[
     idle("--tokenizer-mode", true, "the model's own tokenizer is used"),
     idle("--dtype", true, "weights are computed in the precision of their file"),
-    idle("--seed", true, "a request without a `seed` gets a fresh one; give requests their own"),
     idle("--load-format", true, "the format is told by the file"),
     idle("--download-dir", true, "set FOREBAY_CACHE_DIR"),
     idle("--trust-remote-code", false, "no code of models is run"),
     idle("--chat-template-content-format", true, "templates get texts"),
-    idle("--max-logprobs", true, "requests get 20 at most"),
     idle("--enforce-eager", false, "nothing is compiled"),
     idle("--distributed-executor-backend", true, "everything runs in one process"),
     idle("--gpu-memory-utilization", true, "--kv-cache-memory-bytes is the size of the KV cache"),
@@ -80,7 +76,6 @@ const FLAGS: &[Flag] = &[
     idle("--enable-request-id-headers", false, "`x-request-id` is always there"),
     idle("--kv-cache-metrics", false, "blocks are not sampled"),
     idle("--sse-keep-alive-interval", true, "idle streams get a comment now and then anyway"),
-    idle("--shutdown-timeout", true, "requests in flight are always given time to finish"),
     refused("--data-parallel-size", true, &["1"], "start more workers and list them in a router's fleet"),
     refused("-dp", true, &["1"], "start more workers and list them in a router's fleet"),
     refused("--nnodes", true, &["1"], "a model runs on one machine"),
@@ -91,10 +86,8 @@ const FLAGS: &[Flag] = &[
     refused("--tokenizer", true, &[], "the model's own tokenizer is used"),
     refused("--revision", true, &["main"], "pull the revision's file and give its path"),
     refused("--hf-overrides", true, &["{}"], "the model's file is taken as it is"),
-    refused("--chat-template", true, &[], "the model's own chat template is used"),
     refused("--quantization", true, &[], "give a file that is quantised already"),
     refused("-q", true, &[], "give a file that is quantised already"),
-    refused("--num-gpu-blocks-override", true, &[], "--kv-cache-memory-bytes is the size of the KV cache"),
     refused("--kv-cache-dtype", true, &["auto", "float16"], "the KV cache has 16-bit floats"),
     refused("--kv-offloading-size", true, &[], "the KV cache is in the machine's memory already"),
     refused("--cpu-offload-gb", true, &["0"], "weights are in the machine's memory already"),
@@ -111,19 +104,9 @@ const FLAGS: &[Flag] = &[
     refused("--exclude-tools-when-tool-choice-none", false, &[], "tools are always in the prompt"),
     refused("--tool-parser-plugin", true, &[], "the forms of --tool-call-parser are built in"),
     refused("--reasoning-parser-plugin", true, &[], "the forms of --reasoning-parser are built in"),
-    refused("--api-key", true, &[], GATEWAY),
-    refused("--ssl-keyfile", true, &[], EDGE),
-    refused("--ssl-certfile", true, &[], EDGE),
-    refused("--root-path", true, &[""], EDGE),
-    refused("--allowed-origins", true, &["[\"*\"]"], "no CORS headers are sent"),
     refused("--uds", true, &[], "listen on a port"),
     refused("--grpc-port", true, &[], "there is no gRPC"),
-    refused(
-        "--enable-server-load-tracking",
-        false,
-        &[],
-        "there is no /load; /metrics has vllm:num_requests_running",
-    ),
+    idle("--enable-server-load-tracking", false, "/load is always right"),
     refused("--enable-force-include-usage", false, &[], "clients ask for `stream_options.include_usage`"),
     refused("--return-tokens-as-token-ids", false, &[], "tokens are returned as text"),
     refused("--enable-tokenizer-info-endpoint", false, &[], "there is no /tokenizer_info"),
@@ -240,8 +223,6 @@ mod tests {
         check("m --device cuda", "--device is not supported: there is no GPU");
         check("m --enable-lora", "--enable-lora is not supported: ");
         check("m --quantization", "--quantization needs a value");
-        let error = sifted("m --api-key sk-secret").expect_err("is refused");
-        assert!(!error.contains("sk-secret"), "{error}");
     }
 
     #[test]

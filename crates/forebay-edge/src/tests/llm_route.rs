@@ -189,6 +189,7 @@ async fn half_a_reply_is_never_passed_for_a_whole_one() {
 async fn bind_says_what_to_do() {
     let deps = || EdgeDeps {
         llm: None,
+        operator: None,
         client: HttpClient::default(),
         registry: Registry::new(),
         recent: RecentRequests::new(1),

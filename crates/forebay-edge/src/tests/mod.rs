@@ -2,6 +2,7 @@
 
 mod http1;
 mod llm_route;
+mod operators;
 mod protocols;
 mod slow_readers;
 mod streams;
@@ -25,7 +26,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use crate::{DrainReport, Edge, EdgeConfig, EdgeDeps, Health, LlmStage};
+use crate::{DrainReport, Edge, EdgeConfig, EdgeDeps, Health, LlmStage, Operator};
 
 /// Nothing in these tests takes long; what does, hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -71,11 +72,21 @@ impl Running {
         Self::start_in(config, llm, &FixedEnvironment::new()).await
     }
 
-    async fn start_in(mut config: EdgeConfig, llm: Option<LlmStage>, env: &FixedEnvironment) -> Self {
+    async fn start_in(config: EdgeConfig, llm: Option<LlmStage>, env: &FixedEnvironment) -> Self {
+        Self::start_with(config, llm, None, env).await
+    }
+
+    async fn start_with(
+        mut config: EdgeConfig,
+        llm: Option<LlmStage>,
+        operator: Option<Arc<dyn Operator>>,
+        env: &FixedEnvironment,
+    ) -> Self {
         config.listen = OneOrMany::one(SocketAddr::from(([127, 0, 0, 1], 0)).into());
         let (registry, recent) = (Registry::new(), RecentRequests::new(16));
         let deps = EdgeDeps {
             llm,
+            operator,
             client: HttpClient::new(ClientConfig::default()),
             registry: registry.clone(),
             recent: recent.clone(),

@@ -161,6 +161,7 @@ async fn bad_certificates_are_explained() {
     let bind = async |env: &FixedEnvironment| {
         let deps = EdgeDeps {
             llm: Some(echo()),
+            operator: None,
             client: HttpClient::default(),
             registry: Registry::new(),
             recent: RecentRequests::new(1),

@@ -40,6 +40,14 @@ impl Engine {
         call: &Generate,
         prompts: Vec<Arc<[TokenId]>>,
     ) -> Result<Vec<PromptAsk>, Fault> {
+        if let Some(asked) = call.logprobs.filter(|asked| *asked > self.max_logprobs) {
+            let param = if call.api == Api::ChatCompletions { "top_logprobs" } else { "logprobs" };
+            let message = format!(
+                "Requested sample logprobs of {asked}, which is greater than max allowed: {} (`engine.max-logprobs`)",
+                self.max_logprobs
+            );
+            return Err(Fault::bad_request(message).param(param));
+        }
         let choices = prompts.len().saturating_mul(call.n as usize);
         if choices > CHOICES_MAX {
             let message = format!(
@@ -51,6 +59,7 @@ impl Engine {
         let param = match call.api {
             Api::ChatCompletions => "messages",
             Api::Completions => "prompt",
+            Api::Tokens => "token_ids",
         };
         prompts
             .into_iter()
@@ -68,7 +77,7 @@ impl Engine {
                 let max_tokens = match (call.max_tokens, call.api) {
                     (Some(asked), _) if asked <= left => asked,
                     (None, Api::Completions) if left > 0 => COMPLETION_TOKENS_DEFAULT.min(left),
-                    (None, Api::ChatCompletions) if left > 0 => left,
+                    (None, Api::ChatCompletions | Api::Tokens) if left > 0 => left,
                     (asked, _) => return Err(self.too_long(prompt_tokens, asked, param)),
                 };
                 // As in vLLM, a model's own limit shortens every answer.

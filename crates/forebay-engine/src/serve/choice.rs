@@ -193,6 +193,11 @@ impl ChoiceState {
         Advance { delta: self.take(), finished: Some(reason) }
     }
 
+    /// Ends it from outside: what was held back.
+    pub fn abort(&mut self) -> Option<Delta> {
+        self.end(FinishReason::Abort).delta
+    }
+
     fn detokenize(&mut self, token: TokenId) {
         self.text.clear();
         self.text.push_str(self.detokenizer.push(token));

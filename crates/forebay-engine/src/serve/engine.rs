@@ -1,6 +1,7 @@
 //! The engine as the rest of the program sees it: a stage that turns a placed request into events.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,10 +13,11 @@ use forebay_observe::Layer;
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{StopMatcher, TextModel};
 use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, TokenizerId};
-use forebay_wire::{Api, Ask, Constraint, Event, Generate, TokenizeInput};
+use forebay_wire::{Api, Ask, Constraint, Event, Generate, TokenizeInput, TokensCall, render_tokens_calls};
 use tokio::sync::mpsc;
 
 use super::constrain::Beginning;
+use super::control::{Message, Paused};
 use super::embed::not_this_api;
 use super::events::{EventStream, stopped};
 use super::layout::{Layout, cores};
@@ -28,13 +30,15 @@ use super::scores::rows_max;
 use super::start_error::StartError;
 use super::step_loop::{LoopState, StepLoop};
 use super::submission::{How, Submission};
+use super::template::with_template;
+use super::watchdog::{self, Heartbeat};
 use super::words::BadWords;
 use super::{KvSink, Sinks, hf_text, text};
 use crate::config::EngineConfig;
 use crate::exec::{self, CpuOptions, Executor};
 use crate::generation::GenerationDefaults;
 use crate::kv_events::{KvEventSource, Publisher};
-use crate::metrics::{EngineMetrics, KvInfo};
+use crate::metrics::{EngineLoad, EngineMetrics, KvInfo, LoadGauges};
 use crate::model::{ModelFile, Ranks};
 use crate::sample::Wanted;
 
@@ -56,7 +60,9 @@ pub struct EngineDeps<'a> {
 pub struct Engine {
     model: ModelName,
     pub(super) text: TextModel,
-    inbox: mpsc::Sender<Submission>,
+    pub(super) inbox: mpsc::Sender<Message>,
+    pub(super) paused: Paused,
+    gauges: LoadGauges,
     forms: Forms,
     /// Made by the first request that needs it.
     grammars: Arc<OnceLock<Result<Grammars, GrammarError>>>,
@@ -67,6 +73,13 @@ pub struct Engine {
     pub(super) model_len: u32,
     /// For requests that leave a value open.
     pub(super) generation: GenerationDefaults,
+    heartbeat: Arc<Heartbeat>,
+    /// The longest that a step may take.
+    watchdog: Option<Duration>,
+    /// Ends the watching thread when it is dropped.
+    _watched: std::sync::mpsc::Sender<()>,
+    pub(super) max_logprobs: u32,
+    seeds: Seeds,
     request_timeout: Duration,
     load_time: Duration,
     summary: String,
@@ -94,7 +107,7 @@ impl Engine {
         let layout = Layout::plan(config, &file, path, cores())?;
         check_memory(&file, layout.kv_bytes())?;
         let Layout { spec, ranks, block_size, blocks, positions_max } = layout;
-        let text = text_of(&file, path)?;
+        let text = with_template(text_of(&file, path)?, config.chat_template.as_deref())?;
         let generation = generation_of(config, &file, path)?;
         let threads = config.threads.map_or_else(cores, |n| n as usize);
         let pool = Arc::new(Pool::new(exec::threads_per_rank(threads, ranks)));
@@ -172,7 +185,20 @@ impl Engine {
         let (inbox, submissions) = mpsc::channel(INBOX_MAX);
         let vocab_size = executor.vocab_size();
         let model_len = scheduler.seq_tokens_max();
+        let (paused, gauges) = (Paused::default(), metrics.load_gauges());
+        let heartbeat = Arc::new(Heartbeat::new());
+        let watchdog = Some(config.watchdog.get()).filter(|limit| !limit.is_zero());
+        let (watched, engine) = std::sync::mpsc::channel();
+        if let Some(limit) = watchdog {
+            let (heartbeat, stuck_steps) = (heartbeat.clone(), metrics.stuck_steps());
+            let model = model.clone();
+            std::thread::Builder::new()
+                .name("forebay-watchdog".into())
+                .spawn(move || watchdog::watch(&heartbeat, limit, model.as_str(), &stuck_steps, &engine))
+                .map_err(StartError::Thread)?;
+        }
         let step_loop = StepLoop {
+            heartbeat: heartbeat.clone(),
             executor,
             load: LoadReport::new(sinks.load, &scheduler),
             scheduler,
@@ -181,6 +207,7 @@ impl Engine {
             metrics,
             kv_sink: sinks.kv,
             inbox: submissions,
+            paused: paused.clone(),
             request_timeout: config.request_timeout.get(),
             state: LoopState::new(begun),
         };
@@ -194,11 +221,18 @@ impl Engine {
             forms: Forms::new(&text, config.tool_call_parser, config.reasoning_parser),
             text,
             inbox,
+            paused,
+            gauges,
             grammars: Arc::default(),
             off_thread: OffThread::new(),
             vocab_size,
             model_len,
             generation: config.override_generation_config,
+            heartbeat,
+            watchdog,
+            _watched: watched,
+            max_logprobs: config.max_logprobs,
+            seeds: Seeds::new(config.seed),
             request_timeout: config.request_timeout.get(),
             load_time: begun.elapsed(),
             summary,
@@ -248,9 +282,19 @@ impl Engine {
         &self.summary
     }
 
+    /// Whether a step takes longer than `engine.watchdog`. It may still come back.
+    pub fn is_stuck(&self) -> bool {
+        self.watchdog.is_some_and(|limit| self.heartbeat.stuck(self.heartbeat.now(), limit).is_some())
+    }
+
     /// False once the step thread has died: no request can succeed any more.
     pub fn is_alive(&self) -> bool {
         !self.inbox.is_closed()
+    }
+
+    /// How much there is to do, as of the last step.
+    pub fn load(&self) -> EngineLoad {
+        self.gauges.read()
     }
 
     pub fn tokenizer_id(&self) -> TokenizerId {
@@ -271,22 +315,13 @@ impl Engine {
         if let Some(need) = call.needs.first() {
             return Err(need.clone().into());
         }
-        let prompts = match stage.ids {
-            PromptIds::Exact { tokenizer, prompts } if tokenizer == self.tokenizer_id() => prompts,
-            // Counted with another vocabulary, or only estimated: count with our own.
-            _ => match self.encode_off_thread(&call).await? {
-                PromptIds::Exact { prompts, .. } => prompts,
-                PromptIds::Estimated { .. } => {
-                    return Err(Fault::internal("the engine's own encoder only estimated"));
-                }
-            },
-        };
+        let prompts = self.own_ids(&call, stage.ids).await?;
         let asks = self.prompt_asks(&call, prompts)?;
         self.check_ids(&call)?;
         let allowed = call.sampling.allowed_token_ids.as_deref().map(|ids| Mask::of(ids, self.vocab_size));
         let bad_words = BadWords::new(&call.bad_words, self.text.tokenizer())
             .map_err(|error| Fault::from(error).param("bad_words"))?;
-        let seed = call.sampling.seed.map_or_else(fresh_seed, Ok)?;
+        let seed = call.sampling.seed.map_or_else(|| self.seeds.next(), Ok)?;
         let tokenizer = self.text.tokenizer();
         let prompt = asks.first().map_or(&[][..], |ask| &ask.ids);
         let reading = self.forms.reading(&call, prompt, tokenizer)?;
@@ -309,6 +344,7 @@ impl Engine {
         let end_tokens = model_ends.iter().chain(&call.stop_token_ids).copied().collect();
         let (events, mut receiver) = mpsc::channel(Submission::events_max(&asks, call.n));
         let submission = Submission {
+            id: origin.id.clone(),
             prompts: asks,
             n: call.n,
             how: Arc::new(How {
@@ -339,7 +375,7 @@ impl Engine {
             deadline: called + self.request_timeout,
             events,
         };
-        self.inbox.try_send(submission).map_err(|error| match error {
+        self.inbox.try_send(Message::Submit(submission)).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => overloaded(),
             mpsc::error::TrySendError::Closed(_) => stopped(),
         })?;
@@ -358,6 +394,35 @@ impl Engine {
             ended: false,
         };
         Ok(Reply::new(form, Box::pin(events)))
+    }
+
+    /// What a call would generate from, for vLLM's token-in token-out API.
+    async fn render(&self, flow: Flow<Placed>) -> Result<Reply, Fault> {
+        let Flow { origin, stage } = flow;
+        let Ask::Render(mut call) = stage.ask else {
+            return Err(Fault::internal("render() was called with another ask"));
+        };
+        let prompts = self.own_ids(&call, stage.ids).await?;
+        let asks = self.prompt_asks(&call, prompts)?;
+        // Whoever generates from it may know another model's defaults.
+        call.sampling = self.generation.fill(&call.sampling);
+        let calls: Vec<TokensCall<'_>> =
+            asks.iter().map(|ask| TokensCall { token_ids: &ask.ids, max_tokens: ask.max_tokens }).collect();
+        Ok(Reply::json(render_tokens_calls(origin.id.as_str(), &call, &calls)))
+    }
+
+    /// The prompts in this model's own tokens.
+    async fn own_ids(&self, call: &Generate, ids: PromptIds) -> Result<Vec<Arc<[TokenId]>>, Fault> {
+        match ids {
+            PromptIds::Exact { tokenizer, prompts } if tokenizer == self.tokenizer_id() => Ok(prompts),
+            // Counted with another vocabulary, or only estimated: count with our own.
+            _ => match self.encode_off_thread(call).await? {
+                PromptIds::Exact { prompts, .. } => Ok(prompts),
+                PromptIds::Estimated { .. } => {
+                    Err(Fault::internal("the engine's own encoder only estimated"))
+                }
+            },
+        }
     }
 
     /// Compiles what the output has to match. The first time, the vocabulary is prepared for it, too.
@@ -388,6 +453,7 @@ impl Stage<Placed> for Engine {
         match &flow.stage.ask {
             Ask::Generate(_) => self.generate(flow).await,
             Ask::Embed(_) => Err(not_this_api("Embeddings")),
+            Ask::Render(_) => self.render(flow).await,
             Ask::Tokenize(call) => {
                 let param = match call.input {
                     TokenizeInput::Prompt(_) => "prompt",
@@ -446,8 +512,30 @@ pub(super) fn overloaded() -> Fault {
     )
 }
 
-fn fresh_seed() -> Result<u64, Fault> {
-    getrandom::u64().map_err(|error| Fault::internal(format!("no randomness: {error}")))
+/// Seeds of requests that bring none.
+struct Seeds {
+    /// The first of a sequence; `None` is a random one each.
+    first: Option<u64>,
+    given: AtomicU64,
+}
+
+impl Seeds {
+    /// 2^64 divided by the golden ratio: consecutive seeds, and those of their choices, keep apart.
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+    fn new(first: Option<u64>) -> Self {
+        Self { first, given: AtomicU64::new(0) }
+    }
+
+    fn next(&self) -> Result<u64, Fault> {
+        match self.first {
+            Some(first) => {
+                let nth = self.given.fetch_add(1, Ordering::Relaxed);
+                Ok(first.wrapping_add(nth.wrapping_mul(Self::STEP)))
+            }
+            None => getrandom::u64().map_err(|error| Fault::internal(format!("no randomness: {error}"))),
+        }
+    }
 }
 
 fn token_bytes_max(text: &TextModel) -> usize {

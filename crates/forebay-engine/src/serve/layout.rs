@@ -45,7 +45,8 @@ impl Layout {
         let positions_max = config.max_model_len.map_or(spec.context_len, |n| n as usize);
         // No more blocks than all running sequences could fill.
         let useful = positions_max.div_ceil(block_size).saturating_mul(config.max_num_seqs as usize);
-        Ok(Self { spec, ranks, block_size, blocks: wanted.min(useful), positions_max })
+        let blocks = config.num_gpu_blocks_override.map_or(wanted.min(useful), |blocks| blocks as usize);
+        Ok(Self { spec, ranks, block_size, blocks, positions_max })
     }
 
     /// Memory that the KV cache of all ranks takes, in bytes.

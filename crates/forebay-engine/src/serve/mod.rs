@@ -8,6 +8,7 @@
 mod checks;
 mod choice;
 mod constrain;
+mod control;
 mod embed;
 mod engine;
 mod events;
@@ -24,7 +25,9 @@ mod scores;
 mod start_error;
 mod step_loop;
 mod submission;
+mod template;
 mod text;
+mod watchdog;
 mod words;
 
 #[cfg(test)]
@@ -36,11 +39,13 @@ use forebay_kv::KvEvent;
 use forebay_kv::codec::LoadStat;
 use tokio::sync::watch;
 
+pub use control::{Aborted, PauseMode, Stopped};
 pub use embed::EmbeddingEngine;
 pub use engine::{Engine, EngineDeps};
 pub use hf_text::HfTextError;
 pub use model_engine::ModelEngine;
 pub use start_error::StartError;
+pub use template::ChatTemplateError;
 pub use text::TextError;
 
 /// Gets the KV events of an engine, in order, on the step thread: must be quick.

@@ -44,6 +44,14 @@ impl ModelEngine {
         Engine::inspect(config, path)
     }
 
+    /// The engine of a model that generates.
+    pub fn generating(&self) -> Option<&Engine> {
+        match self {
+            Self::Generating(engine) => Some(engine),
+            Self::Embedding(_) => None,
+        }
+    }
+
     /// Takes nothing more, finishes every request that it has, and gives its memory back. Blocks until then.
     pub fn stop(self) {
         match self {

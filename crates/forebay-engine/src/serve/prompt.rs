@@ -56,7 +56,7 @@ fn tokens_kept(call: &Generate, model_len: u32) -> Result<Option<usize>, Fault> 
     let Some(asked) = call.truncate_prompt_tokens else { return Ok(None) };
     let output = match call.api {
         Api::Completions => call.max_tokens.unwrap_or(COMPLETION_TOKENS_DEFAULT),
-        Api::ChatCompletions => call.max_tokens.unwrap_or(1),
+        Api::ChatCompletions | Api::Tokens => call.max_tokens.unwrap_or(1),
     };
     let fits = model_len.saturating_sub(output.max(1));
     match u32::try_from(asked) {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use forebay_tokens::TextModelError;
 
 use super::hf_text::HfTextError;
+use super::template::ChatTemplateError;
 use super::text::TextError;
 use crate::config::EngineConfigError;
 use crate::exec::BuildError;
@@ -42,6 +43,8 @@ pub enum StartError {
     File { path: PathBuf, source: io::Error },
     #[error("the tokenizer in {} can't be used", path.display())]
     Tokenizer { path: PathBuf, source: Box<TextModelError> },
+    #[error(transparent)]
+    ChatTemplate(#[from] ChatTemplateError),
     #[error(
         "`engine.kv-cache-memory` ({given}) is less than one block of this model: give it {needed} or more"
     )]
@@ -99,6 +102,7 @@ impl StartError {
             Self::Ranks { .. } | Self::Cores { .. } => "engine.tensor-parallel-size",
             Self::NotForEncoders { key } => key,
             Self::KvEvents(_) => "engine.kv-events",
+            Self::ChatTemplate(_) => "engine.chat-template",
             Self::Config(_) | Self::Thread(_) => "engine",
         }
     }

@@ -23,12 +23,14 @@ use crate::metrics::{ModelMetrics, Rejection, RequestRecord, StepRecord};
 use super::KvSink;
 use super::choice::ChoiceState;
 use super::constrain::MaskThread;
+use super::control::{Inbox, Pause, Paused};
 use super::engine::INBOX_MAX;
 use super::events::{stopped, too_slow};
 use super::load::LoadReport;
 use super::sampling::SampleJob;
 use super::scores::{PromptScores, ScoreJob, prompt_event};
 use super::submission::Submission;
+use super::watchdog::{Heartbeat, StepShape};
 
 /// How long the loop sleeps where work waits but nothing can be planned: only a defect of the scheduler leads here,
 /// and it must not become a busy loop.
@@ -42,7 +44,9 @@ pub(crate) struct StepLoop<E> {
     pub metrics: ModelMetrics,
     pub kv_sink: Option<KvSink>,
     pub load: LoadReport,
-    pub inbox: mpsc::Receiver<Submission>,
+    pub inbox: Inbox,
+    pub paused: Paused,
+    pub heartbeat: Arc<Heartbeat>,
     /// For messages; each submission has its own deadline.
     pub request_timeout: Duration,
     pub state: LoopState,
@@ -65,6 +69,7 @@ pub(crate) struct LoopState {
     seen: Seen,
     /// The last turn could plan nothing though requests wait.
     stuck: bool,
+    pub(super) pause: Option<Pause>,
 }
 
 /// Totals at the last metrics record: the scheduler counts up, metrics want the difference.
@@ -78,9 +83,9 @@ struct Seen {
 /// One request while any of its choices runs.
 pub(super) struct Request {
     pub(super) submission: Submission,
-    seqs: Vec<SeqId>,
+    pub(super) seqs: Vec<SeqId>,
     open: usize,
-    started: bool,
+    pub(super) started: bool,
     /// Per prompt: tokens that came from the cache, once known.
     cached: Vec<Option<u32>>,
     /// Per prompt, where its log-probabilities are wanted.
@@ -114,6 +119,7 @@ impl LoopState {
             masks: None,
             seen: Seen::default(),
             stuck: false,
+            pause: None,
         }
     }
 }
@@ -126,8 +132,10 @@ impl<E: Executor> StepLoop<E> {
                 Turn::Worked => {}
                 Turn::Closed => return,
                 Turn::Idle => match self.inbox.blocking_recv() {
-                    Some(submission) => self.add(submission),
-                    None => return,
+                    Some(message) => self.on_message(message),
+                    None if self.state.requests.is_empty() => return,
+                    // Nobody is left to resume it.
+                    None => self.resume(),
                 },
             }
         }
@@ -137,8 +145,18 @@ impl<E: Executor> StepLoop<E> {
     pub(crate) fn turn(&mut self) -> Turn {
         let closed = self.take_arrivals();
         self.drop_the_gone();
+        self.settle_pause();
+        if closed {
+            // Nobody is left to do it.
+            self.resume();
+        }
+        if self.stands_still() {
+            self.publish(0, 0);
+            return Turn::Idle;
+        }
         let now = Instant::now();
-        let Self { executor, scheduler, pool, state, load, .. } = &mut *self;
+        let before = self.shape();
+        let Self { executor, scheduler, pool, state, load, heartbeat, .. } = &mut *self;
         let plan = scheduler.plan_step(now.saturating_duration_since(state.begun));
         if plan.is_empty() {
             self.publish(0, 0);
@@ -160,6 +178,8 @@ impl<E: Executor> StepLoop<E> {
         load.on_plan(plan);
         state.stuck = false;
         state.line_up(plan, now);
+        let shape = StepShape { tokens: tokens as u64, sequences: plan.seqs.len() as u64, ..before };
+        heartbeat.begin(heartbeat.now(), &shape);
         let failed = match executor.execute(plan) {
             Ok(logits) => {
                 let stride = logits.len() / rows.max(1);
@@ -175,6 +195,7 @@ impl<E: Executor> StepLoop<E> {
             }
             Err(error) if error.is_final() => {
                 tracing::error!(error = %error, source = ?std::error::Error::source(&error), "the model can't be run any more");
+                self.heartbeat.end(self.heartbeat.now());
                 self.end();
                 return Turn::Closed;
             }
@@ -183,6 +204,7 @@ impl<E: Executor> StepLoop<E> {
                 Some((plan.seqs.clone(), Fault::internal(error.to_string())))
             }
         };
+        self.heartbeat.end(self.heartbeat.now());
         let generated = match failed {
             None => {
                 let elapsed = now.elapsed();
@@ -234,7 +256,7 @@ impl<E: Executor> StepLoop<E> {
     fn take_arrivals(&mut self) -> bool {
         for _ in 0..INBOX_MAX {
             match self.inbox.try_recv() {
-                Ok(submission) => self.add(submission),
+                Ok(message) => self.on_message(message),
                 Err(mpsc::error::TryRecvError::Empty) => return false,
                 Err(mpsc::error::TryRecvError::Disconnected) => return true,
             }
@@ -243,7 +265,7 @@ impl<E: Executor> StepLoop<E> {
     }
 
     /// Puts a request's sequences into the queue: all of them, or none and a refusal.
-    fn add(&mut self, submission: Submission) {
+    pub(super) fn add(&mut self, submission: Submission) {
         let now = self.state.begun.elapsed();
         let id = self.state.next_request;
         self.state.next_request += 1;
@@ -424,7 +446,8 @@ impl<E: Executor> StepLoop<E> {
         let first_of_prompt = request.cached[prompt].is_none();
         request.cached[prompt].get_or_insert(cached);
         let prompt_tokens = request.submission.prompts[prompt].ids.len() as u32;
-        self.metrics.on_first_token(now.saturating_duration_since(request.submission.arrived), prompt_tokens);
+        let since = now.saturating_duration_since(request.submission.arrived);
+        self.metrics.on_first_token(since, prompt_tokens, cached);
         let scores = request.scores.get(prompt);
         let about = first_of_prompt
             .then(|| prompt_event(&request.submission, prompt, scores, &self.tokenizer))
@@ -474,8 +497,20 @@ impl<E: Executor> StepLoop<E> {
         }
     }
 
+    /// What there is to do before a step is planned.
+    fn shape(&self) -> StepShape {
+        let stats = self.scheduler.stats();
+        StepShape {
+            running: stats.running.into(),
+            waiting: stats.waiting.into(),
+            blocks_used: stats.blocks_held.into(),
+            ..StepShape::default()
+        }
+    }
+
     /// KV events and metrics of this turn.
     fn publish(&mut self, tokens: usize, sampled_tokens: usize) {
+        let parked = self.parked();
         let state = &mut self.state;
         state.kv_events.clear();
         self.scheduler.drain_events(&mut state.kv_events);
@@ -494,6 +529,7 @@ impl<E: Executor> StepLoop<E> {
         self.metrics.on_step(&StepRecord {
             running: stats.running as usize,
             waiting: stats.waiting as usize,
+            parked,
             kv_usage: stats.kv_usage(),
             tokens,
             sampled_tokens,
@@ -506,7 +542,7 @@ impl<E: Executor> StepLoop<E> {
 }
 
 impl Request {
-    fn usage(&self) -> Usage {
+    pub(super) fn usage(&self) -> Usage {
         Usage {
             prompt_tokens: self.submission.prompts.iter().map(|p| p.ids.len() as u32).sum(),
             completion_tokens: self.completion_tokens,
@@ -516,7 +552,7 @@ impl Request {
     }
 }
 
-fn record_of(request: &Request, choice: &ChoiceState, reason: FinishReason) -> RequestRecord {
+pub(super) fn record_of(request: &Request, choice: &ChoiceState, reason: FinishReason) -> RequestRecord {
     let now = Instant::now();
     let submission = &request.submission;
     let since =
@@ -528,6 +564,7 @@ fn record_of(request: &Request, choice: &ChoiceState, reason: FinishReason) -> R
         prefill: since(choice.first_token, choice.first_scheduled),
         decode: since(choice.last_token, choice.first_token),
         prompt_tokens: prompt.ids.len() as u32,
+        cached_tokens: request.cached[choice.prompt],
         generation_tokens: choice.generated,
         max_tokens: prompt.max_tokens,
         n: choice.number.is_multiple_of(submission.n).then_some(submission.n),

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use forebay_grammar::Mask;
 use forebay_tokens::StopMatcher;
-use forebay_types::{ConsumerName, Fault, TokenId};
+use forebay_types::{ConsumerName, Fault, RequestId, TokenId, Usage};
 use forebay_wire::{Event, Sampling};
 use tokio::sync::mpsc;
 
@@ -16,6 +16,7 @@ use crate::sample::Wanted;
 
 /// One request: prompts, and how to continue each of them.
 pub(crate) struct Submission {
+    pub id: RequestId,
     pub prompts: Vec<PromptAsk>,
     /// Choices per prompt.
     pub n: u32,
@@ -78,6 +79,17 @@ impl How {
 }
 
 impl Submission {
+    /// Over all prompts.
+    pub fn choices(&self) -> u32 {
+        self.prompts.len() as u32 * self.n
+    }
+
+    /// The usage of a request for which nothing was computed.
+    pub fn nothing_used(&self) -> Usage {
+        let prompt_tokens = self.prompts.iter().map(|prompt| prompt.ids.len() as u32).sum();
+        Usage { prompt_tokens, ..Usage::default() }
+    }
+
     /// Events that this request can produce at most: one per token, echo and finish per choice, one per prompt, start and
     /// end.
     pub fn events_max(prompts: &[PromptAsk], n: u32) -> usize {

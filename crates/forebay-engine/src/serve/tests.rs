@@ -2,9 +2,12 @@
 //! cancellation, failures. No model, no HTTP.
 
 mod constrained;
+mod control;
 mod scores;
+mod token_api;
 mod tokens;
 mod tools;
+mod watchdog;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,7 +27,7 @@ use futures_util::StreamExt;
 
 use super::Engine;
 use crate::config::EngineConfig;
-use crate::exec::FakeExecutor;
+use crate::exec::{Executor, FakeExecutor};
 use crate::metrics::{EngineMetrics, KvInfo};
 
 /// Ids 0 to 255 are the bytes; 256 ends a text.
@@ -72,12 +75,12 @@ struct Bench {
     registry: Registry,
 }
 
-fn bench(executor: FakeExecutor, change: impl FnOnce(&mut SchedulerConfig)) -> Bench {
+fn bench(executor: impl Executor + 'static, change: impl FnOnce(&mut SchedulerConfig)) -> Bench {
     bench_with(executor, change, EngineConfig::default())
 }
 
 fn bench_with(
-    executor: FakeExecutor,
+    executor: impl Executor + 'static,
     change: impl FnOnce(&mut SchedulerConfig),
     config: EngineConfig,
 ) -> Bench {
@@ -86,7 +89,7 @@ fn bench_with(
 
 fn bench_of(
     text: TextModel,
-    executor: FakeExecutor,
+    executor: impl Executor + 'static,
     change: impl FnOnce(&mut SchedulerConfig),
     config: EngineConfig,
 ) -> Bench {

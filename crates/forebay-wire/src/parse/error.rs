@@ -11,6 +11,8 @@ use crate::Need;
 pub enum ParseError {
     #[error("Unknown request URL: {method} {path}. This server answers {routes}.")]
     RouteNotFound { method: Method, path: String, routes: &'static str },
+    #[error("Adapters can't be loaded at run time: merge the adapter into its model and serve that.")]
+    NoAdapters,
     #[error("Not allowed to {method} on {path}: only {allow} is.")]
     MethodNotAllowed { method: Method, path: String, allow: Method },
     #[error("Unsupported content-type '{given}': send the body as 'application/json'.")]
@@ -45,6 +47,19 @@ impl ParseError {
         Self::Value { param: param.into(), what: what.into() }
     }
 
+    /// The same mistake in an inner object: its field is `prefix.field`, unless the field is one of `outer`.
+    pub(super) fn below(mut self, prefix: &str, outer: &[&str]) -> Self {
+        if let Self::Missing { param }
+        | Self::Type { param, .. }
+        | Self::Value { param, .. }
+        | Self::NotSupported(Need { param, .. }) = &mut self
+            && !outer.contains(&param.split(['.', '[']).next().unwrap_or_default())
+        {
+            *param = format!("{prefix}.{param}");
+        }
+        self
+    }
+
     /// With the headers that say what would be right: `allow` of a 405, which must have it (RFC 9110, 15.5.6), and
     /// `accept-encoding` of a 415 about the encoding (15.5.16). `Fault::from` has no place for them.
     pub fn into_fault(self) -> Fault {
@@ -64,7 +79,7 @@ impl ParseError {
 impl Classify for ParseError {
     fn class(&self) -> Class {
         let code = match self {
-            Self::RouteNotFound { .. } => Code::RouteNotFound,
+            Self::RouteNotFound { .. } | Self::NoAdapters => Code::RouteNotFound,
             Self::MethodNotAllowed { .. } => Code::MethodNotAllowed,
             Self::NotJsonType { .. } | Self::Encoded { .. } => Code::UnsupportedMediaType,
             Self::NotSupported(need) => return need.class(),
@@ -85,6 +100,7 @@ impl Classify for ParseError {
             Self::Missing { param } | Self::Type { param, .. } | Self::Value { param, .. } => Some(param),
             Self::NotSupported(need) => need.param(),
             Self::RouteNotFound { .. }
+            | Self::NoAdapters
             | Self::MethodNotAllowed { .. }
             | Self::NotJsonType { .. }
             | Self::Encoded { .. }

@@ -142,6 +142,15 @@ impl<'a> Fields<'a> {
         Ok(Some(Fields { prefix, ..inner }))
     }
 
+    /// These fields without those named `names`, which are taken from `other`.
+    pub(super) fn with(mut self, other: &Fields<'a>, names: &[&str]) -> Self {
+        self.members.retain(|(key, _)| !names.contains(&&**key));
+        let taken = other.members.iter().filter(|(key, _)| names.contains(&&**key));
+        self.members.extend(taken.cloned());
+        self.members.sort_by(|(a, _), (b, _)| a.cmp(b));
+        self
+    }
+
     /// The raw JSON of a field that is there and not null.
     pub(super) fn raw(&self, name: &str) -> Option<&'a str> {
         let at = self.members.binary_search_by(|(key, _)| (**key).cmp(name)).ok()?;

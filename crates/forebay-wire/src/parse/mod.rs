@@ -14,6 +14,7 @@ mod embed;
 mod error;
 mod field;
 mod sampling;
+mod token_api;
 mod tokenize;
 mod tokens;
 mod tools;
@@ -31,13 +32,18 @@ use field::Fields;
 const MODEL_BYTES_MAX: usize = 256;
 
 /// What is answered, for the message of a 404.
-const ROUTES: &str = "POST /v1/chat/completions, POST /v1/completions, POST /v1/embeddings, POST /tokenize, POST /detokenize, \
+const ROUTES: &str = "POST /v1/chat/completions, POST /v1/completions, POST /v1/embeddings, \
+                      POST /v1/chat/completions/render, POST /v1/completions/render, POST /inference/v1/generate, \
+                      POST /tokenize, POST /detokenize, \
                       GET /v1/models, GET /v1/models/{model}";
 
 enum Route<'a> {
     Chat,
     Completions,
     Embeddings,
+    RenderChat,
+    RenderCompletions,
+    Tokens,
     Tokenize,
     Detokenize,
     Models,
@@ -50,6 +56,9 @@ impl<'a> Route<'a> {
             "/v1/chat/completions" => Self::Chat,
             "/v1/completions" => Self::Completions,
             "/v1/embeddings" => Self::Embeddings,
+            "/v1/chat/completions/render" => Self::RenderChat,
+            "/v1/completions/render" => Self::RenderCompletions,
+            "/inference/v1/generate" => Self::Tokens,
             "/tokenize" => Self::Tokenize,
             "/detokenize" => Self::Detokenize,
             "/v1/models" | "/v1/models/" => Self::Models,
@@ -59,9 +68,14 @@ impl<'a> Route<'a> {
 
     fn method(&self) -> Method {
         match self {
-            Self::Chat | Self::Completions | Self::Embeddings | Self::Tokenize | Self::Detokenize => {
-                Method::POST
-            }
+            Self::Chat
+            | Self::Completions
+            | Self::Embeddings
+            | Self::RenderChat
+            | Self::RenderCompletions
+            | Self::Tokens
+            | Self::Tokenize
+            | Self::Detokenize => Method::POST,
             Self::Models | Self::Model(_) => Method::GET,
         }
     }
@@ -77,6 +91,10 @@ pub fn parse(
     body: &Bytes,
 ) -> Result<Ask, ParseError> {
     let path = path.split_once('?').map_or(path, |(path, _)| path);
+    // There in vLLM only where it is told to take adapters.
+    if matches!(path, "/v1/load_lora_adapter" | "/v1/unload_lora_adapter") {
+        return Err(ParseError::NoAdapters);
+    }
     let route = Route::find(path).ok_or_else(|| ParseError::RouteNotFound {
         method: method.clone(),
         path: shown(path),
@@ -93,7 +111,14 @@ pub fn parse(
             let id = id.ok_or_else(|| ParseError::value("model", "the name in the path is not valid"))?;
             return Ok(Ask::GetModel(ModelName::from(id)));
         }
-        Route::Chat | Route::Completions | Route::Embeddings | Route::Tokenize | Route::Detokenize => {}
+        Route::Chat
+        | Route::Completions
+        | Route::Embeddings
+        | Route::RenderChat
+        | Route::RenderCompletions
+        | Route::Tokens
+        | Route::Tokenize
+        | Route::Detokenize => {}
     }
     if let Some(given) = content_type
         && !is_json(given)
@@ -105,6 +130,9 @@ pub fn parse(
         Route::Chat => chat::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),
         Route::Completions => completion::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),
         Route::Embeddings => embed::parse(&fields, body).map(|call| Ask::Embed(call.into())),
+        Route::RenderChat => chat::parse(&fields, body).map(|call| Ask::Render(Box::new(call))),
+        Route::RenderCompletions => completion::parse(&fields, body).map(|call| Ask::Render(Box::new(call))),
+        Route::Tokens => token_api::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),
         Route::Tokenize => tokenize::parse(&fields, body).map(Ask::Tokenize),
         Route::Detokenize => tokenize::parse_detokenize(&fields, body).map(Ask::Detokenize),
         Route::Models | Route::Model(_) => unreachable!("answered above"),

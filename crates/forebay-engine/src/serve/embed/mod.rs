@@ -367,9 +367,10 @@ impl Stage<Placed> for EmbeddingEngine {
                 let call = Arc::clone(call);
                 self.embed(flow, &call).await
             }
-            Ask::Generate(call) => Err(not_this_api(match call.api {
+            Ask::Generate(call) | Ask::Render(call) => Err(not_this_api(match call.api {
                 Api::ChatCompletions => "Chat Completions",
                 Api::Completions => "Completions",
+                Api::Tokens => "Generate Tokens",
             })),
             Ask::Tokenize(call) => {
                 let mut call = call.clone();

@@ -125,7 +125,7 @@ impl<E: Encoder> Loop<E> {
         }
         for (place, ids) in batch.iter().zip(&inputs) {
             let owner = &queue.job_mut(place.job).owner;
-            self.metrics.on_first_token(now.saturating_duration_since(owner.arrived), ids.len() as u32);
+            self.metrics.on_first_token(now.saturating_duration_since(owner.arrived), ids.len() as u32, 0);
             self.on_finished(owner, ids.len(), Some(begun), now, FinishReason::Stop);
         }
         for Job { owner, .. } in queue.take(|job| job.taken == job.inputs.len()) {
@@ -153,6 +153,7 @@ impl<E: Encoder> Loop<E> {
             prefill: begun.map(|begun| now.saturating_duration_since(begun)),
             decode: begun.map(|_| Duration::ZERO),
             prompt_tokens: tokens as u32,
+            cached_tokens: begun.map(|_| 0),
             generation_tokens: 0,
             max_tokens: 0,
             n: Some(1),

@@ -1,0 +1,173 @@
+//! Sees that a step takes too long: says what the step was, counts it, and makes the engine not ready.
+//!
+//! The step thread writes what it begins and when it is done into a few atomics; a thread of its own looks at them. The
+//! step thread waits for nobody.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use forebay_observe::metrics::IntCounter;
+
+/// Steps whose times are kept.
+const LAST_STEPS: usize = 4;
+/// The watching thread looks a few times per limit, so that a step is noticed soon after it.
+const LOOKS_PER_LIMIT: u32 = 4;
+
+/// What a step computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct StepShape {
+    pub tokens: u64,
+    pub sequences: u64,
+    pub running: u64,
+    pub waiting: u64,
+    pub blocks_used: u64,
+}
+
+/// What the step thread is doing. Written by it alone.
+#[derive(Debug)]
+pub(super) struct Heartbeat {
+    origin: Instant,
+    /// Microseconds since `origin` at which the step began, plus 1; 0 between steps.
+    begun: AtomicU64,
+    tokens: AtomicU64,
+    sequences: AtomicU64,
+    running: AtomicU64,
+    waiting: AtomicU64,
+    blocks_used: AtomicU64,
+    steps: AtomicU64,
+    /// Microseconds that the last steps took, by their number.
+    last: [AtomicU64; LAST_STEPS],
+}
+
+/// A step that has not come back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Stuck {
+    /// Tells one step from the next.
+    begun: u64,
+    pub since: Duration,
+    pub shape: StepShape,
+}
+
+impl Heartbeat {
+    pub(super) fn new() -> Self {
+        Self {
+            origin: Instant::now(),
+            begun: AtomicU64::new(0),
+            tokens: AtomicU64::new(0),
+            sequences: AtomicU64::new(0),
+            running: AtomicU64::new(0),
+            waiting: AtomicU64::new(0),
+            blocks_used: AtomicU64::new(0),
+            steps: AtomicU64::new(0),
+            last: Default::default(),
+        }
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    pub(super) fn begin(&self, now: Duration, shape: &StepShape) {
+        self.tokens.store(shape.tokens, Ordering::Relaxed);
+        self.sequences.store(shape.sequences, Ordering::Relaxed);
+        self.running.store(shape.running, Ordering::Relaxed);
+        self.waiting.store(shape.waiting, Ordering::Relaxed);
+        self.blocks_used.store(shape.blocks_used, Ordering::Relaxed);
+        self.begun.store(micros(now) + 1, Ordering::Release);
+    }
+
+    pub(super) fn end(&self, now: Duration) {
+        let begun = self.begun.swap(0, Ordering::Release);
+        let nth = self.steps.fetch_add(1, Ordering::Relaxed);
+        let took = (micros(now) + 1).saturating_sub(begun);
+        self.last[nth as usize % LAST_STEPS].store(took, Ordering::Relaxed);
+    }
+
+    /// The step that has been computed for `limit` or longer at `now`.
+    pub(super) fn stuck(&self, now: Duration, limit: Duration) -> Option<Stuck> {
+        let begun = self.begun.load(Ordering::Acquire);
+        let since = Duration::from_micros((micros(now) + 1).saturating_sub(begun));
+        let shape = StepShape {
+            tokens: self.tokens.load(Ordering::Relaxed),
+            sequences: self.sequences.load(Ordering::Relaxed),
+            running: self.running.load(Ordering::Relaxed),
+            waiting: self.waiting.load(Ordering::Relaxed),
+            blocks_used: self.blocks_used.load(Ordering::Relaxed),
+        };
+        (begun != 0 && since >= limit).then_some(Stuck { begun, since, shape })
+    }
+
+    /// What the last steps took, newest first.
+    fn last_steps(&self) -> Vec<Duration> {
+        let steps = self.steps.load(Ordering::Relaxed) as usize;
+        let at = |back: usize| self.last[(steps - back) % LAST_STEPS].load(Ordering::Relaxed);
+        (1..=steps.min(LAST_STEPS)).map(|back| Duration::from_micros(at(back))).collect()
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX - 1)
+}
+
+/// Watches until the engine is gone, which closes `engine`.
+pub(super) fn watch(
+    heartbeat: &Arc<Heartbeat>,
+    limit: Duration,
+    model: &str,
+    stuck_steps: &IntCounter,
+    engine: &Receiver<()>,
+) {
+    let mut told: Option<Stuck> = None;
+    let pause = (limit / LOOKS_PER_LIMIT).max(Duration::from_millis(1));
+    while engine.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+        let stuck = heartbeat.stuck(heartbeat.now(), limit);
+        let same = |a: Stuck, b: Stuck| a.begun == b.begun;
+        if let Some(before) = told
+            && !stuck.is_some_and(|now| same(now, before))
+        {
+            tracing::warn!(model, "the step that took so long is done; the engine goes on");
+            told = None;
+        }
+        let Some(stuck) = stuck.filter(|_| told.is_none()) else { continue };
+        let StepShape { tokens, sequences, running, waiting, blocks_used } = stuck.shape;
+        tracing::error!(
+            model,
+            since_ms = stuck.since.as_millis() as u64,
+            tokens,
+            sequences,
+            running,
+            waiting,
+            blocks_used,
+            last_steps = ?heartbeat.last_steps(),
+            "a step takes longer than `engine.watchdog`; the engine is not ready until it is done"
+        );
+        stuck_steps.inc();
+        told = Some(stuck);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_step_that_is_computed_too_long_is_stuck() {
+        let ms = Duration::from_millis;
+        let heartbeat = Heartbeat::new();
+        let shape = StepShape { tokens: 7, sequences: 2, running: 2, waiting: 1, blocks_used: 3 };
+        assert_eq!(heartbeat.stuck(ms(9999), ms(10)), None, "nothing is computed");
+        heartbeat.begin(ms(0), &shape);
+        assert_eq!(heartbeat.stuck(ms(9), ms(10)), None);
+        let stuck = heartbeat.stuck(ms(10), ms(10)).expect("it is over the limit");
+        assert_eq!((stuck.since, stuck.shape), (ms(10), shape));
+        heartbeat.end(ms(12));
+        assert_eq!(heartbeat.stuck(ms(9999), ms(10)), None, "it has come back");
+        for n in 1..=5u64 {
+            heartbeat.begin(ms(100 * n), &shape);
+            heartbeat.end(ms(100 * n + n));
+        }
+        assert_eq!(heartbeat.last_steps(), [ms(5), ms(4), ms(3), ms(2)]);
+    }
+}
