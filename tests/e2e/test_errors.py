@@ -130,7 +130,7 @@ def test_wrong_method(server):
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/chat", "/v1/embeddings", "/v1/chat/completions/x", "/metrics", "/api/requests"]
+    "path", ["/", "/v1", "/v1/chat", "/v1/moderations", "/v1/chat/completions/x", "/metrics", "/api/requests"]
 )
 def test_unknown_path(server, path):
     with server.http(KEY) as http:
