@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything, from unit tests to the real SDK against the real program.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
@@ -27,6 +27,10 @@ struct Tally {
     skipped: u64,
 }
 
+/// Models that only some Rust tests want, and where these look for them.
+const OTHER_MODELS: [(&str, &str); 2] =
+    [("all-minilm-l6-v2", "FOREBAY_TEST_MINILM"), ("gemma-3-270m", "FOREBAY_TEST_GEMMA")];
+
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut total = Tally::default();
     let mut broken = Vec::new();
@@ -35,20 +39,21 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     shell::run("build", shell::cargo().args(["build", "--quiet", "--bin", "forebay"]))?;
     let binary = target_dir()?.join("debug/forebay");
     println!("== model");
-    let model = std::process::Command::new(&binary)
-        .args(["model", "pull", "smollm2-135m-instruct", "--print-path"])
-        .stderr(std::process::Stdio::inherit())
-        .output()
-        .context("can't run `forebay model pull`")?;
-    if !model.status.success() {
-        bail!("the default model can't be fetched; see above");
-    }
-    let model = PathBuf::from(String::from_utf8(model.stdout)?.trim());
+    let model = pull(&binary, "smollm2-135m-instruct")?;
+    let model = model.context("the default model can't be fetched; see above")?;
 
     if !args.e2e_only {
         println!("== Rust tests");
         let mut cargo = shell::cargo();
         cargo.args(["test", "--workspace", "--no-fail-fast"]).env("FOREBAY_TEST_MODEL", &model);
+        for (name, variable) in OTHER_MODELS {
+            if let Some(path) = pull(&binary, name)? {
+                cargo.env(variable, path);
+            } else {
+                println!("skipped: the tests of {name}, which can't be fetched; see above");
+                total.skipped += 1;
+            }
+        }
         let (ok, output) = shell::run_tee("cargo test", &mut cargo)?;
         let tally = cargo_tally(&output);
         total.add(tally);
@@ -87,6 +92,19 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         bail!("failed: {}", broken.join(", "));
     }
     Ok(())
+}
+
+/// The path of a model in the cache, fetched where it isn't there. `None` where it can't be fetched.
+fn pull(binary: &Path, name: &str) -> anyhow::Result<Option<PathBuf>> {
+    let pulled = std::process::Command::new(binary)
+        .args(["model", "pull", name, "--print-path"])
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context("can't run `forebay model pull`")?;
+    if !pulled.status.success() {
+        return Ok(None);
+    }
+    Ok(Some(PathBuf::from(String::from_utf8(pulled.stdout)?.trim())))
 }
 
 fn target_dir() -> anyhow::Result<PathBuf> {

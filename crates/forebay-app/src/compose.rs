@@ -1,7 +1,8 @@
 //! The whole stack in one process, innermost first. Read bottom-up for the life of a request.
 //!
-//! The only file that names two layers. **Invariant:** a layer gets the one below as a value and never asks for
-//! another; what two layers share (HTTP client, metrics, the prefix view) is made here and handed to both.
+//! This file alone puts layers on top of each other; `operator.rs` is the adapter from the edge's operator paths to
+//! engines. **Invariant:** a layer gets the one below as a value and never asks for another; what two layers share (HTTP
+//! client, metrics, the prefix view) is made here and handed to both.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,8 +1,9 @@
 //! What operators and routers ask this process about its engines, in vLLM's shape: for the edge of a worker, and for the
 //! admin listener of everybody.
 //!
-//! **Where it is open:** on a worker's port as in vLLM, because only a router reaches that port; on a public edge not at
-//! all, because whoever can pause an engine can stop everybody's answers. The admin listener always has it.
+//! **Where it is open:** on a worker's port as in vLLM, because only a router reaches that port; on the edge of
+//! `serve` only with `edge.operator-api: on`, because whoever can pause an engine can stop everybody's answers. The admin
+//! listener always has it.
 
 use std::sync::Arc;
 

@@ -89,8 +89,8 @@ async fn the_metrics_reference_is_fresh() {
     };
     Edge::bind(&edge, &env, deps).await.expect("binds a free port");
     let mut page = format!(
-        "{HEAD}# Metrics reference\n\n`GET /metrics` on the admin listener, Prometheus text format. The engine speaks under \
-         vLLM's names (`vllm:*`), so that dashboards and routers made for vLLM read it.\n\n| name | kind | labels | meaning |\n|---|---|---|---|\n"
+        "{HEAD}# Metrics reference\n\n`GET /metrics` on the admin listener, and on a worker's API port (`edge.metrics`), \
+         Prometheus text format. The engine speaks under vLLM's names (`vllm:*`), so that dashboards and routers made for vLLM read it.\n\n| name | kind | labels | meaning |\n|---|---|---|---|\n"
     );
     for family in registry.families() {
         let _ = writeln!(

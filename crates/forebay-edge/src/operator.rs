@@ -76,7 +76,9 @@ pub(crate) async fn answer(
     if parts.method != Method::GET && parts.headers.contains_key(cors::ORIGIN) {
         body::linger(incoming, &parts.headers);
         let class = Class::new(Code::ModelDenied, Blame::Client);
-        return Ok(answer::fault(&Fault::new(class, "pages can't change how this process works")));
+        let mut answer = answer::fault(&Fault::new(class, "pages can't change how this process works"));
+        llm::close(parts, &mut answer);
+        return Ok(answer);
     }
     let mut incoming = incoming;
     let body = body::collect(&mut incoming, BODY_BYTES_MAX, shared.limits.body_timeout.get()).await;

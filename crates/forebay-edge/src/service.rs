@@ -126,6 +126,7 @@ async fn llm_route(
         body::linger(incoming, &parts.headers);
         let mut answer = answer::json(StatusCode::UNAUTHORIZED, lock::UNAUTHORIZED);
         answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        llm::close(&parts, &mut answer);
         answer
     } else if let Some(answer) = own_answer(shared, &parts.method, &path) {
         answer

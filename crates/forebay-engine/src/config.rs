@@ -16,7 +16,7 @@ pub use parsers::{ReasoningParser, ToolCallParser};
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct EngineConfig {
-    /// Model to serve: a known name, a path to a GGUF file or a safetensors directory, or `hf:ORG/REPO`.
+    /// Model to serve: a known name, a path to a GGUF file or a safetensors directory, or `hf:ORG/REPO` (a repository of GGUF files).
     pub model: String,
     /// Name that fleets and clients use for it; the model's own name where absent.
     pub served_model_name: Option<String>,
@@ -30,7 +30,7 @@ pub struct EngineConfig {
     pub num_gpu_blocks_override: Option<u32>,
     /// Tokens per KV block, a multiple of 16; smaller shares prefixes more finely, larger costs less bookkeeping.
     pub block_size: u32,
-    /// Tokens computed in one step at most: prefill chunks are cut to it; larger raises prefill speed and the inter-token latency of others.
+    /// Tokens computed in one step at most; beside decodes `itl-slo` cuts prefill further. Of an encoder: tokens of a batch.
     pub max_num_batched_tokens: u32,
     /// Longest step in which others decode, and so about the longest pause between two tokens: prefill is cut to fit, and to less while few prompts wait; larger raises prefill speed.
     pub itl_slo: HumanDuration,
@@ -64,7 +64,7 @@ pub struct EngineConfig {
     pub tensor_parallel_size: u32,
     /// Stages that have layers of their own, times the ranks of each; results don't depend on it.
     pub pipeline_parallel_size: u32,
-    /// Longest time one step may take before it is reported as stuck and `/health` says 503; 0 turns it off.
+    /// Longest time one step may take before it is reported as stuck and `/health` says 503; 0 turns it off. Not for embeddings.
     pub watchdog: HumanDuration,
     /// Longest time one request may take from arrival to its last token.
     pub request_timeout: HumanDuration,

@@ -92,7 +92,7 @@ pub struct SourceFailure {
 
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
-    #[error("there is no model file at {}", path.display())]
+    #[error("there is no model file at {}; a hub repository is written `hf:ORG/REPO`", path.display())]
     NoFile { path: PathBuf },
     #[error(
         "{} is a directory without `{CONFIG_FILE}`; name one that has it beside its safetensors, or a GGUF file",

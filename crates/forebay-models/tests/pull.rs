@@ -389,7 +389,7 @@ async fn wrong_paths_are_named() {
         let error = store.pull(&client(), &ModelRef::Path(path), &Quiet).await.unwrap_err();
         assert!(error.to_string().contains(expect), "{error}");
     };
-    check(dir.path().join("no.gguf"), "there is no model file at").await;
+    check(dir.path().join("no.gguf"), "no.gguf; a hub repository is written `hf:ORG/REPO`").await;
     check(dir.path().to_owned(), "is a directory without `config.json`").await;
     let model = dir.path().join("model");
     fs::create_dir(&model).unwrap();

@@ -38,7 +38,7 @@ use crate::metrics::KvEventMetrics;
 use crate::prefix::ModelPrefixes;
 use cache::Cache;
 pub use config::{FleetKvEvents, KvEventSource, KvSourceError};
-use history::ReplaySocket;
+use history::{History, ReplaySocket};
 pub(crate) use view::EventsView;
 pub use view::{By, KvEventsStatus, Resync, Why};
 
@@ -147,8 +147,8 @@ async fn follow_once(
 }
 
 /// Returns the time to the next heartbeat, where this was one.
-async fn on_message(
-    cache: &mut Cache<ReplaySocket>,
+async fn on_message<H: History>(
+    cache: &mut Cache<H>,
     source: &Source,
     live: &Live,
     message: &Message,
@@ -158,12 +158,12 @@ async fn on_message(
     if *topic == HEARTBEAT_TOPIC {
         return Ok(cache.on_heartbeat(seq, payload).await);
     }
-    // Only where it can be read: a vLLM may have been given this topic.
-    if *topic == LOAD_TOPIC
-        && let Ok(load) = decode_load(payload)
-    {
+    // A report that can't be read is no batch, also where all topics are followed: its number is another count's. Only
+    // where the events themselves were given this topic, what can't be read as a report is one of them.
+    let is_load = *topic == LOAD_TOPIC;
+    if is_load && let Ok(load) = decode_load(payload) {
         live.on_report(&load);
-    } else if topic.starts_with(source.topic.as_bytes()) {
+    } else if topic.starts_with(source.topic.as_bytes()) && (!is_load || source.topic == LOAD_TOPIC) {
         cache.on_batch(seq, payload).await;
     }
     Ok(None)

@@ -70,7 +70,7 @@ pub(crate) enum LogFormat {
 
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  forebay worker smollm2-135m-instruct --port 8001 --max-num-seqs 32\n  forebay worker --model ./m.gguf --kv-events-config '{\"endpoint\": \"tcp://*:5557\"}'\n\nOther flags of `vllm serve` are accepted where they change nothing here (a line says so), and refused with the reason\nwhere they would."
+    after_help = "Examples:\n  forebay worker smollm2-135m-instruct --port 8001 --max-num-seqs 32\n  forebay worker --model ./m.gguf --kv-events-config '{\"endpoint\": \"tcp://*:5557\"}'\n\nOther flags of `vllm serve` are accepted where they mean nothing here (a line says what is done instead), and else refused\nwith the reason."
 )]
 pub(crate) struct Worker {
     /// Known name, path to a GGUF file or a safetensors directory, or hf:ORG/REPO

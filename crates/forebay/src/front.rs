@@ -30,6 +30,9 @@ pub(crate) struct Front {
     /// How long requests may go on after a stop was asked for; 0 aborts them at once (vLLM's default)
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub shutdown_timeout: u32,
+    /// Pause of a stream after which a comment line keeps it open; 0 sends none (vLLM's default)
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub sse_keep_alive_interval: u32,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -74,6 +77,10 @@ impl Front {
             routes: root.map_or_else(Vec::new, |root| vec![route(root), route("/")]),
             cors_origins: self.allowed_origins.clone().map_or_else(Vec::new, |origins| origins.0),
             drain_timeout: HumanDuration::from_secs(self.shutdown_timeout.into()),
+            stream_heartbeat: match self.sse_keep_alive_interval {
+                0 => None,
+                seconds => Some(HumanDuration::from_secs(seconds.into())),
+            },
             ..edge
         }
     }
@@ -93,6 +100,7 @@ mod tests {
             root_path: Some(root_path("/llm/").expect("a path")),
             allowed_origins: Some(origins(r#"["http://a"]"#).expect("a list")),
             shutdown_timeout: 5,
+            sse_keep_alive_interval: 15,
             ..Front::default()
         };
         let edge = front.apply(EdgeConfig::default(), &env);
@@ -105,11 +113,13 @@ mod tests {
             (edge.cors_origins, edge.drain_timeout),
             (vec!["http://a".to_owned()], HumanDuration::from_secs(5))
         );
+        assert_eq!(edge.stream_heartbeat, Some(HumanDuration::from_secs(15)));
         let given = Front { api_key: vec![Secret::plain("own")], ..Front::default() };
         assert_eq!(given.apply(EdgeConfig::default(), &env).access_keys, [Secret::plain("own")]);
         let open = Front::default()
             .apply(EdgeConfig::default(), &FixedEnvironment::new().with_var(KEY_VARIABLE, ""));
         assert!(open.access_keys.is_empty() && open.routes.is_empty() && open.tls.is_none());
+        assert_eq!(open.stream_heartbeat, None);
     }
 
     #[test]

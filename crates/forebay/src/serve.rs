@@ -104,6 +104,13 @@ fn in_flags(message: &str) -> String {
         ("engine.num-gpu-blocks-override", "--num-gpu-blocks-override"),
         ("engine.chat-template", "--chat-template"),
         ("engine.max-logprobs", "--max-logprobs"),
+        ("engine.override-generation-config", "--override-generation-config"),
+        ("engine.generation-config", "--generation-config"),
+        ("engine.generation-config: vllm", "--generation-config vllm"),
+        ("engine.reasoning-parser", "--reasoning-parser"),
+        ("edge.access-keys[0]", "--api-key"),
+        ("edge.cors-origins", "--allowed-origins"),
+        ("edge.cors-origins[0]", "--allowed-origins"),
         ("edge.tls.cert", "--ssl-certfile"),
         ("edge.tls.key", "--ssl-keyfile"),
     ];
@@ -251,5 +258,10 @@ mod tests {
             "address 127.0.0.1:8000 is already in use; stop the other program or set `--port`"
         );
         assert_eq!(in_flags("`engine.max-model-len` is 9"), "`--max-model-len` is 9");
+        assert_eq!(in_flags("`edge.access-keys[0]` can't be fetched"), "`--api-key` can't be fetched");
+        assert_eq!(
+            in_flags("`engine.generation-config: vllm` leaves them out"),
+            "`--generation-config vllm` leaves them out"
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! Flags of `vllm serve` that `forebay worker` does not have as its own: those that change nothing here are accepted
-//! with a word, those that would are refused with the reason. Nothing is swallowed in silence. Pure.
+//! Flags of `vllm serve` that `forebay worker` does not have as its own: those that mean nothing here are accepted
+//! with a word on what is done instead, the rest is refused with the reason. Nothing is swallowed in silence. Pure.
 
 /// What of vLLM's command line is left for our own parser, and what to say about the rest.
 #[derive(Debug, PartialEq, Eq)]
@@ -41,7 +41,12 @@ const GPU: &str = "there is no GPU";
 const FLAGS: &[Flag] = &[
     idle("--tokenizer-mode", true, "the model's own tokenizer is used"),
     idle("--dtype", true, "weights are computed in the precision of their file"),
-    idle("--load-format", true, "the format is told by the file"),
+    refused(
+        "--load-format",
+        true,
+        &["auto", "safetensors", "gguf"],
+        "models are GGUF files and safetensors directories",
+    ),
     idle("--download-dir", true, "set FOREBAY_CACHE_DIR"),
     idle("--trust-remote-code", false, "no code of models is run"),
     idle("--chat-template-content-format", true, "templates get texts"),
@@ -55,7 +60,7 @@ const FLAGS: &[Flag] = &[
     idle(
         "--scheduling-policy",
         true,
-        "a request's `priority` always counts; equal ones go first come, first served",
+        "a request's `priority` always counts; equal ones take turns by tenant",
     ),
     idle("--scheduler-reserve-full-isl", false, "a prompt is admitted only where all of it fits"),
     idle("--no-scheduler-reserve-full-isl", false, "a prompt is admitted only where all of it fits"),
@@ -75,7 +80,6 @@ const FLAGS: &[Flag] = &[
     idle("--enable-prompt-tokens-details", false, "`cached_tokens` is always there"),
     idle("--enable-request-id-headers", false, "`x-request-id` is always there"),
     idle("--kv-cache-metrics", false, "blocks are not sampled"),
-    idle("--sse-keep-alive-interval", true, "idle streams get a comment now and then anyway"),
     refused("--data-parallel-size", true, &["1"], "start more workers and list them in a router's fleet"),
     refused("-dp", true, &["1"], "start more workers and list them in a router's fleet"),
     refused("--nnodes", true, &["1"], "a model runs on one machine"),
@@ -92,9 +96,9 @@ const FLAGS: &[Flag] = &[
     refused("--kv-offloading-size", true, &[], "the KV cache is in the machine's memory already"),
     refused("--cpu-offload-gb", true, &["0"], "weights are in the machine's memory already"),
     refused("--max-num-active-seqs", true, &[], "--max-num-seqs is the limit"),
-    refused("--long-prefill-token-threshold", true, &["0"], "--max-num-batched-tokens bounds every step"),
+    refused("--long-prefill-token-threshold", true, &["0"], "--itl-slo-ms bounds prefill beside decodes"),
     refused("--prefill-schedule-interval", true, &["1"], "every step may have prefill"),
-    refused("--stream-interval", true, &["1"], "every token is sent when it is there"),
+    refused("--stream-interval", true, &["1"], "requests ask for `stream_interval`"),
     refused("--kv-transfer-config", true, &[], "KV blocks are not sent to other workers"),
     refused("--speculative-config", true, &[], "there is no speculative decoding"),
     refused("--enable-lora", false, &[], "adapters can't be loaded; merge them into the model"),
@@ -108,7 +112,7 @@ const FLAGS: &[Flag] = &[
     refused("--grpc-port", true, &[], "there is no gRPC"),
     idle("--enable-server-load-tracking", false, "/load is always right"),
     refused("--enable-force-include-usage", false, &[], "clients ask for `stream_options.include_usage`"),
-    refused("--return-tokens-as-token-ids", false, &[], "tokens are returned as text"),
+    refused("--return-tokens-as-token-ids", false, &[], "requests ask for `return_tokens_as_token_ids`"),
     refused("--enable-tokenizer-info-endpoint", false, &[], "there is no /tokenizer_info"),
     refused(
         "--otlp-traces-endpoint",
@@ -198,7 +202,7 @@ mod tests {
         check("--nonsense_flag x", "--nonsense-flag x");
         check("-h", "-h");
         // They ask for what is done anyway.
-        check("m -dp 1 --kv-cache-dtype=auto --stream_interval 1 --device cpu", "m");
+        check("m -dp 1 --kv-cache-dtype=auto --stream_interval 1 --device cpu --load-format=gguf", "m");
         check("m -tp 3 -pp=2", "m --tensor-parallel-size 3 --pipeline-parallel-size=2");
         check("-topology x", "-topology x");
     }
@@ -223,6 +227,7 @@ mod tests {
         check("m --device cuda", "--device is not supported: there is no GPU");
         check("m --enable-lora", "--enable-lora is not supported: ");
         check("m --quantization", "--quantization needs a value");
+        check("m --load-format dummy", "--load-format is not supported: ");
     }
 
     #[test]

@@ -111,6 +111,7 @@ async fn a_key_opens_what_is_behind_it() {
         if expect == 401 {
             assert_eq!(body(&answer), r#"{"error":"Unauthorized"}"#);
             assert_eq!(header(&answer, "www-authenticate"), Some("Bearer"));
+            assert_eq!(header(&answer, "connection"), Some("close"), "the body may be unread");
         }
     };
     check("POST", "/v1/completions", "", 401).await;

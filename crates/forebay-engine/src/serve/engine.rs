@@ -13,7 +13,9 @@ use forebay_observe::Layer;
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{StopMatcher, TextModel};
 use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, TokenizerId};
-use forebay_wire::{Api, Ask, Constraint, Event, Generate, TokenizeInput, TokensCall, render_tokens_calls};
+use forebay_wire::{
+    Api, Ask, Constraint, Event, Generate, TokenizeInput, TokensCall, ToolChoice, render_tokens_calls,
+};
 use tokio::sync::mpsc;
 
 use super::constrain::Beginning;
@@ -402,6 +404,14 @@ impl Engine {
         let Ask::Render(mut call) = stage.ask else {
             return Err(Fault::internal("render() was called with another ask"));
         };
+        if let Some(need) = call.needs.first() {
+            return Err(need.clone().into());
+        }
+        // What is rendered says nothing of calls: the output would not be held to them.
+        if matches!(call.tool_choice, ToolChoice::Required | ToolChoice::Function(_)) {
+            let message = "calls that must come can't be rendered; set 'tool_choice' to 'auto'";
+            return Err(Fault::bad_request(message).param("tool_choice"));
+        }
         let prompts = self.own_ids(&call, stage.ids).await?;
         let asks = self.prompt_asks(&call, prompts)?;
         // Whoever generates from it may know another model's defaults.

@@ -325,3 +325,24 @@ proptest! {
         prop_assert!(!world.view.is_complete() || world.is_exact());
     }
 }
+
+/// Its number is of another count: where all topics are followed, it must not be taken for a batch.
+#[test]
+fn a_load_report_that_cannot_be_read_is_no_batch() {
+    // Of a vLLM an old number says that it began anew, and all is forgotten.
+    let mut world = World::new(Engine::new(4, false));
+    for token in 0..4 {
+        world.on(Event::Prompt(vec![token; BLOCK]));
+    }
+    world.deliver(usize::MAX);
+    let held = world.prefixes.blocks_held(world.lane);
+    assert!(held > 0 && world.is_exact());
+    let source = Source { events: Endpoint::new("r", 1), replay: None, topic: String::new() };
+    let metrics = Metrics::register(&Registry::new()).expect("registered once");
+    let live = Live::new(metrics.replica("m", "r"), Instant::now());
+    let seq = Bytes::copy_from_slice(&0u64.to_be_bytes());
+    let message = vec![Bytes::from_static(b"load"), seq, Bytes::from_static(b"?")];
+    assert!(now(super::on_message(&mut world.cache, &source, &live, &message)).is_ok());
+    assert_eq!(world.prefixes.blocks_held(world.lane), held);
+    assert!(world.is_exact());
+}

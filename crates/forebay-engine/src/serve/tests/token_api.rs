@@ -1,5 +1,7 @@
 //! Token ids in and out, and what a call would generate from.
 
+use forebay_wire::ToolChoice;
+
 use super::*;
 
 fn ids(events: &[Event]) -> Vec<u32> {
@@ -74,4 +76,22 @@ async fn what_is_rendered_is_what_is_generated_from() {
     let call = Ask::Render(Box::new(Generate { max_tokens: Some(99), ..greedy("abc") }));
     let fault = bench.call(call).await.unwrap_err();
     assert_eq!(fault.class.code, Code::ContextLengthExceeded, "as the call itself");
+}
+
+#[tokio::test]
+async fn what_would_be_lost_is_not_rendered() {
+    let bench = bench(fake(), |_| {});
+    let check = async |call: Generate, code: Code, param: &str| {
+        let fault = bench.call(Ask::Render(Box::new(call))).await.unwrap_err();
+        assert_eq!((fault.class.code, fault.param.as_deref()), (code, Some(param)), "{fault}");
+    };
+    let need = Need { param: "use_beam_search".into(), what: "the engine samples" };
+    check(Generate { needs: vec![need], ..greedy("a") }, Code::NotSupported, "use_beam_search").await;
+    for tool_choice in [ToolChoice::Required, ToolChoice::Function("f".into())] {
+        check(Generate { tool_choice, ..greedy("a") }, Code::BadRequest, "tool_choice").await;
+    }
+    for tool_choice in [ToolChoice::Auto, ToolChoice::None] {
+        let call = Generate { tool_choice, ..greedy("a") };
+        assert!(bench.call(Ask::Render(Box::new(call))).await.is_ok());
+    }
 }
