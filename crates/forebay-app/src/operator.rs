@@ -121,8 +121,10 @@ impl Operator for OperatorApi {
     fn abort_all(&self) -> OperatorFuture<bool> {
         let engines = self.engines();
         Box::pin(async move {
-            // An engine that has stopped has told its clients.
-            let _ = abort(&engines, &Aborted::All).await;
+            for engine in generating(&engines) {
+                // One that has stopped has told its clients.
+                let _ = engine.abort(Aborted::All).await;
+            }
             generating(&engines).next().is_some()
         })
     }

@@ -23,6 +23,8 @@ pub trait Loaded: Send + Sync + 'static {
     /// Tokens of one sequence at most.
     fn model_len(&self) -> u32;
     fn is_alive(&self) -> bool;
+    /// Lets calls go on that wait for an operator.
+    fn settle(&self) -> impl Future<Output = ()> + Send;
     /// Takes nothing more, finishes what runs, gives all memory back. Blocks.
     fn stop(self);
 }
@@ -38,6 +40,13 @@ impl Loaded for ModelEngine {
 
     fn is_alive(&self) -> bool {
         ModelEngine::is_alive(self)
+    }
+
+    async fn settle(&self) {
+        if let Some(engine) = self.generating().filter(|engine| engine.is_paused()) {
+            // One that has stopped keeps nobody.
+            let _ = engine.resume().await;
+        }
     }
 
     fn stop(self) {
@@ -198,6 +207,9 @@ impl<E: Loaded> Slot<E> {
                 Ok(engine) => break engine,
                 Err(held) => engine = held,
             }
+            // While it is paused they would hold it for ever, as no resume reaches it any more. Each time, because a pause
+            // may have been on its way.
+            engine.settle().await;
             tokio::time::sleep(HELD_POLL).await;
         };
         if tokio::task::spawn_blocking(move || engine.stop()).await.is_err() {

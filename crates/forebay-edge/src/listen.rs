@@ -31,7 +31,7 @@ use crate::tls::{TlsError, server_config};
 /// Pause after a failed accept: out of file descriptors is not over a microsecond later.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// How long clients have for the last frames of replies that were ended.
+/// How long replies may take to be ended, and clients for their last frames.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// What the edge needs from the composition.
@@ -210,10 +210,15 @@ impl BoundEdge {
         let in_time = tokio::time::timeout(self.drain_timeout, connections.wait()).await;
         if in_time.is_err()
             && let Some(operator) = &self.operator
-            && operator.abort_all().await
         {
-            // Streams get their last frames.
-            let _ = tokio::time::timeout(LAST_WORDS, connections.wait()).await;
+            let last_words = async {
+                if operator.abort_all().await {
+                    // Streams get their last frames.
+                    connections.wait().await;
+                }
+            };
+            // An engine whose step hangs takes no message: the drain ends all the same.
+            let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
         }
         let cut = connections.len();
         if cut > 0 {

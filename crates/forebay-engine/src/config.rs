@@ -54,7 +54,7 @@ pub struct EngineConfig {
     pub reasoning_parser: ReasoningParser,
     /// Chat template in place of the model's own: Jinja as text, or the path of a file.
     pub chat_template: Option<String>,
-    /// Most `logprobs` and `top_logprobs` that a request may ask for, 20 at most; 0 refuses all but the chosen token's.
+    /// Most `logprobs`, `top_logprobs` and `prompt_logprobs` that a request may ask for, 20 at most; 0 refuses all but the chosen token's.
     pub max_logprobs: u32,
     /// Seed of requests that bring none: the same requests in the same order then get the same answers; unset is a random one each.
     pub seed: Option<u64>,

@@ -1,9 +1,12 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use tokio::sync::Notify;
+
 use super::*;
 
-/// Stands for an engine: says when it is stopped.
+/// Stands for an engine: says when it is settled, and when it is stopped.
 struct Fake {
+    settled: Arc<Notify>,
     stopped: Arc<AtomicU32>,
 }
 
@@ -20,6 +23,10 @@ impl Loaded for Fake {
         true
     }
 
+    async fn settle(&self) {
+        self.settled.notify_one();
+    }
+
     fn stop(self) {
         self.stopped.fetch_add(1, Ordering::SeqCst);
     }
@@ -27,6 +34,7 @@ impl Loaded for Fake {
 
 struct Bench {
     slot: Arc<Slot<Fake>>,
+    settled: Arc<Notify>,
     stopped: Arc<AtomicU32>,
     forgotten: Arc<AtomicU32>,
     broken: Arc<AtomicBool>,
@@ -34,16 +42,16 @@ struct Bench {
 
 fn bench() -> Bench {
     let (stopped, forgotten) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
-    let broken = Arc::new(AtomicBool::new(false));
+    let (settled, broken) = (Arc::new(Notify::new()), Arc::new(AtomicBool::new(false)));
     let loader: Loader<Fake> = {
-        let (stopped, broken) = (stopped.clone(), broken.clone());
+        let (settled, stopped, broken) = (settled.clone(), stopped.clone(), broken.clone());
         Box::new(move || {
-            let (stopped, broken) = (stopped.clone(), broken.clone());
+            let (settled, stopped, broken) = (settled.clone(), stopped.clone(), broken.clone());
             Box::pin(async move {
                 tokio::task::yield_now().await;
                 match broken.load(Ordering::SeqCst) {
                     true => Err(crate::model::ModelError::NoDirectory.into()),
-                    false => Ok(Fake { stopped }),
+                    false => Ok(Fake { settled, stopped }),
                 }
             })
         })
@@ -52,7 +60,7 @@ fn bench() -> Bench {
     let forget = Box::new(move || {
         count.fetch_add(1, Ordering::SeqCst);
     });
-    Bench { slot: Arc::new(Slot::new("m".into(), loader, forget)), stopped, forgotten, broken }
+    Bench { slot: Arc::new(Slot::new("m".into(), loader, forget)), settled, stopped, forgotten, broken }
 }
 
 #[tokio::test]
@@ -93,6 +101,21 @@ async fn an_unload_waits_for_those_who_use_it() {
     assert_eq!(stopped.load(Ordering::SeqCst), 0);
     drop(held);
     unload.await.expect("no panic").expect("unloads");
+    assert_eq!((slot.status().state, stopped.load(Ordering::SeqCst)), ("unloaded", 1));
+}
+
+#[tokio::test]
+async fn an_unload_lets_those_go_on_who_wait_for_an_operator() {
+    let Bench { slot, settled, stopped, .. } = bench();
+    slot.load().await.expect("loads");
+    let held = slot.engine().expect("is loaded");
+    let call = async {
+        settled.notified().await;
+        drop(held);
+    };
+    let both = async { tokio::join!(call, slot.try_unload()) };
+    let ((), unloaded) = tokio::time::timeout(Duration::from_secs(20), both).await.expect("it ends");
+    unloaded.expect("unloads");
     assert_eq!((slot.status().state, stopped.load(Ordering::SeqCst)), ("unloaded", 1));
 }
 

@@ -11,6 +11,8 @@ use crate::{OperatorAsk, OperatorFuture, OperatorLoad, Switch};
 #[derive(Default)]
 struct Scripted {
     aborted: Arc<AtomicBool>,
+    /// It does not come back from an abort.
+    hangs: bool,
 }
 
 impl Operator for Scripted {
@@ -35,6 +37,9 @@ impl Operator for Scripted {
 
     fn abort_all(&self) -> OperatorFuture<bool> {
         self.aborted.store(true, Ordering::Release);
+        if self.hangs {
+            return Box::pin(std::future::pending());
+        }
         Box::pin(std::future::ready(true))
     }
 }
@@ -175,4 +180,18 @@ async fn what_runs_at_the_end_of_a_drain_is_aborted() {
     drop(feed);
     assert!(read_to_end(&mut tcp).await.contains("last words"));
     assert_eq!(edge.drained().await.cut, 0);
+}
+
+#[tokio::test]
+async fn a_drain_has_an_end_where_an_abort_hangs() {
+    let (stage, mut fed) = streaming();
+    let operator: Arc<dyn Operator> = Arc::new(Scripted { hangs: true, ..Scripted::default() });
+    let config = EdgeConfig { drain_timeout: HumanDuration::from_millis(20), ..EdgeConfig::default() };
+    let edge = Running::start_with(config, Some(stage), Some(operator), &FixedEnvironment::new()).await;
+    let mut tcp = edge.connect().await;
+    tcp.write_all(post("/v1/completions", "{}").as_bytes()).await.unwrap();
+    let _feed = fed.recv().await.unwrap();
+    // Nothing is sent any more: only time passes.
+    tokio::time::pause();
+    assert_eq!(edge.drained().await.cut, 1);
 }

@@ -40,10 +40,13 @@ impl Engine {
         call: &Generate,
         prompts: Vec<Arc<[TokenId]>>,
     ) -> Result<Vec<PromptAsk>, Fault> {
-        if let Some(asked) = call.logprobs.filter(|asked| *asked > self.max_logprobs) {
-            let param = if call.api == Api::ChatCompletions { "top_logprobs" } else { "logprobs" };
+        let sampled = if call.api == Api::ChatCompletions { "top_logprobs" } else { "logprobs" };
+        let wanted =
+            [(sampled, "sample", call.logprobs), ("prompt_logprobs", "prompt", call.prompt_logprobs)];
+        for (param, of, asked) in wanted {
+            let Some(asked) = asked.filter(|asked| *asked > self.max_logprobs) else { continue };
             let message = format!(
-                "Requested sample logprobs of {asked}, which is greater than max allowed: {} (`engine.max-logprobs`)",
+                "Requested {of} logprobs of {asked}, which is greater than max allowed: {} (`engine.max-logprobs`)",
                 self.max_logprobs
             );
             return Err(Fault::bad_request(message).param(param));

@@ -3,13 +3,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forebay_types::{FinishReason, RequestId, Usage};
 use forebay_wire::Event;
 use tokio::sync::{mpsc, oneshot};
 
 use super::engine::{Engine, INBOX_MAX, overloaded};
+use super::events::too_slow;
 use super::step_loop::StepLoop;
 use super::submission::Submission;
 use crate::exec::Executor;
@@ -92,7 +93,7 @@ impl<E: Executor> StepLoop<E> {
     pub(super) fn on_message(&mut self, message: Message) {
         match message {
             Message::Submit(submission) => match &mut self.state.pause {
-                Some(pause) => pause.park(submission),
+                Some(pause) => pause.park(submission, self.request_timeout),
                 None => self.add(submission),
             },
             Message::Abort(which) => self.abort(&which),
@@ -106,7 +107,12 @@ impl<E: Executor> StepLoop<E> {
         self.state.pause.as_ref().is_some_and(|pause| pause.mode == PauseMode::Keep)
     }
 
-    /// Requests that wait for the end of a pause.
+    /// True where requests wait for the end of a pause.
+    pub(super) fn waits_paused(&self) -> bool {
+        self.state.pause.is_some() && (self.parked() > 0 || !self.state.requests.is_empty())
+    }
+
+    /// Requests that came during a pause.
     pub(super) fn parked(&self) -> usize {
         self.state.pause.as_ref().map_or(0, |pause| pause.parked.len())
     }
@@ -147,20 +153,24 @@ impl<E: Executor> StepLoop<E> {
     }
 
     pub(super) fn resume(&mut self) {
-        let Some(pause) = self.state.pause.take() else { return };
+        let Some(Pause { waiting, parked, .. }) = self.state.pause.take() else { return };
         self.paused.store(false, Ordering::Release);
-        tracing::info!(parked = pause.parked.len(), "resumed");
-        pause.parked.into_iter().for_each(|submission| self.add(submission));
+        tracing::info!(parked = parked.len(), "resumed");
+        for done in waiting {
+            // The pause that they wait for is over; dropped, they would believe that the engine has stopped.
+            let _ = done.send(());
+        }
+        parked.into_iter().for_each(|submission| self.add(submission));
     }
 
     fn abort(&mut self, which: &Aborted) {
         let requests = self.state.requests.iter();
         let found: Vec<u64> =
-            requests.filter(|(_, request)| which.has(&request.submission.id)).map(|(&id, _)| id).collect();
+            requests.filter(|(_, request)| which.has(&request.submission)).map(|(&id, _)| id).collect();
         found.into_iter().for_each(|id| self.end_early(id));
         if let Some(pause) = &mut self.state.pause {
             pause.parked.retain(|submission| {
-                let is_meant = which.has(&submission.id);
+                let is_meant = which.has(submission);
                 if is_meant {
                     say_aborted(submission, 0..submission.choices(), submission.nothing_used(), false);
                 }
@@ -195,26 +205,42 @@ impl<E: Executor> StepLoop<E> {
 }
 
 impl Pause {
-    fn park(&mut self, submission: Submission) {
-        let now = Instant::now();
-        self.parked.retain(|parked| !parked.events.is_closed() && now < parked.deadline);
+    fn park(&mut self, submission: Submission, request_timeout: Duration) {
+        self.drop_the_gone(Instant::now(), request_timeout);
         if self.parked.len() >= INBOX_MAX {
             let _ = submission.events.try_send(Err(overloaded()));
             return;
         }
         self.parked.push_back(submission);
     }
+
+    /// Drops those whose client left or whose time is up.
+    pub(super) fn drop_the_gone(&mut self, now: Instant, request_timeout: Duration) {
+        self.parked.retain(|parked| {
+            let is_late = now >= parked.deadline;
+            if is_late {
+                // Whoever left does not hear it.
+                let _ = parked.events.try_send(Err(too_slow(request_timeout)));
+            }
+            !is_late && !parked.events.is_closed()
+        });
+    }
 }
 
 impl Aborted {
-    /// Whether a request is meant: by its id, alone or as replies have it (`chatcmpl-ID`).
-    fn has(&self, id: &RequestId) -> bool {
+    /// Whether a request is meant: by `x-request-id` or its own `request_id`, alone or as replies have it (`chatcmpl-ID`).
+    fn has(&self, submission: &Submission) -> bool {
         const PREFIXES: [&str; 3] = ["chatcmpl-", "cmpl-", "generate-tokens-"];
-        let bare =
-            |given: &str| PREFIXES.iter().any(|prefix| given.strip_prefix(prefix) == Some(id.as_str()));
+        let is_its = |id: &str| {
+            let own = submission.own_id.as_ref();
+            id == submission.id.as_str() || own.is_some_and(|own| id == own.as_str())
+        };
+        let is_meant = |id: &str| {
+            is_its(id) || PREFIXES.iter().any(|prefix| id.strip_prefix(prefix).is_some_and(is_its))
+        };
         match self {
             Self::All => true,
-            Self::Ids(ids) => ids.iter().any(|given| given == id || bare(given.as_str())),
+            Self::Ids(ids) => ids.iter().any(|id| is_meant(id.as_str())),
         }
     }
 }

@@ -12,7 +12,7 @@ use forebay_kernels::{Isa, Pool};
 use forebay_observe::Layer;
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{StopMatcher, TextModel};
-use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, TokenizerId};
+use forebay_types::{Blame, Class, Code, Fault, ModelName, RequestId, Retry, TokenId, TokenizerId};
 use forebay_wire::{
     Api, Ask, Constraint, Event, Generate, TokenizeInput, TokensCall, ToolChoice, render_tokens_calls,
 };
@@ -347,6 +347,7 @@ impl Engine {
         let (events, mut receiver) = mpsc::channel(Submission::events_max(&asks, call.n));
         let submission = Submission {
             id: origin.id.clone(),
+            own_id: call.request_id.as_deref().map(RequestId::from),
             prompts: asks,
             n: call.n,
             how: Arc::new(How {

@@ -12,6 +12,7 @@ pub(super) struct Layout {
     pub ranks: Ranks,
     pub block_size: usize,
     pub blocks: usize,
+    /// Tokens of one sequence at most.
     pub positions_max: usize,
 }
 
@@ -46,6 +47,9 @@ impl Layout {
         // No more blocks than all running sequences could fill.
         let useful = positions_max.div_ceil(block_size).saturating_mul(config.max_num_seqs as usize);
         let blocks = config.num_gpu_blocks_override.map_or(wanted.min(useful), |blocks| blocks as usize);
+        // No sequence can be longer than the cache and its last token, which needs no place: tables of rotations for a
+        // trained context of 10^6 tokens would be memory for nothing.
+        let positions_max = positions_max.min(blocks * block_size + 1);
         Ok(Self { spec, ranks, block_size, blocks, positions_max })
     }
 
@@ -102,6 +106,17 @@ mod tests {
             "`engine.tensor-parallel-size` (4) times `engine.pipeline-parallel-size` (2) is more ranks than the machine \
              has cores (5); lower one of them",
         );
+    }
+
+    #[test]
+    fn positions_are_those_that_the_cache_can_hold() {
+        let check = |num_gpu_blocks_override, max_model_len, expect: usize| {
+            let config = EngineConfig { num_gpu_blocks_override, max_model_len, ..EngineConfig::default() };
+            assert_eq!(plan(&config).expect("fits").positions_max, expect);
+        };
+        check(None, None, 1024);
+        check(Some(2), None, 33);
+        check(Some(2), Some(20), 20);
     }
 
     #[test]

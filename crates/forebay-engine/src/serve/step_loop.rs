@@ -35,6 +35,8 @@ use super::watchdog::{Heartbeat, StepShape};
 /// How long the loop sleeps where work waits but nothing can be planned: only a defect of the scheduler leads here,
 /// and it must not become a busy loop.
 const STUCK_NAP: Duration = Duration::from_millis(5);
+/// How often a paused engine looks who has left and whose time is up: neither sends it a message.
+const PAUSE_NAP: Duration = Duration::from_millis(50);
 
 pub(crate) struct StepLoop<E> {
     pub executor: E,
@@ -125,17 +127,18 @@ impl LoopState {
 }
 
 impl<E: Executor> StepLoop<E> {
-    /// Runs until the inbox is closed and every request is done. Uses no CPU while idle.
+    /// Runs until the inbox is closed and every request is done. Uses no CPU while idle, and next to none while requests
+    /// wait for the end of a pause.
     pub(crate) fn run(mut self) {
         loop {
             match self.turn() {
                 Turn::Worked => {}
                 Turn::Closed => return,
+                Turn::Idle if self.waits_paused() => std::thread::sleep(PAUSE_NAP),
                 Turn::Idle => match self.inbox.blocking_recv() {
                     Some(message) => self.on_message(message),
-                    None if self.state.requests.is_empty() => return,
-                    // Nobody is left to resume it.
-                    None => self.resume(),
+                    // No request waits here: what a pause had parked would have been resumed by the turn.
+                    None => return,
                 },
             }
         }
@@ -336,7 +339,7 @@ impl<E: Executor> StepLoop<E> {
         self.state.requests.insert(id, request);
     }
 
-    /// Aborts requests whose client left or whose time is up.
+    /// Aborts requests whose client left or whose time is up, parked ones too.
     fn drop_the_gone(&mut self) {
         let now = Instant::now();
         let gone: Vec<(u64, bool)> = self
@@ -352,6 +355,9 @@ impl<E: Executor> StepLoop<E> {
             let fault = too_slow(self.request_timeout);
             tracing::debug!(request = id, left, "request aborted");
             self.fail(id, fault, FinishReason::Abort);
+        }
+        if let Some(pause) = &mut self.state.pause {
+            pause.drop_the_gone(now, self.request_timeout);
         }
     }
 

@@ -17,6 +17,8 @@ use crate::sample::Wanted;
 /// One request: prompts, and how to continue each of them.
 pub(crate) struct Submission {
     pub id: RequestId,
+    /// The `request_id` of its body, which replies have in place of `id`.
+    pub own_id: Option<RequestId>,
     pub prompts: Vec<PromptAsk>,
     /// Choices per prompt.
     pub n: u32,

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::queue::{Job, Queue};
 use crate::exec::Encoder;
 use crate::metrics::{ModelMetrics, Rejection, RequestRecord, StepRecord};
-use crate::serve::engine::RETRY_AFTER;
+use crate::serve::engine::{INBOX_MAX, RETRY_AFTER};
 use crate::serve::events::too_slow;
 
 /// One request.
@@ -61,7 +61,9 @@ impl<E: Encoder> Loop<E> {
                 let Some(submission) = self.inbox.blocking_recv() else { return };
                 self.admit(&mut queue, submission);
             }
-            while let Ok(submission) = self.inbox.try_recv() {
+            // An inbox full at most: a flood must not keep those who wait from being computed.
+            for _ in 0..INBOX_MAX {
+                let Ok(submission) = self.inbox.try_recv() else { break };
                 self.admit(&mut queue, submission);
             }
             self.drop_the_gone(&mut queue);

@@ -25,6 +25,7 @@ async fn rest(mut reply: Reply) -> Vec<Event> {
 }
 
 const WAITS: &str = "vllm:num_requests_waiting{engine=\"0\",model_name=\"fake\"} 1";
+const NOBODY_WAITS: &str = "vllm:num_requests_waiting{engine=\"0\",model_name=\"fake\"} 0";
 const IDLE: &str = "vllm:num_requests_running{engine=\"0\",model_name=\"fake\"} 0";
 
 #[tokio::test]
@@ -32,7 +33,8 @@ async fn an_aborted_request_keeps_what_it_has() {
     let check = async |which: Aborted, is_meant: bool| {
         let bench = long_running();
         // The bench calls every request `test`.
-        let reply = bench.start(endless("hi")).await.unwrap();
+        let call = Generate { request_id: Some("mine".into()), ..endless("hi") };
+        let reply = bench.start(call).await.unwrap();
         bench.engine.abort(which).await.unwrap();
         if !is_meant {
             bench.engine.abort(Aborted::All).await.unwrap();
@@ -46,7 +48,9 @@ async fn an_aborted_request_keeps_what_it_has() {
     check(Aborted::All, true).await;
     check(Aborted::Ids(vec!["other".into(), "test".into()]), true).await;
     check(Aborted::Ids(vec!["cmpl-test".into()]), true).await;
-    check(Aborted::Ids(vec!["tes".into(), "cmpl-".into()]), false).await;
+    check(Aborted::Ids(vec!["mine".into()]), true).await;
+    check(Aborted::Ids(vec!["cmpl-mine".into()]), true).await;
+    check(Aborted::Ids(vec!["tes".into(), "cmpl-".into(), "cmpl-min".into()]), false).await;
 }
 
 #[tokio::test]
@@ -93,6 +97,46 @@ async fn a_pause_aborts_finishes_or_keeps() {
     bench.engine.pause(PauseMode::Keep, true).await.unwrap();
     bench.engine.resume().await.unwrap();
     assert_eq!(usage(&rest(reply).await).completion_tokens, 50, "nothing is lost");
+}
+
+#[tokio::test]
+async fn a_resume_also_ends_a_pause_that_is_not_complete() {
+    let bench = long_running();
+    let reply = bench.start(endless("hi")).await.unwrap();
+    let resume = async {
+        while !bench.engine.is_paused() {
+            tokio::task::yield_now().await;
+        }
+        bench.engine.resume().await
+    };
+    assert_eq!(tokio::join!(bench.engine.pause(PauseMode::Wait, false), resume), (Ok(()), Ok(())));
+    drop(reply);
+}
+
+#[tokio::test]
+async fn a_deadline_counts_during_a_pause() {
+    // The configuration refuses 0 at the start; here it makes the deadline certain.
+    let request_timeout = forebay_config::HumanDuration::from_millis(0);
+    let bench = bench_with(fake(), |_| {}, EngineConfig { request_timeout, ..EngineConfig::default() });
+    bench.engine.pause(PauseMode::Wait, false).await.unwrap();
+    let fault = bench.events(greedy("hi")).await.unwrap_err();
+    assert_eq!(fault.class.code, Code::UpstreamTimeout, "{fault}");
+    assert!(bench.engine.is_paused());
+}
+
+#[tokio::test]
+async fn clients_that_leave_during_a_pause_are_noticed() {
+    let bench = long_running();
+    let reply = bench.start(endless("hi")).await.unwrap();
+    bench.engine.pause(PauseMode::Keep, false).await.unwrap();
+    tokio::select! {
+        _ = bench.start(endless("hi")) => panic!("nothing is computed"),
+        () = bench.wait_for(WAITS) => {}
+    }
+    bench.wait_for(NOBODY_WAITS).await;
+    drop(reply);
+    bench.wait_for(IDLE).await;
+    assert!(bench.engine.is_paused());
 }
 
 #[tokio::test]
@@ -164,7 +208,12 @@ async fn the_engines_seed_is_for_those_that_bring_none() {
 #[tokio::test]
 async fn logprobs_are_limited_by_the_engine() {
     let bench = bench_with(fake(), |_| {}, EngineConfig { max_logprobs: 1, ..EngineConfig::default() });
-    assert!(bench.start(Generate { logprobs: Some(1), ..greedy("hi") }).await.is_ok());
-    let fault = bench.start(Generate { logprobs: Some(2), ..greedy("hi") }).await.unwrap_err();
-    assert_eq!((fault.class.code, fault.param.as_deref()), (Code::BadRequest, Some("logprobs")));
+    let check = async |logprobs: Option<u32>, prompt_logprobs: Option<u32>, expect: Option<&str>| {
+        let fault = bench.start(Generate { logprobs, prompt_logprobs, ..greedy("hi") }).await.err();
+        let refused = fault.as_ref().map(|fault| (fault.class.code, fault.param.as_deref()));
+        assert_eq!(refused, expect.map(|param| (Code::BadRequest, Some(param))));
+    };
+    check(Some(1), Some(1), None).await;
+    check(Some(2), None, Some("logprobs")).await;
+    check(None, Some(2), Some("prompt_logprobs")).await;
 }

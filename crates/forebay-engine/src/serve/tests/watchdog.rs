@@ -8,10 +8,17 @@ use forebay_schedule::StepPlan;
 use super::*;
 use crate::exec::{ExecError, Executor};
 
-/// Its first pass waits until the test lets it go.
+/// Says that its first pass has begun, and waits in it until the test lets it go.
 struct Held {
     inner: FakeExecutor,
+    begun: mpsc::Sender<()>,
     gate: Option<mpsc::Receiver<()>>,
+}
+
+/// The executor, what hears that it has begun, and what lets it go.
+fn held() -> (Held, mpsc::Receiver<()>, mpsc::Sender<()>) {
+    let ((begun, has_begun), (open, gate)) = (mpsc::channel(), mpsc::channel());
+    (Held { inner: says("hi", "yes"), begun, gate: Some(gate) }, has_begun, open)
 }
 
 impl Executor for Held {
@@ -33,6 +40,7 @@ impl Executor for Held {
 
     fn execute(&mut self, plan: &StepPlan) -> Result<&[f32], ExecError> {
         if let Some(gate) = self.gate.take() {
+            let _ = self.begun.send(());
             let _ = gate.recv();
         }
         self.inner.execute(plan)
@@ -41,8 +49,7 @@ impl Executor for Held {
 
 #[tokio::test]
 async fn a_step_that_hangs_is_noticed_and_so_is_its_end() {
-    let (open, gate) = mpsc::channel();
-    let held = Held { inner: says("hi", "yes"), gate: Some(gate) };
+    let (held, _begun, open) = held();
     let config = EngineConfig { watchdog: HumanDuration::from_millis(20), ..EngineConfig::default() };
     let bench = bench_with(held, |_| {}, config);
     assert!(!bench.engine.is_stuck());
@@ -59,13 +66,13 @@ async fn a_step_that_hangs_is_noticed_and_so_is_its_end() {
 
 #[tokio::test]
 async fn without_a_watchdog_nothing_is_stuck() {
-    let (open, gate) = mpsc::channel();
-    let held = Held { inner: says("hi", "yes"), gate: Some(gate) };
+    let (held, begun, open) = held();
     let config = EngineConfig { watchdog: HumanDuration::from_secs(0), ..EngineConfig::default() };
     let bench = bench_with(held, |_| {}, config);
     let watch = async {
+        tokio::task::spawn_blocking(move || begun.recv()).await.expect("joins").expect("begun");
+        assert!(!bench.engine.is_stuck(), "a limit of zero is none");
         bench.wait_for("forebay_engine_stuck_steps_total{engine=\"0\",model_name=\"fake\"} 0").await;
-        assert!(!bench.engine.is_stuck());
         open.send(()).unwrap();
     };
     let (events, ()) = tokio::join!(bench.events(greedy("hi")), watch);
