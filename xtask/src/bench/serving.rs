@@ -34,6 +34,8 @@ const DECODES: Work = load("4 decodes", 4, 4, 64, 0, 600);
 const PREFILL: Work = load("8k prefill", 1, 1000, 7600, 0, 1);
 const SHARED: Work = load("8 in flight, 768 of 1024 tokens shared", 8, 48, 1024, 768, 32);
 const ALONE: Work = load("1 in flight", 1, 12, 128, 0, 64);
+/// As [`ALONE`], and short: a peer whose threads wait for each other is slow beside others.
+const LOADED: Work = load("1 in flight, competing load", 1, 4, 128, 0, 64);
 const FILL: Work = load("1k prompts", 1, 16, 1024, 0, 1);
 
 const fn load(
@@ -90,7 +92,10 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
 /// between any two of its tokens.
 fn figures(bench: &Bench<'_>, side: &Contestant<'_>, beside: bool) -> anyhow::Result<Vec<(String, String)>> {
     let mut out = Vec::new();
-    let mut add = |name: &str, value: f64| out.push((name.to_owned(), shown(value)));
+    let mut add = |name: &str, value: f64| {
+        println!("  {name}: {}", shown(value));
+        out.push((name.to_owned(), shown(value)));
+    };
     let forebay = bench.forebay.as_path();
 
     let mut starts = Vec::new();
@@ -141,7 +146,7 @@ fn figures(bench: &Bench<'_>, side: &Contestant<'_>, beside: bool) -> anyhow::Re
     let running = (side.start)()?;
     let quiet = generator::run(forebay, &running.url, None, &ALONE, 7)?.number("output_throughput");
     let busy = Busy::start(BUSY)?;
-    let loaded = generator::run(forebay, &running.url, None, &ALONE, 8);
+    let loaded = generator::run(forebay, &running.url, None, &LOADED, 8);
     drop(busy);
     let loaded = loaded?.number("output_throughput");
     add("1 in flight: output tokens/s", quiet);
