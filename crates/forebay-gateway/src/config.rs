@@ -13,6 +13,12 @@ use serde::Deserialize;
 pub struct GatewayConfig {
     /// Who may call; at least one, as a gateway without consumers would refuse everybody.
     pub consumers: Vec<ConsumerConfig>,
+    /// Who shares cached prompts: `none` is everybody, and `consumer` keeps each consumer's apart, so that nobody can tell by how
+    /// fast an answer comes what others have asked; prompts that all begin alike are then computed once per consumer.
+    pub cache_salt: SaltScope,
+    /// What salts are derived from with `cache-salt: consumer`, written `env:NAME` or `file:PATH`, at least 16 bytes; without it they
+    /// are random from each start on, so set it where several gateways share workers.
+    pub cache_salt_secret: Option<Secret>,
     /// Where each request is written down; without it nothing is.
     pub audit: Option<AuditConfig>,
     /// Output tokens reserved per choice of a chat that names no `max_tokens`; what a reply uses beyond is charged
@@ -24,8 +30,25 @@ pub struct GatewayConfig {
 
 impl Default for GatewayConfig {
     fn default() -> Self {
-        Self { consumers: Vec::new(), audit: None, default_output_tokens: 256, key_bytes_max: 512 }
+        Self {
+            consumers: Vec::new(),
+            cache_salt: SaltScope::None,
+            cache_salt_secret: None,
+            audit: None,
+            default_output_tokens: 256,
+            key_bytes_max: 512,
+        }
     }
+}
+
+/// Whose requests get a cache salt of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SaltScope {
+    /// None but those that bring one (`cache_salt`).
+    None,
+    /// Each consumer's, whatever they bring.
+    Consumer,
 }
 
 /// One consumer: a team, an application, a person.

@@ -30,6 +30,10 @@ pub enum GatewayBuildError {
     KeyNotSendable { at: String },
     #[error("`{at}`: consumer `{other}` has the same key; whose a request is must be certain")]
     SharedKey { at: String, other: String },
+    #[error("`{at}`: the secret has fewer than {least} bytes, so it could be guessed")]
+    SaltSecretShort { at: String, least: usize },
+    #[error("`gateway.cache-salt-secret` is for `gateway.cache-salt: consumer`; set that, or remove it")]
+    SaltSecretUnused,
     #[error("`gateway.audit.dir`: `{}` can't be used for the audit log", path.display())]
     AuditDir { path: PathBuf, source: io::Error },
     #[error("`gateway.audit.pending-max` must be at least 1")]
@@ -54,7 +58,9 @@ impl GatewayBuildError {
             | Self::Secret { at, .. }
             | Self::KeyTooLong { at, .. }
             | Self::KeyNotSendable { at }
-            | Self::SharedKey { at, .. } => Some(at),
+            | Self::SharedKey { at, .. }
+            | Self::SaltSecretShort { at, .. } => Some(at),
+            Self::SaltSecretUnused => Some("gateway.cache-salt-secret"),
             Self::AuditDir { .. } => Some("gateway.audit.dir"),
             Self::NoAuditRoom => Some("gateway.audit.pending-max"),
             Self::AuditThread(_) | Self::Random(_) | Self::Metric(_) => None,

@@ -21,6 +21,7 @@ use crate::error::DeniedError;
 use crate::keys::KeyRing;
 use crate::metered::Metered;
 use crate::metrics::{Metrics, UNKNOWN};
+use crate::salt::Salts;
 use crate::{ConsumerConfig, GatewayBuildError, GatewayConfig, ratelimit};
 
 /// Limits are per minute.
@@ -59,6 +60,8 @@ enum Access {
 /// L2. Turns `Received` into `Admitted`.
 pub struct Gateway<Next> {
     access: Access,
+    /// Where each consumer's prompts are cached apart.
+    salts: Option<Salts>,
     encoder: Arc<dyn PromptEncoder>,
     /// Long bodies that are read at a time, of everybody. One per core: more would only take turns, and each takes some
     /// 40 times its own memory while it is tokenized.
@@ -106,6 +109,7 @@ impl<Next> Gateway<Next> {
             config.map_or(GatewayConfig::default().default_output_tokens, |c| c.default_output_tokens);
         Ok(Self {
             access,
+            salts: config.map(|config| Salts::new(config, env)).transpose()?.flatten(),
             encoder: deps.encoder,
             reading: Arc::new(Semaphore::new(cores)),
             audit,
@@ -153,7 +157,12 @@ impl<Next> Gateway<Next> {
         // The request is taken before anything is done for it, so that it costs also where it is refused, and somebody who
         // has nothing left gets no work out of us. How many tokens it needs is known only after that work.
         let mut hold = self.hold(consumer, if may_compute(&received) { 1 } else { 0 })?;
-        let (ask, ids) = self.understand(origin, consumer, received, account).await?;
+        let (mut ask, ids) = self.understand(origin, consumer, received, account).await?;
+
+        // Not for what is only rendered: the client sends that back to be generated, and then it is salted.
+        if let (Some(salts), Ask::Generate(call)) = (&self.salts, &mut ask) {
+            call.cache_salt = Some(salts.of(&consumer.name, call.cache_salt.as_deref()));
+        }
 
         let start = Instant::now();
         let tokens = match &ask {

@@ -26,8 +26,9 @@ mod keys;
 mod metered;
 mod metrics;
 mod ratelimit;
+mod salt;
 mod tally;
 
-pub use config::{AuditConfig, ConsumerConfig, GatewayConfig, LimitsConfig};
+pub use config::{AuditConfig, ConsumerConfig, GatewayConfig, LimitsConfig, SaltScope};
 pub use error::GatewayBuildError;
 pub use gateway::{Gateway, GatewayDeps};

@@ -10,7 +10,7 @@ use forebay_observe::Layer;
 use forebay_placement::{Decision, PlaceError};
 use forebay_types::{Blame, Class, Classify, Code, Fault, ModelName, ReplicaId, Retry};
 use forebay_upstream::{CallInfo, FaultKind, Timeouts, Upstream, UpstreamFault};
-use forebay_wire::{Api, Ask, Generate, SpliceError, for_replica, for_upstream, with_model};
+use forebay_wire::{Api, Ask, Generate, SpliceError, for_replica, with_model};
 use http::{HeaderName, Method};
 use tokio::time::Instant;
 
@@ -225,8 +225,7 @@ impl<E: Stage<Placed>> Router<E> {
         origin: &Origin,
         counting: bool,
     ) -> Result<Reply, Failed> {
-        let body = if counting { for_replica(call, served_name) } else { for_upstream(call, served_name) };
-        let body = body.map_err(RouteError::from)?;
+        let body = for_replica(call, served_name, counting).map_err(RouteError::from)?;
         let path = match call.api {
             Api::ChatCompletions => "/v1/chat/completions",
             Api::Completions => "/v1/completions",

@@ -130,17 +130,19 @@ pub fn with_model(body: &Bytes, model: &str) -> Result<Bytes, SpliceError> {
 /// The body of a call for an upstream in the same dialect: its model's name there and, for a stream, a request for
 /// usage, which the accounting needs whether or not the client wants to see it. Other stream options are kept.
 pub fn for_upstream(call: &Generate, model: &str) -> Result<Bytes, SpliceError> {
-    for_server(call, model, &["include_usage"])
+    for_server(call, vec![Edit::string("model", model)], &["include_usage"])
 }
 
-/// As [`for_upstream`], for a server that knows vLLM's `continuous_usage_stats`: usage in every frame, so that a stream
-/// that is cut is accounted exactly.
-pub fn for_replica(call: &Generate, model: &str) -> Result<Bytes, SpliceError> {
-    for_server(call, model, &["include_usage", "continuous_usage_stats"])
-}
-
-fn for_server(call: &Generate, model: &str, options_on: &[&str]) -> Result<Bytes, SpliceError> {
+/// As [`for_upstream`], for a server that knows vLLM's fields: with the call's cache salt, which need not be the body's.
+/// `counting` asks for usage in every frame (`continuous_usage_stats`), so that a stream that is cut is accounted exactly.
+pub fn for_replica(call: &Generate, model: &str, counting: bool) -> Result<Bytes, SpliceError> {
     let mut edits = vec![Edit::string("model", model)];
+    edits.extend(call.cache_salt.as_deref().map(|salt| Edit::string("cache_salt", salt)));
+    let options = ["include_usage", "continuous_usage_stats"];
+    for_server(call, edits, if counting { &options } else { &options[..1] })
+}
+
+fn for_server(call: &Generate, mut edits: Vec<Edit<'_>>, options_on: &[&str]) -> Result<Bytes, SpliceError> {
     if call.stream {
         let object = Object::scan(&call.body)?;
         let options = object.members.iter().find(|m| m.is(&call.body, "stream_options"));
@@ -394,7 +396,7 @@ mod tests {
     fn replicas_are_asked_to_count_as_they_go() {
         let check = |rest: &str, expect: &str| {
             let body = format!(r#"{{"messages":[{{"role":"user","content":"hi"}}],"model":"x"{rest}}}"#);
-            let out = for_replica(&call(&body), "m").unwrap();
+            let out = for_replica(&call(&body), "m", true).unwrap();
             let expect = format!(r#"{{"messages":[{{"role":"user","content":"hi"}}],"model":"m"{expect}}}"#);
             assert_eq!(out, expect);
         };
@@ -409,6 +411,26 @@ mod tests {
             r#","stream":true,"stream_options":{"continuous_usage_stats":false}"#,
             r#","stream":true,"stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
         );
+    }
+
+    #[test]
+    fn replicas_get_the_salt_of_the_call() {
+        let check = |rest: &str, salt: Option<&str>, expect: &str| {
+            let body = format!(r#"{{"messages":[{{"role":"user","content":"hi"}}],"model":"m"{rest}}}"#);
+            let mut call = call(&body);
+            if salt.is_some() {
+                call.cache_salt = salt.map(str::to_owned);
+            }
+            let expect = format!(r#"{{"messages":[{{"role":"user","content":"hi"}}],"model":"m"{expect}}}"#);
+            assert_eq!(for_replica(&call, "m", false).unwrap(), expect);
+            // Others don't know the field, and what is ours is none of theirs.
+            assert_eq!(for_upstream(&call, "m").unwrap(), body);
+        };
+        check("", None, "");
+        check(r#","cache_salt":"own""#, None, r#","cache_salt":"own""#);
+        check(r#","cache_salt":null"#, None, r#","cache_salt":null"#);
+        check("", Some("d\"e"), r#","cache_salt":"d\"e""#);
+        check(r#","cache_salt":"own","n":1"#, Some("derived"), r#","cache_salt":"derived","n":1"#);
     }
 
     fn value() -> impl Strategy<Value = Value> {

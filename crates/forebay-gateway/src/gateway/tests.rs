@@ -550,6 +550,49 @@ fn mistakes_in_the_config_say_where() {
         "gateway.consumers[0].keys[0]",
         "`gateway.consumers[0].keys[0]`: the key has blanks or characters that a header can't carry",
     );
+    check(
+        "{consumers: [{name: a, keys: env:A1}], cache-salt: consumer, cache-salt-secret: env:B}",
+        "gateway.cache-salt-secret",
+        "`gateway.cache-salt-secret`: the secret has fewer than 16 bytes, so it could be guessed",
+    );
+    check(
+        "{consumers: [{name: a, keys: env:A1}], cache-salt: consumer, cache-salt-secret: env:NONE}",
+        "gateway.cache-salt-secret",
+        "`gateway.cache-salt-secret`: environment variable `NONE` is not set; set it, or name another one with \
+         `env:NAME`",
+    );
+    check(
+        "{consumers: [{name: a, keys: env:A1}], cache-salt-secret: env:B}",
+        "gateway.cache-salt-secret",
+        "`gateway.cache-salt-secret` is for `gateway.cache-salt: consumer`; set that, or remove it",
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_consumer_has_a_salt_of_its_own() {
+    let salts = async |salted: &str| {
+        let config = config(&format!("{CONFIG}{salted}"));
+        let plays = std::iter::repeat_with(generation).take(4);
+        let rig = rig_of(Some(&config), tempfile::tempdir().unwrap(), plays);
+        let plain = r#"{"model":"m","prompt":"top secret"}"#;
+        let own = r#"{"model":"m","prompt":"top secret","cache_salt":"own"}"#;
+        for (key, body) in [("sk-a1", plain), ("sk-a2", plain), ("sk-b", plain), ("sk-a1", own)] {
+            let flow = flow(Method::POST, "/v1/completions", Some(key), body);
+            read_all(rig.call(flow).await.unwrap()).await;
+        }
+        let calls = rig.script.calls.lock().unwrap();
+        let salt_of = |call: &Admitted| match &call.ask {
+            Ask::Generate(call) => call.cache_salt.clone(),
+            other => panic!("{other:?}"),
+        };
+        calls.iter().map(salt_of).collect::<Vec<_>>()
+    };
+    assert_eq!(salts("").await, [None, None, None, Some("own".to_owned())]);
+    let first = salts("cache-salt: consumer").await;
+    assert!(first.iter().flatten().all(|salt| salt.len() == 64), "{first:?}");
+    assert_eq!(first[0], first[1], "by either key");
+    assert!(first[0] != first[2] && first[0] != first[3] && first[2] != first[3], "{first:?}");
+    assert_ne!(first, salts("cache-salt: consumer").await, "without a secret they are of this start only");
 }
 
 #[test]

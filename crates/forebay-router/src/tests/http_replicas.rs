@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use forebay_flow::{PromptIds, ReplyForm, Stage};
 use forebay_types::{Code, Usage};
-use forebay_wire::Chunk;
+use forebay_wire::{Ask, Chunk};
 use serde_json::{Value, json};
 
 use super::script::{Engine, completion, drain, ids, request};
@@ -104,6 +104,18 @@ async fn a_salt_keeps_prefixes_apart() {
         drain(reply.expect("answered")).await;
     }
     assert_eq!(bench.metric("forebay_router_prefix_matched_tokens_total"), [r#"{model="m"} 96"#]);
+}
+
+/// The gateway gives it where consumers are cached apart; the body is still the client's.
+#[tokio::test]
+async fn the_salt_of_a_call_goes_to_the_replica() {
+    let server = Server::start(|_| sse(STREAM)).await;
+    let bench = Bench::new(Some(&config(fleet(&[&server.url]))), &[]);
+    let mut flow = completion("m", 0..100);
+    let Ask::Generate(call) = &mut flow.stage.ask else { panic!("a completion") };
+    call.cache_salt = Some("derived".into());
+    drain(bench.router.call(flow).await.expect("answered")).await;
+    assert_eq!(server.seen()[0].json()["cache_salt"], "derived");
 }
 
 #[tokio::test]
