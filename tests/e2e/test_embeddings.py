@@ -206,5 +206,8 @@ def test_a_worker_by_name_and_a_fleet_over_http(start: Callable[..., Any], refer
         assert answer.model == name
         assert answer.usage.prompt_tokens == len(case["ids"])
         assert cosine(answer.data[0].embedding, case["vector"]) > 0.99999
+    body = {"model": EMBEDDER, "input": case["text"], "request_id": "mine"}
+    reply = httpx.post(f"{worker.url}/v1/embeddings", json=body, trust_env=False).json()
+    assert reply["id"] == "embd-mine"
     tokens = httpx.post(f"{worker.url}/tokenize", json={"prompt": case["text"]}, trust_env=False).json()
     assert (tokens["tokens"], tokens["max_model_len"]) == (case["ids"], 256)

@@ -48,6 +48,25 @@ def test_rendered_prompts_generate_the_same(worker):
     assert choices[-1]["finish_reason"] == choice["finish_reason"]
 
 
+def test_conversations_are_counted_as_they_are_rendered(worker):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    begun = [*user("Name a river."), {"role": "assistant", "content": "The"}]
+    for change in (
+        {},
+        {"add_generation_prompt": False},
+        {"messages": begun, "add_generation_prompt": False, "continue_final_message": True},
+        {"add_special_tokens": True},
+        {"tools": [tool]},
+        {"chat_template_kwargs": {"anything": 1}},
+    ):
+        call = {"model": MODEL, "messages": user("Name a river."), **change}
+        rendered = post(worker.url, "/v1/chat/completions/render", call).json()["token_ids"]
+        assert post(worker.url, "/tokenize", call).json()["tokens"] == rendered, change
+    both = {"messages": begun, "add_generation_prompt": True, "continue_final_message": True}
+    refused = post(worker.url, "/tokenize", both)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "continue_final_message")
+
+
 def test_completions_are_rendered_as_a_list(worker):
     rendered = post(worker.url, "/v1/completions/render", {"model": MODEL, "prompt": ["one", "two"], "seed": 3}).json()
     assert [one["sampling_params"]["seed"] for one in rendered] == [3, 3]
@@ -114,6 +133,21 @@ def test_load_is_told(worker):
     assert 0 <= report["named_metrics"]["kv_cache_usage_perc"] <= 1
     text = post(worker.url, "/v1/completions", body, headers={"endpoint-load-metrics-format": "TEXT"})
     assert text.headers["endpoint-load-metrics"].startswith("TEXT named_metrics.kv_cache_usage_perc=")
+
+
+def test_ids_of_the_body(worker):
+    body = {"model": MODEL, "token_ids": [1, 2, 3], "request_id": "mine", "stream": True}
+    body["sampling_params"] = {"max_tokens": 1900, "ignore_eos": True}
+    with httpx.stream("POST", f"{worker.url}{GENERATE}", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        frames = data_lines([next(lines)])
+        reply_id = json.loads(frames[0])["request_id"]
+        assert reply_id == "generate-tokens-mine"
+        assert post(worker.url, "/abort_requests", {"request_ids": reply_id}).status_code == 200
+        frames += data_lines(lines)
+    assert reasons(frames) == ["abort"]
+    call = {"model": MODEL, "messages": user("hi"), "request_id": "mine"}
+    assert post(worker.url, "/v1/chat/completions/render", call).json()["request_id"] == "chatcmpl-mine"
 
 
 @pytest.mark.parametrize("where", ["url", "admin_url"])

@@ -95,14 +95,18 @@ pub fn problems(loaded: &Loaded<Config>, env: &dyn Environment) -> Vec<Diagnosti
         }
     }
     let mut engines: Vec<ModelName> = Vec::new();
+    let mut taken: Vec<ModelName> = Vec::new();
     for (nth, engine) in config.engine.iter().enumerate() {
         let at = config.engine_at(nth);
         let (name, problems) = engine_model(loaded, &at, engine);
         found.extend(problems);
         let Some(name) = name else { continue };
-        if engines.contains(&name) {
-            let twice = loaded.error_at(&format!("{at}.model"), format!("two engines serve `{name}`"));
-            found.push(twice.help("give one of them another `served-model-name`"));
+        for name in std::iter::once(name.clone()).chain(engine.aliases()) {
+            if taken.contains(&name) {
+                let twice = loaded.error_at(&format!("{at}.model"), format!("two engines serve `{name}`"));
+                found.push(twice.help("give one of them another `served-model-name`"));
+            }
+            taken.push(name);
         }
         engines.push(name);
     }
@@ -153,7 +157,7 @@ fn engine_model(
                 let message = format!("there is no model file or directory at {}", path.display());
                 found.push(loaded.error_at(&format!("{at}.model"), message));
             }
-            let name = engine.served_model_name.clone().unwrap_or_else(|| reference.default_name());
+            let name = engine.served_name().map_or_else(|| reference.default_name(), str::to_owned);
             (Some(name.into()), found)
         }
         Err(error) => {
@@ -350,6 +354,9 @@ mod tests {
         check("engine: {}", Some("nothing would listen"));
         check("edge: {}\nengine: {block-size: 0}", Some("not a multiple of 16 up to 256"));
         check("edge: {}\nengine: {model: no-such}", Some("unknown model `no-such`"));
+        let alias = "edge: {}\nengine: [{served-model-name: [a, b]}, {served-model-name: [c, b]}]";
+        check(alias, Some("two engines serve `b`"));
+        check("edge: {}\nengine: {served-model-name: [a, a]}", Some("`a` stands here twice"));
         check("edge: {}\nengine: {model: ./no-such.gguf}", Some("there is no model file"));
         // Without a model to serve, too.
         let relay = "edge: {routes: [{path: /, to: \"http://127.0.0.1:9\"}]}";

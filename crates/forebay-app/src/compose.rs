@@ -21,7 +21,7 @@ use forebay_wire::{Embed, Generate, Prompt};
 
 use crate::config::Config;
 use crate::error::BuildError;
-use crate::model::LocalModel;
+use crate::model::{self, LocalModel};
 use crate::slots::Slot;
 
 /// L2 to L5 as one value: what the edge calls.
@@ -94,6 +94,7 @@ pub fn compose<E: Stage<Placed>>(
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let fleets = router.fleets().into_iter().map(|fleet| FleetCard {
         max_model_len: lens.get(&fleet.model).copied(),
+        aliases: aliases(config, &fleet.model),
         model: fleet.model,
         created,
     });
@@ -105,6 +106,12 @@ pub fn compose<E: Stage<Placed>>(
     let deps = GatewayDeps { encoder, registry };
     let gateway = Gateway::new(config.gateway.as_ref(), *env, deps, proxy)?;
     Ok(Composed { stack: Arc::new(gateway), router })
+}
+
+/// Further names of the engine here that serves `model`.
+fn aliases(config: &Config, model: &ModelName) -> Vec<ModelName> {
+    let is_it = |engine: &&EngineConfig| model::name(engine).is_ok_and(|name| name == *model);
+    config.engine.iter().filter(is_it).flat_map(EngineConfig::aliases).collect()
 }
 
 /// The tokenizers of the engines in this process, by every name that leads to them first. A model that is not loaded
@@ -123,8 +130,11 @@ impl EngineTokenizers {
     pub fn new(config: &Config, slots: &[Arc<Slot>]) -> Self {
         let find = |fleet: &str| slots.iter().find(|slot| slot.model().as_str() == fleet);
         let counted = |slot: &Arc<Slot>| Counted { slot: slot.clone(), alone: true };
-        let mut by_name: HashMap<ModelName, Counted> =
-            slots.iter().map(|slot| (slot.model().clone(), counted(slot))).collect();
+        let mut by_name: HashMap<ModelName, Counted> = HashMap::new();
+        for (engine, slot) in config.engine.iter().zip(slots) {
+            by_name.extend(engine.aliases().map(|alias| (alias, counted(slot))));
+        }
+        by_name.extend(slots.iter().map(|slot| (slot.model().clone(), counted(slot))));
         for model in config.proxy.iter().flat_map(|proxy| &proxy.models) {
             let fleets = || model.deployments.iter().map(|deployment| deployment.fleet.as_deref());
             if let Some(first) = fleets().flatten().next()

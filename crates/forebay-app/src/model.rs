@@ -48,7 +48,7 @@ pub fn store(env: &dyn Environment) -> Result<Store, ModelError> {
 /// What the configured model is called, before anything is fetched.
 pub fn name(config: &EngineConfig) -> Result<ModelName, ReferenceError> {
     let reference = ModelRef::parse(&config.model)?;
-    Ok(config.served_model_name.clone().unwrap_or_else(|| reference.default_name()).into())
+    Ok(config.served_name().map_or_else(|| reference.default_name(), str::to_owned).into())
 }
 
 /// The file of the configured model, fetched where it is not there yet.
@@ -60,6 +60,6 @@ pub async fn obtain(
 ) -> Result<LocalModel, ModelError> {
     let reference = ModelRef::parse(&config.model)?;
     let resolved = store.pull(client, &reference, progress).await?;
-    let name = config.served_model_name.clone().unwrap_or(resolved.name);
+    let name = config.served_name().map_or(resolved.name, str::to_owned);
     Ok(LocalModel { name: name.into(), path: resolved.path, source: resolved.source })
 }

@@ -121,22 +121,22 @@ impl Operator for OperatorApi {
     fn abort_all(&self) -> OperatorFuture<bool> {
         let engines = self.engines();
         Box::pin(async move {
-            for engine in generating(&engines) {
+            for engine in &engines {
                 // One that has stopped has told its clients.
                 let _ = engine.abort(Aborted::All).await;
             }
-            generating(&engines).next().is_some()
+            !engines.is_empty()
         })
     }
 }
 
-/// Those that can be paused, and have something to abort.
+/// Those that can be paused.
 fn generating(engines: &[Arc<ModelEngine>]) -> impl Iterator<Item = &Engine> {
     engines.iter().filter_map(|engine| engine.generating())
 }
 
 async fn abort(engines: &[Arc<ModelEngine>], which: &Aborted) -> Result<(), Fault> {
-    for engine in generating(engines) {
+    for engine in engines {
         engine.abort(which.clone()).await.map_err(stopped)?;
     }
     Ok(())

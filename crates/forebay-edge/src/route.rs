@@ -115,13 +115,14 @@ pub(crate) fn without_mount<'a>(mount: &str, path: &'a str) -> &'a str {
 }
 
 /// Paths of an LLM route that are not below `/v1`, as vLLM has them.
-const OUTSIDE_V1: [&str; 13] = [
+const OUTSIDE_V1: [&str; 14] = [
     "/health",
     "/ping",
     "/version",
     "/metrics",
     "/tokenize",
     "/detokenize",
+    "/tokenizer_info",
     "/inference/v1/generate",
     "/load",
     "/kv_event_sources",

@@ -1,6 +1,7 @@
 //! The `engine` section of the configuration. Names are vLLM's where vLLM has the setting.
 
-use forebay_config::{ByteSize, HumanDuration};
+use forebay_config::{ByteSize, HumanDuration, OneOrMany};
+use forebay_types::ModelName;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -18,8 +19,8 @@ pub use parsers::{ReasoningParser, ToolCallParser};
 pub struct EngineConfig {
     /// Model to serve: a known name, a path to a GGUF file or a safetensors directory, or `hf:ORG/REPO` (a repository of GGUF files).
     pub model: String,
-    /// Name that fleets and clients use for it; the model's own name where absent.
-    pub served_model_name: Option<String>,
+    /// Name that fleets and clients use for it, or a list: replies and metrics say the first, the others are aliases; the model's own name where absent.
+    pub served_model_name: OneOrMany<String>,
     /// Load the model at the start; `false` leaves it to `POST /api/models/load` of the admin API.
     pub preload: bool,
     /// Longest prompt plus output in tokens; the model's own limit where absent, less where the KV cache is smaller.
@@ -40,7 +41,7 @@ pub struct EngineConfig {
     pub max_num_queued_reqs: u32,
     /// Prompt tokens that may wait over all requests; a request that goes over it is refused with 503.
     pub max_num_queued_tokens: u32,
-    /// Where sampling values come from that a request leaves open: `auto` is the model directory's `generation_config.json`, `vllm` OpenAI's defaults.
+    /// Where sampling values come from that a request leaves open: `auto` is the model directory's `generation_config.json`, `vllm` OpenAI's defaults, anything else the path of such a file or of its directory.
     pub generation_config: GenerationSource,
     /// Sampling values that go before those of the model, for requests that leave them open.
     pub override_generation_config: GenerationDefaults,
@@ -58,6 +59,12 @@ pub struct EngineConfig {
     pub max_logprobs: u32,
     /// Seed of requests that bring none: the same requests in the same order then get the same answers; unset is a random one each.
     pub seed: Option<u64>,
+    /// Tell every stream's usage, in each of its frames, whether a request asks for it or not.
+    pub enable_force_include_usage: bool,
+    /// Name tokens in log-probabilities as `token_id:ID` where a request does not say.
+    pub return_tokens_as_token_ids: bool,
+    /// Answer `GET /tokenizer_info`, which shows the chat template and what the tokenizer's configuration says.
+    pub enable_tokenizer_info_endpoint: bool,
     /// Compute threads; the machine's cores where absent.
     pub threads: Option<u32>,
     /// Ranks that compute each layer together; the model's attention heads must divide by it. Results don't depend on it.
@@ -134,8 +141,12 @@ impl EngineConfig {
                 format!("{len} leaves no room for a prompt and one token; leave it out for the model's own"),
             );
         }
-        if self.served_model_name.as_deref().is_some_and(|name| name.trim().is_empty()) {
+        let names = self.served_model_name.as_slice();
+        if names.iter().any(|name| name.trim().is_empty()) {
             add("served-model-name", "the name is empty; leave it out for the model's own".to_owned());
+        }
+        if let Some((_, twice)) = names.iter().enumerate().find(|(nth, name)| names[..*nth].contains(name)) {
+            add("served-model-name", format!("`{twice}` stands here twice; remove one of the two"));
         }
         if let Some((field, value, expected)) = self.override_generation_config.problem() {
             add("override-generation-config", format!("`{field}` is {value}; {expected} expected"));
@@ -175,6 +186,16 @@ impl EngineConfig {
         found
     }
 
+    /// What the model is called, unless that is its own name.
+    pub fn served_name(&self) -> Option<&str> {
+        self.served_model_name.as_slice().first().map(String::as_str)
+    }
+
+    /// Further names that clients may ask for it by.
+    pub fn aliases(&self) -> impl Iterator<Item = ModelName> {
+        self.served_model_name.iter().skip(1).map(|name| ModelName::from(name.as_str()))
+    }
+
     /// How the model is divided.
     pub fn ranks(&self) -> Ranks {
         Ranks { tensor: self.tensor_parallel_size as usize, pipeline: self.pipeline_parallel_size as usize }
@@ -185,7 +206,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             model: "smollm2-135m-instruct".into(),
-            served_model_name: None,
+            served_model_name: OneOrMany::default(),
             preload: true,
             max_model_len: None,
             kv_cache_memory: ByteSize::mib(512),
@@ -205,6 +226,9 @@ impl Default for EngineConfig {
             chat_template: None,
             max_logprobs: LOGPROBS_MAX,
             seed: None,
+            enable_force_include_usage: false,
+            return_tokens_as_token_ids: false,
+            enable_tokenizer_info_endpoint: false,
             threads: None,
             tensor_parallel_size: 1,
             pipeline_parallel_size: 1,
@@ -240,7 +264,22 @@ mod tests {
         check(|c| c.max_model_len = Some(2), &[]);
         check(|c| c.max_logprobs = 21, &["max-logprobs"]);
         check(|c| c.num_gpu_blocks_override = Some(0), &["num-gpu-blocks-override"]);
-        check(|c| c.served_model_name = Some(" ".into()), &["served-model-name"]);
+        let named = |config: &mut EngineConfig, names: &[&str]| {
+            config.served_model_name = names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>().into();
+        };
+        check(|c| c.served_model_name = OneOrMany::one(" ".into()), &["served-model-name"]);
+        let mut twice = EngineConfig::default();
+        named(&mut twice, &["a", "b", "a"]);
+        assert_eq!(
+            twice.problems()[0].to_string(),
+            "`engine.served-model-name`: `a` stands here twice; remove one of the two"
+        );
+        named(&mut twice, &["a", "b", "c"]);
+        assert_eq!(twice.problems(), []);
+        assert_eq!(
+            (twice.served_name(), twice.aliases().collect()),
+            (Some("a"), vec!["b".into(), "c".into()] as Vec<ModelName>)
+        );
         check(|c| (c.max_num_seqs, c.threads) = (0, Some(0)), &["max-num-seqs", "threads"]);
         check(|c| c.request_timeout = HumanDuration::from_secs(0), &["request-timeout"]);
     }

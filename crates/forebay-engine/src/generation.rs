@@ -14,14 +14,38 @@ const GENERATION_FILE: &str = "generation_config.json";
 const GENERATION_BYTES_MAX: u64 = 16 << 20;
 
 /// Where a request's missing sampling values come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(from = "String", into = "String")]
+#[schemars(with = "String")]
 pub enum GenerationSource {
-    /// The model's `generation_config.json`, if it has one.
+    /// `auto`: the model's `generation_config.json`, if it has one.
     #[default]
     Auto,
-    /// OpenAI's defaults: temperature 1, everything else off.
+    /// `vllm`: OpenAI's defaults, temperature 1 and everything else off.
     Vllm,
+    /// Another such file, or a directory that has one.
+    Path(PathBuf),
+}
+
+impl From<String> for GenerationSource {
+    fn from(text: String) -> Self {
+        match text.as_str() {
+            "auto" => Self::Auto,
+            "vllm" => Self::Vllm,
+            _ => Self::Path(text.into()),
+        }
+    }
+}
+
+impl From<GenerationSource> for String {
+    fn from(source: GenerationSource) -> Self {
+        match source {
+            GenerationSource::Auto => "auto".to_owned(),
+            GenerationSource::Vllm => "vllm".to_owned(),
+            // It was one.
+            GenerationSource::Path(path) => path.to_string_lossy().into_owned(),
+        }
+    }
 }
 
 /// What a request gets where it has no value of its own.
@@ -50,7 +74,7 @@ pub struct GenerationDefaults {
 /// Why a model's defaults can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerationError {
-    #[error("the model's `{GENERATION_FILE}` can't be read")]
+    #[error("the file with them can't be read")]
     Read(#[from] SmallFileError),
     #[error("{} is not as it should be", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
@@ -73,12 +97,22 @@ impl GenerationDefaults {
     /// Of a model in `directory` (a GGUF file has none), with `over` on top.
     pub(crate) fn of(
         directory: Option<&Path>,
-        source: GenerationSource,
+        source: &GenerationSource,
         over: &Self,
     ) -> Result<Self, GenerationError> {
         let file = match (source, directory) {
-            (GenerationSource::Auto, Some(directory)) => Self::read(&directory.join(GENERATION_FILE))?,
-            _ => Self::default(),
+            (GenerationSource::Auto, Some(directory)) => {
+                let path = directory.join(GENERATION_FILE);
+                match small_file::read_if_there(&path, GENERATION_BYTES_MAX)? {
+                    Some(json) => Self::parse(&path, &json)?,
+                    None => Self::default(),
+                }
+            }
+            (GenerationSource::Path(path), _) => {
+                let path = if path.is_dir() { path.join(GENERATION_FILE) } else { path.clone() };
+                Self::parse(&path, &small_file::read(&path, GENERATION_BYTES_MAX)?)?
+            }
+            (GenerationSource::Auto | GenerationSource::Vllm, _) => Self::default(),
         };
         Ok(Self {
             temperature: over.temperature.or(file.temperature),
@@ -90,11 +124,8 @@ impl GenerationDefaults {
         })
     }
 
-    fn read(path: &Path) -> Result<Self, GenerationError> {
-        let Some(json) = small_file::read_if_there(path, GENERATION_BYTES_MAX)? else {
-            return Ok(Self::default());
-        };
-        let file: GenerationFile = serde_json::from_slice(&json)
+    fn parse(path: &Path, json: &[u8]) -> Result<Self, GenerationError> {
+        let file: GenerationFile = serde_json::from_slice(json)
             .map_err(|source| GenerationError::Json { path: path.to_owned(), source })?;
         let defaults = Self {
             temperature: file.temperature,
@@ -169,7 +200,7 @@ mod tests {
     ) -> Result<GenerationDefaults, String> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(GENERATION_FILE), json).unwrap();
-        GenerationDefaults::of(Some(dir.path()), source, over)
+        GenerationDefaults::of(Some(dir.path()), &source, over)
             .map_err(|error| error.to_string().replace(&dir.path().display().to_string(), "DIR"))
     }
 
@@ -187,7 +218,19 @@ mod tests {
         };
         assert_eq!(of(QWEN, GenerationSource::Auto, &none), Ok(file));
         assert_eq!(of(QWEN, GenerationSource::Vllm, &none), Ok(none));
-        assert_eq!(GenerationDefaults::of(None, GenerationSource::Auto, &none).unwrap(), none);
+        assert_eq!(GenerationDefaults::of(None, &GenerationSource::Auto, &none).unwrap(), none);
+        // Another file, by its directory and by itself, whatever the model has.
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(GENERATION_FILE);
+        let by = |path: &Path| {
+            let source = GenerationSource::from(path.display().to_string());
+            assert_eq!(GenerationSource::from(String::from(source.clone())), source);
+            of("{}", source, &none)
+        };
+        assert_eq!(by(dir.path()), Err("the file with them can't be read".to_owned()));
+        std::fs::write(&path, QWEN).unwrap();
+        assert_eq!(by(dir.path()), Ok(file));
+        assert_eq!(by(&path), Ok(file));
         let over = GenerationDefaults { top_k: Some(-1), max_new_tokens: Some(7), ..none };
         let both = GenerationDefaults { top_k: Some(-1), max_new_tokens: Some(7), ..file };
         assert_eq!(of(QWEN, GenerationSource::Auto, &over), Ok(both));

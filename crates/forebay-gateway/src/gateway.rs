@@ -168,7 +168,12 @@ impl<Next> Gateway<Next> {
         let tokens = match &ask {
             Ask::Generate(call) => tokens_max(call, &ids, self.default_output_tokens),
             Ask::Embed(_) => u64::from(ids.tokens()),
-            Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => 0,
+            Ask::Render(_)
+            | Ask::Tokenize(_)
+            | Ask::Detokenize(_)
+            | Ask::TokenizerInfo
+            | Ask::ListModels
+            | Ask::GetModel(_) => 0,
         };
         if let Err(refused) = hold.try_resize(self.clock.now(), tokens) {
             drop(hold);
@@ -276,6 +281,7 @@ impl<Next: Stage<Admitted>> Stage<Received> for Gateway<Next> {
             | Ask::Render(_)
             | Ask::Tokenize(_)
             | Ask::Detokenize(_)
+            | Ask::TokenizerInfo
             | Ask::ListModels
             | Ask::GetModel(_) => None,
         };
@@ -322,9 +328,12 @@ fn may_use(consumer: &Consumer, ask: &Ask) -> Result<(), Fault> {
     let Some(models) = &consumer.models else { return Ok(()) };
     let model = match ask {
         Ask::ListModels | Ask::GetModel(_) => return Ok(()),
-        Ask::Generate(_) | Ask::Embed(_) | Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) => {
-            ask.model()
-        }
+        Ask::Generate(_)
+        | Ask::Embed(_)
+        | Ask::Render(_)
+        | Ask::Tokenize(_)
+        | Ask::Detokenize(_)
+        | Ask::TokenizerInfo => ask.model(),
     };
     let consumer = consumer.name.clone();
     match model {
@@ -352,9 +361,12 @@ fn encode(
     let ids = match &ask {
         Ask::Generate(call) => encoder.encode(call)?,
         Ask::Embed(call) => encoder.encode_inputs(call)?,
-        Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
-            PromptIds::none()
-        }
+        Ask::Render(_)
+        | Ask::Tokenize(_)
+        | Ask::Detokenize(_)
+        | Ask::TokenizerInfo
+        | Ask::ListModels
+        | Ask::GetModel(_) => PromptIds::none(),
     };
     let how = if matches!(ids, PromptIds::Exact { .. }) { "exact" } else { "estimated" };
     origin.trace.note(Layer::Gateway, "tokenize", start, format!("{} tokens, {how}", ids.tokens()));

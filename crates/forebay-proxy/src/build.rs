@@ -1,6 +1,7 @@
 //! From configuration to chains of deployments.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use forebay_config::{Environment, SecretError, SecretValue, closest};
@@ -22,6 +23,8 @@ const ANTHROPIC_BASE_URL: &str = "https://api.anthropic.com/v1";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FleetCard {
     pub model: ModelName,
+    /// Further names of it, for clients.
+    pub aliases: Vec<ModelName>,
     /// Tokens of context, where it is known.
     pub max_model_len: Option<u32>,
     /// Seconds since the Unix epoch.
@@ -100,6 +103,8 @@ impl ProxyBuildError {
 /// A model and its chain.
 pub(crate) struct Model {
     pub(crate) name: ModelName,
+    /// Of a fleet under its own name: what else it is called.
+    aliases: Vec<ModelName>,
     pub(crate) card: ModelCard,
     /// Never empty.
     pub(crate) deployments: Vec<Deployment>,
@@ -107,6 +112,13 @@ pub(crate) struct Model {
     pub(crate) timeouts: Timeouts,
     /// The model sets its own `first-byte-timeout`, which then also binds a last fleet.
     pub(crate) first_byte_is_own: bool,
+}
+
+impl Model {
+    /// Everything that it can be asked for by, its own name first.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &ModelName> {
+        std::iter::once(&self.name).chain(&self.aliases)
+    }
 }
 
 pub(crate) struct Deployment {
@@ -138,8 +150,8 @@ pub(crate) struct Models {
     pub(crate) by_name: HashMap<ModelName, usize>,
 }
 
-/// Chains for every model. Without `models` in the file each fleet is a model under its own name; with them, only
-/// they can be asked for, and a fleet that nobody names is hidden.
+/// Chains for every model. Without `models` in the file each fleet is a model under its own name and its aliases; with
+/// them, only they can be asked for, and a fleet that nobody names is hidden.
 pub(crate) fn build(
     config: &ProxyConfig,
     env: &dyn Environment,
@@ -173,6 +185,7 @@ pub(crate) fn build(
             .map(|(m, link)| deployment(link, format!("{at}.deployments[{m}]"), env, deps))
             .collect::<Result<Vec<_>, _>>()?;
         models.all.push(Model {
+            aliases: Vec::new(),
             card: card(&name, &deployments, &deps.fleets, now),
             name,
             deployments,
@@ -183,6 +196,17 @@ pub(crate) fn build(
             },
             first_byte_is_own: model.first_byte_timeout.is_some(),
         });
+    }
+    if config.models.is_empty() {
+        for (n, fleet) in deps.fleets.iter().enumerate() {
+            for alias in &fleet.aliases {
+                // Names of their own go before those that are only aliases.
+                if let Entry::Vacant(free) = models.by_name.entry(alias.clone()) {
+                    free.insert(n);
+                    models.all[n].aliases.push(alias.clone());
+                }
+            }
+        }
     }
     Ok(models)
 }

@@ -120,13 +120,14 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
     fn resolve(&self, flow: &Flow<Admitted>) -> Result<&Model, ResolveError> {
         let caller = &flow.stage.caller;
         let Some(name) = flow.stage.ask.model() else {
-            let mut seen = self.models.all.iter().filter(|model| list::may_see(caller, &model.name));
+            let mut seen =
+                self.models.all.iter().filter(|model| model.names().any(|name| list::may_see(caller, name)));
             return match (seen.next(), seen.next()) {
                 (Some(only), None) => Ok(only),
                 _ => Err(ResolveError::ModelNotGiven),
             };
         };
-        self.model(name).filter(|model| list::may_see(caller, &model.name)).ok_or_else(|| {
+        self.model(name).filter(|_| list::may_see(caller, name)).ok_or_else(|| {
             self.metrics.unknown_models.inc();
             ResolveError::NoModel { model: name.clone() }
         })
@@ -290,7 +291,12 @@ async fn provider(
             (path, for_upstream(call, name), CallInfo::new(call, false))
         }
         Ask::Embed(call) => ("/v1/embeddings", with_model(&call.body, name), CallInfo::of_embedding(call)),
-        Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
+        Ask::Render(_)
+        | Ask::Tokenize(_)
+        | Ask::Detokenize(_)
+        | Ask::TokenizerInfo
+        | Ask::ListModels
+        | Ask::GetModel(_) => {
             return Err(broken(ResolveError::NotAtProviders { model: model.name.clone() }.into()));
         }
     };
@@ -305,8 +311,8 @@ impl<Next: Stage<Resolved>> Stage<Admitted> for Proxy<Next> {
         }
         let begun = std::time::Instant::now();
         let model = self.resolve(&flow)?;
-        if let Ask::GetModel(_) = flow.stage.ask {
-            return Ok(list::card(model));
+        if let Ask::GetModel(name) = &flow.stage.ask {
+            return Ok(list::card(model, name));
         }
         let names: Vec<&str> = model.deployments.iter().map(Deployment::label).collect();
         flow.origin.trace.note(

@@ -28,9 +28,15 @@ impl Bench {
     }
 
     fn try_new(config: Option<&ProxyConfig>) -> Result<Self, ProxyBuildError> {
+        Self::with_aliases(config, &[])
+    }
+
+    /// `aliases` are of the fleet `b`.
+    fn with_aliases(config: Option<&ProxyConfig>, aliases: &[&str]) -> Result<Self, ProxyBuildError> {
         let (registry, router) = (Registry::new(), Router::default());
         let env = FixedEnvironment::new().with_var("KEY", "sk-provider").with_var("BAD", "with\u{1}control");
         let card = |(n, model): (u64, &str)| FleetCard {
+            aliases: aliases.iter().filter(|_| model == "b").map(|&alias| alias.into()).collect(),
             model: model.into(),
             max_model_len: Some(1000 * n as u32),
             created: n,

@@ -43,9 +43,12 @@ impl Need {
             },
             // Nothing of it is cached, and nothing is generated.
             Ask::Embed(_) => Self { prompt_tokens: ids.tokens(), choices: 1, ..Self::default() },
-            Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) | Ask::ListModels | Ask::GetModel(_) => {
-                Self::default()
-            }
+            Ask::Render(_)
+            | Ask::Tokenize(_)
+            | Ask::Detokenize(_)
+            | Ask::TokenizerInfo
+            | Ask::ListModels
+            | Ask::GetModel(_) => Self::default(),
         }
     }
 

@@ -206,6 +206,11 @@ impl<E: Stage<Placed>> Router<E> {
                 };
                 (path, with_model(&call.body, served_name))
             }
+            Ask::TokenizerInfo => {
+                let (origin, path) = (Some(&*flow.origin), "/tokenizer_info");
+                let answer = upstream.call(origin, Method::GET, path, None, timeouts.first_byte).await?;
+                return Ok(Reply::json(answer.body));
+            }
             Ask::Tokenize(call) => ("/tokenize", with_model(&call.body, served_name)),
             Ask::Detokenize(call) => ("/detokenize", with_model(&call.body, served_name)),
             Ask::ListModels | Ask::GetModel(_) => return Err(RouteError::Listing.into()),

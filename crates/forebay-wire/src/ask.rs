@@ -31,6 +31,8 @@ pub enum Ask {
     Tokenize(Tokenize),
     /// `POST /detokenize` (vLLM's shape)
     Detokenize(Detokenize),
+    /// `GET /tokenizer_info` (vLLM's)
+    TokenizerInfo,
     /// `GET /v1/models`
     ListModels,
     /// `GET /v1/models/{id}`
@@ -38,7 +40,7 @@ pub enum Ask {
 }
 
 impl Ask {
-    /// The model that is asked for. `None` for a listing, and for `/tokenize` without `model`.
+    /// The model that is asked for. `None` for a listing, for `/tokenizer_info`, and for `/tokenize` without `model`.
     pub fn model(&self) -> Option<&ModelName> {
         match self {
             Self::Generate(call) | Self::Render(call) => Some(&call.model),
@@ -46,7 +48,7 @@ impl Ask {
             Self::Tokenize(call) => call.model.as_ref(),
             Self::Detokenize(call) => call.model.as_ref(),
             Self::GetModel(model) => Some(model),
-            Self::ListModels => None,
+            Self::TokenizerInfo | Self::ListModels => None,
         }
     }
 
@@ -58,6 +60,7 @@ impl Ask {
             Self::Render(_)
             | Self::Tokenize(_)
             | Self::Detokenize(_)
+            | Self::TokenizerInfo
             | Self::ListModels
             | Self::GetModel(_) => None,
         }
@@ -82,6 +85,8 @@ pub struct Embed {
     pub add_special_tokens: bool,
     /// vLLM's `priority`: lower goes first.
     pub priority: i32,
+    /// As [`Generate::request_id`].
+    pub request_id: Option<String>,
     pub user: Option<String>,
     /// As [`Generate::needs`].
     pub needs: Vec<Need>,
@@ -149,8 +154,8 @@ pub struct Generate {
     pub bad_words: Vec<String>,
     /// vLLM's `return_token_ids`: the ids of prompt and output beside the text.
     pub return_token_ids: bool,
-    /// vLLM's `return_tokens_as_token_ids`: log-probabilities name tokens as `token_id:ID`.
-    pub tokens_as_ids: bool,
+    /// vLLM's `return_tokens_as_token_ids`: log-probabilities name tokens as `token_id:ID`; `None` is the server's default.
+    pub tokens_as_ids: Option<bool>,
     /// vLLM's `truncate_prompt_tokens`: keep only this many tokens of the prompt; -1 is as many as fit beside the
     /// output.
     pub truncate_prompt_tokens: Option<i32>,
@@ -256,8 +261,7 @@ impl Prompt {
     pub fn bytes_max(&self) -> usize {
         match self {
             Self::Chat { messages, tools, chat_template_kwargs, .. } => {
-                let kwargs = chat_template_kwargs.iter().flat_map(|kwargs| kwargs.values());
-                messages_bytes(messages) + tools.iter().chain(kwargs).map(json_bytes).sum::<usize>()
+                conversation_bytes(messages, tools.as_ref(), chat_template_kwargs.as_ref())
             }
             Self::Text(texts) => texts.iter().map(String::len).max().unwrap_or(0),
             Self::Tokens(_) => 0,
@@ -265,9 +269,15 @@ impl Prompt {
     }
 }
 
-fn messages_bytes(messages: &[ChatMessage]) -> usize {
+fn conversation_bytes(
+    messages: &[ChatMessage],
+    tools: Option<&Value>,
+    kwargs: Option<&serde_json::Map<String, Value>>,
+) -> usize {
     let extra = |message: &ChatMessage| message.extra.values().map(json_bytes).sum::<usize>();
-    messages.iter().map(|message| message.content.text_bytes() + extra(message)).sum()
+    let messages = messages.iter().map(|message| message.content.text_bytes() + extra(message));
+    let kwargs = kwargs.into_iter().flat_map(|kwargs| kwargs.values());
+    messages.sum::<usize>() + tools.into_iter().chain(kwargs).map(json_bytes).sum::<usize>()
 }
 
 /// Bytes of the strings and keys in a value, which is not deeper than the parser allows.
@@ -403,7 +413,7 @@ impl Generate {
             prompt_logprobs: None,
             bad_words: Vec::new(),
             return_token_ids: false,
-            tokens_as_ids: false,
+            tokens_as_ids: None,
             truncate_prompt_tokens: None,
             truncation_side: TruncationSide::Left,
             add_special_tokens: None,
@@ -430,7 +440,14 @@ pub struct Tokenize {
 #[derive(Debug, Clone)]
 pub enum TokenizeInput {
     Prompt(String),
-    Messages { messages: Vec<ChatMessage>, tools: Option<Value>, add_generation_prompt: bool },
+    /// As [`Prompt::Chat`].
+    Messages {
+        messages: Vec<ChatMessage>,
+        tools: Option<Value>,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        chat_template_kwargs: Option<serde_json::Map<String, Value>>,
+    },
 }
 
 impl TokenizeInput {
@@ -438,8 +455,8 @@ impl TokenizeInput {
     pub fn bytes_max(&self) -> usize {
         match self {
             Self::Prompt(prompt) => prompt.len(),
-            Self::Messages { messages, tools, .. } => {
-                messages_bytes(messages) + tools.as_ref().map_or(0, json_bytes)
+            Self::Messages { messages, tools, chat_template_kwargs, .. } => {
+                conversation_bytes(messages, tools.as_ref(), chat_template_kwargs.as_ref())
             }
         }
     }

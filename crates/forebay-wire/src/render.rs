@@ -48,7 +48,7 @@ impl RenderSpec {
             include_usage: call.include_usage,
             continuous_usage: call.include_usage && call.continuous_usage,
             token_ids: call.return_token_ids,
-            tokens_as_ids: call.tokens_as_ids,
+            tokens_as_ids: call.tokens_as_ids.unwrap_or(false),
             request_id: call.request_id.clone(),
         }
     }
@@ -246,6 +246,7 @@ fn put_tail(out: &mut BytesMut, usage: &Usage) {
 
 /// `"id":…,"object":…,"created":…,"model":…`; of the tokens API `"request_id":…,"created":…,"model":…`.
 pub(crate) fn put_identity(out: &mut BytesMut, id: &str, created_unix: u64, spec: &RenderSpec, chunk: bool) {
+    let id = spec.request_id.as_deref().unwrap_or(id);
     let (prefix, object) = match (spec.api, chunk) {
         (Api::Tokens, _) => {
             put_raw(out, "\"request_id\":");
@@ -260,7 +261,7 @@ pub(crate) fn put_identity(out: &mut BytesMut, id: &str, created_unix: u64, spec
         (Api::Completions, _) => ("cmpl-", "text_completion"),
     };
     put_raw(out, "\"id\":");
-    put(out, &format!("{prefix}{}", spec.request_id.as_deref().unwrap_or(id)));
+    put(out, &format!("{prefix}{id}"));
     put_raw(out, ",\"object\":\"");
     put_raw(out, object);
     put_raw(out, "\",\"created\":");

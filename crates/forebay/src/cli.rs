@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use forebay_config::{ByteSize, HumanDuration};
-use forebay_engine::{GenerationDefaults, GenerationSource, KvEventsConfig, ReasoningParser, ToolCallParser};
+use forebay_engine::{GenerationDefaults, KvEventsConfig, ReasoningParser, ToolCallParser};
 
+use crate::counts::{Count, ModelLen, TokenCount};
 use crate::front::Front;
 
 /// The LLM serving stack in one program: edge, gateway, proxy, router and inference engine.
@@ -79,9 +80,9 @@ pub(crate) struct Worker {
     /// The same as a flag
     #[arg(long)]
     pub model: Option<String>,
-    /// Name that clients use; the model's own where absent
-    #[arg(long, value_name = "NAME")]
-    pub served_model_name: Option<String>,
+    /// Names that clients may use; replies and metrics say the first. The model's own where absent
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub served_model_name: Vec<String>,
     /// Address or host name to listen on
     #[arg(long, default_value = "127.0.0.1")]
     pub host: String,
@@ -90,15 +91,16 @@ pub(crate) struct Worker {
     /// Port of /ready and the admin API on the same address; off where absent
     #[arg(long, value_name = "PORT")]
     pub admin_port: Option<u16>,
-    /// Longest prompt plus output, in tokens
-    #[arg(long, value_name = "TOKENS")]
-    pub max_model_len: Option<u32>,
+    /// Longest prompt plus output, in tokens (32k is 32,000, 32K is 32,768); `auto` and -1 are what the model and the KV
+    /// cache allow, and so is no value
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
+    pub max_model_len: Option<ModelLen>,
     /// Sequences computed in one step at most
     #[arg(long, value_name = "N")]
     pub max_num_seqs: Option<u32>,
     /// Tokens computed in one step at most
     #[arg(long, value_name = "TOKENS")]
-    pub max_num_batched_tokens: Option<u32>,
+    pub max_num_batched_tokens: Option<TokenCount>,
     /// Longest step in which others decode, in milliseconds; prefill is cut to fit
     #[arg(long, value_name = "MS")]
     pub itl_slo_ms: Option<u32>,
@@ -107,16 +109,17 @@ pub(crate) struct Worker {
     pub max_num_queued_reqs: Option<u32>,
     /// Prompt tokens that may wait
     #[arg(long, value_name = "TOKENS")]
-    pub max_num_queued_tokens: Option<u32>,
+    pub max_num_queued_tokens: Option<TokenCount>,
     /// Tokens per KV block
     #[arg(long, value_name = "TOKENS")]
     pub block_size: Option<u32>,
-    /// Memory for KV blocks, as bytes or like 512MiB
+    /// Memory for KV blocks, as bytes, like 512MiB, or like 1G
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub kv_cache_memory_bytes: Option<ByteSize>,
-    /// Where sampling values come from that a request leaves open: the model's `generation_config.json`, or OpenAI's
-    #[arg(long, value_name = "auto|vllm", value_parser = generation_source)]
-    pub generation_config: Option<GenerationSource>,
+    /// Where sampling values come from that a request leaves open: the model's `generation_config.json` (auto), OpenAI's
+    /// (vllm), or another such file or its directory
+    #[arg(long, value_name = "auto|vllm|PATH")]
+    pub generation_config: Option<String>,
     /// Sampling values that go before the model's own, as JSON: `{"temperature": 0.7, "top_k": 20}`
     #[arg(long, value_name = "JSON", value_parser = generation_defaults)]
     pub override_generation_config: Option<GenerationDefaults>,
@@ -146,6 +149,15 @@ pub(crate) struct Worker {
     /// Seed of requests that bring none; random ones where absent (vLLM: 0)
     #[arg(long, value_name = "SEED")]
     pub seed: Option<u64>,
+    /// Tell every stream's usage, in each of its frames, whether a request asks for it or not
+    #[arg(long)]
+    pub enable_force_include_usage: bool,
+    /// Name tokens in log-probabilities as `token_id:ID` where a request does not say
+    #[arg(long)]
+    pub return_tokens_as_token_ids: bool,
+    /// Answer GET /tokenizer_info, which shows the chat template
+    #[arg(long)]
+    pub enable_tokenizer_info_endpoint: bool,
     /// Compute threads; the machine's cores where absent
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
@@ -211,22 +223,14 @@ fn kv_events(text: &str) -> Result<KvEventsFlag, String> {
         .map_err(|error| error.to_string())
 }
 
-fn generation_source(text: &str) -> Result<GenerationSource, String> {
-    match text {
-        "auto" => Ok(GenerationSource::Auto),
-        "vllm" => Ok(GenerationSource::Vllm),
-        _ => Err("`auto` and `vllm` are known; a directory's file counts with the model in it".to_owned()),
-    }
-}
-
 fn generation_defaults(text: &str) -> Result<GenerationDefaults, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
-/// vLLM writes bytes, people write 512MiB.
+/// vLLM's numbers first; people write 512MiB.
 fn bytes(text: &str) -> Result<ByteSize, String> {
-    match text.parse::<u64>() {
-        Ok(bytes) => Ok(ByteSize::new(bytes)),
+    match text.parse() {
+        Ok(Count(bytes)) => Ok(ByteSize::new(bytes)),
         Err(_) => text.parse::<ByteSize>().map_err(|error| error.to_string()),
     }
 }

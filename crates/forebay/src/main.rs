@@ -4,6 +4,7 @@
 mod bench;
 mod check;
 mod cli;
+mod counts;
 mod front;
 mod log;
 mod model;

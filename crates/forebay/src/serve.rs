@@ -8,7 +8,7 @@ use forebay_app::check::{problems, warnings};
 use forebay_app::{AdminConfig, Config, StartError, Summary, prepare};
 use forebay_config::{HumanDuration, ListenAddr, Loaded, OneOrMany, RealEnvironment, Source};
 use forebay_edge::{EdgeConfig, Switch};
-use forebay_engine::EngineConfig;
+use forebay_engine::{EngineConfig, GenerationSource};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::{Serve, Worker};
@@ -31,16 +31,20 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
     let engine = EngineConfig {
         // The parser wants one of the two.
         model: args.model.clone().or_else(|| args.model_tag.clone()).unwrap_or_default(),
-        served_model_name: args.served_model_name.clone(),
-        max_model_len: args.max_model_len,
+        served_model_name: args.served_model_name.clone().into(),
+        max_model_len: args.max_model_len.and_then(|len| len.0),
         kv_cache_memory: args.kv_cache_memory_bytes.unwrap_or(defaults.kv_cache_memory),
         block_size: args.block_size.unwrap_or(defaults.block_size),
-        max_num_batched_tokens: args.max_num_batched_tokens.unwrap_or(defaults.max_num_batched_tokens),
+        max_num_batched_tokens: args
+            .max_num_batched_tokens
+            .map_or(defaults.max_num_batched_tokens, |tokens| tokens.0),
         itl_slo: args.itl_slo_ms.map_or(defaults.itl_slo, |ms| HumanDuration::from_millis(ms.into())),
         max_num_seqs: args.max_num_seqs.unwrap_or(defaults.max_num_seqs),
         max_num_queued_reqs: args.max_num_queued_reqs.unwrap_or(defaults.max_num_queued_reqs),
-        max_num_queued_tokens: args.max_num_queued_tokens.unwrap_or(defaults.max_num_queued_tokens),
-        generation_config: args.generation_config.unwrap_or_default(),
+        max_num_queued_tokens: args
+            .max_num_queued_tokens
+            .map_or(defaults.max_num_queued_tokens, |tokens| tokens.0),
+        generation_config: args.generation_config.clone().map(GenerationSource::from).unwrap_or_default(),
         override_generation_config: args.override_generation_config.unwrap_or_default(),
         enable_prefix_caching: !args.no_enable_prefix_caching,
         tool_call_parser: args.tool_call_parser.unwrap_or(defaults.tool_call_parser),
@@ -49,6 +53,9 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         chat_template: args.chat_template.clone(),
         max_logprobs: args.max_logprobs.unwrap_or(defaults.max_logprobs),
         seed: args.seed,
+        enable_force_include_usage: args.enable_force_include_usage,
+        return_tokens_as_token_ids: args.return_tokens_as_token_ids,
+        enable_tokenizer_info_endpoint: args.enable_tokenizer_info_endpoint,
         threads: args.threads,
         tensor_parallel_size: args.tensor_parallel_size.unwrap_or(defaults.tensor_parallel_size),
         pipeline_parallel_size: args.pipeline_parallel_size.unwrap_or(defaults.pipeline_parallel_size),

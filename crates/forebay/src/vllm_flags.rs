@@ -36,6 +36,12 @@ const fn refused(
 }
 
 const GPU: &str = "there is no GPU";
+const ONE_MACHINE: &str = "a model runs on one machine";
+const SLO: &str = "--itl-slo-ms bounds prefill beside decodes";
+const MERGED: &str = "adapters can't be loaded; merge them into the model";
+const COMPILED: &str = "nothing is compiled";
+const KV_MEMORY: &str = "--kv-cache-memory-bytes is the size of the KV cache";
+const LOG: &str = "set RUST_LOG";
 
 /// vLLM 0.33's names.
 const FLAGS: &[Flag] = &[
@@ -50,10 +56,12 @@ const FLAGS: &[Flag] = &[
     idle("--download-dir", true, "set FOREBAY_CACHE_DIR"),
     idle("--trust-remote-code", false, "no code of models is run"),
     idle("--chat-template-content-format", true, "templates get texts"),
-    idle("--enforce-eager", false, "nothing is compiled"),
+    idle("--enforce-eager", false, COMPILED),
+    idle("--attention-backend", true, "kernels are chosen by what the processor can"),
     idle("--distributed-executor-backend", true, "everything runs in one process"),
-    idle("--gpu-memory-utilization", true, "--kv-cache-memory-bytes is the size of the KV cache"),
-    idle("--swap-space", true, "--kv-cache-memory-bytes is the size of the KV cache"),
+    idle("--gpu-memory-utilization", true, KV_MEMORY),
+    idle("--device-memory-utilization", true, KV_MEMORY),
+    idle("--swap-space", true, KV_MEMORY),
     idle("--prefix-caching-hash-algo", true, "blocks are hashed as `sha256_cbor`"),
     idle("--enable-chunked-prefill", false, "prefill is always chunked"),
     idle("--no-enable-chunked-prefill", false, "prefill is always chunked"),
@@ -67,23 +75,42 @@ const FLAGS: &[Flag] = &[
     idle("--watermark", true, "1 % of the blocks is kept free"),
     idle("--async-scheduling", false, "planning takes microseconds"),
     idle("--no-async-scheduling", false, "planning takes microseconds"),
-    idle("--compilation-config", true, "nothing is compiled"),
-    idle("-O", true, "nothing is compiled"),
+    idle("--compilation-config", true, COMPILED),
+    idle("-cc", true, COMPILED),
+    idle("-O", true, COMPILED),
+    idle("--optimization-level", true, COMPILED),
     idle("--enable-auto-tool-choice", false, "tools can always be called"),
     idle("--structured-outputs-config", true, "constraints are followed by llguidance"),
     idle("--disable-log-stats", false, "numbers are on /metrics, not in the log"),
     idle("--enable-log-requests", false, "the log level shows requests: RUST_LOG=forebay=debug"),
     idle("--disable-log-requests", false, "the log level shows requests: RUST_LOG=forebay=debug"),
     idle("--no-enable-log-requests", false, "the log level shows requests: RUST_LOG=forebay=debug"),
-    idle("--uvicorn-log-level", true, "set RUST_LOG"),
-    idle("--disable-uvicorn-access-log", false, "set RUST_LOG"),
+    idle("--uvicorn-log-level", true, LOG),
+    idle("--disable-uvicorn-access-log", false, LOG),
+    idle("--max-log-len", true, "prompts are not logged"),
+    idle("--disable-fastapi-docs", false, "there are none"),
     idle("--enable-prompt-tokens-details", false, "`cached_tokens` is always there"),
     idle("--enable-request-id-headers", false, "`x-request-id` is always there"),
     idle("--kv-cache-metrics", false, "blocks are not sampled"),
     refused("--data-parallel-size", true, &["1"], "start more workers and list them in a router's fleet"),
     refused("-dp", true, &["1"], "start more workers and list them in a router's fleet"),
-    refused("--nnodes", true, &["1"], "a model runs on one machine"),
-    refused("--node-rank", true, &["0"], "a model runs on one machine"),
+    refused("--nnodes", true, &["1"], ONE_MACHINE),
+    refused("-n", true, &["1"], ONE_MACHINE),
+    refused("--node-rank", true, &["0"], ONE_MACHINE),
+    refused("-r", true, &["0"], ONE_MACHINE),
+    idle("--master-addr", true, ONE_MACHINE),
+    idle("--master-port", true, ONE_MACHINE),
+    idle("--distributed-timeout-seconds", true, ONE_MACHINE),
+    idle("--disable-custom-all-reduce", false, "ranks are threads of one process"),
+    refused("--headless", false, &[], "every worker answers HTTP"),
+    refused(
+        "--api-server-count",
+        true,
+        &["1"],
+        "one process answers, with as many threads as there are cores",
+    ),
+    refused("-asc", true, &["1"], "one process answers, with as many threads as there are cores"),
+    refused("--config", true, &[], "give flags, or `forebay serve --config` a forebay.yaml"),
     refused("--enable-expert-parallel", false, &[], "mixtures of experts are not run"),
     refused("--device", true, &["auto", "cpu"], GPU),
     refused("--device-ids", true, &[], GPU),
@@ -96,24 +123,23 @@ const FLAGS: &[Flag] = &[
     refused("--kv-offloading-size", true, &[], "the KV cache is in the machine's memory already"),
     refused("--cpu-offload-gb", true, &["0"], "weights are in the machine's memory already"),
     refused("--max-num-active-seqs", true, &[], "--max-num-seqs is the limit"),
-    refused("--long-prefill-token-threshold", true, &["0"], "--itl-slo-ms bounds prefill beside decodes"),
+    refused("--long-prefill-token-threshold", true, &["0"], SLO),
+    refused("--long-prefill-token-threshold-adaptive", false, &[], SLO),
     refused("--prefill-schedule-interval", true, &["1"], "every step may have prefill"),
     refused("--stream-interval", true, &["1"], "requests ask for `stream_interval`"),
     refused("--kv-transfer-config", true, &[], "KV blocks are not sent to other workers"),
     refused("--speculative-config", true, &[], "there is no speculative decoding"),
-    refused("--enable-lora", false, &[], "adapters can't be loaded; merge them into the model"),
-    refused("--lora-modules", true, &[], "adapters can't be loaded; merge them into the model"),
-    refused("--max-loras", true, &[], "adapters can't be loaded; merge them into the model"),
-    refused("--max-lora-rank", true, &[], "adapters can't be loaded; merge them into the model"),
+    refused("-sc", true, &[], "there is no speculative decoding"),
+    refused("--enable-lora", false, &[], MERGED),
+    refused("--lora-modules", true, &[], MERGED),
+    refused("--max-loras", true, &[], MERGED),
+    refused("--max-lora-rank", true, &[], MERGED),
     refused("--exclude-tools-when-tool-choice-none", false, &[], "tools are always in the prompt"),
     refused("--tool-parser-plugin", true, &[], "the forms of --tool-call-parser are built in"),
     refused("--reasoning-parser-plugin", true, &[], "the forms of --reasoning-parser are built in"),
     refused("--uds", true, &[], "listen on a port"),
     refused("--grpc-port", true, &[], "there is no gRPC"),
     idle("--enable-server-load-tracking", false, "/load is always right"),
-    refused("--enable-force-include-usage", false, &[], "clients ask for `stream_options.include_usage`"),
-    refused("--return-tokens-as-token-ids", false, &[], "requests ask for `return_tokens_as_token_ids`"),
-    refused("--enable-tokenizer-info-endpoint", false, &[], "there is no /tokenizer_info"),
     refused(
         "--otlp-traces-endpoint",
         true,
@@ -121,6 +147,10 @@ const FLAGS: &[Flag] = &[
         "traces are not exported; /api/requests of the admin port has them",
     ),
 ];
+
+/// Switches of our own that are off by default; vLLM has a `--no-` to each.
+const OFF: &[&str] =
+    &["enable-force-include-usage", "return-tokens-as-token-ids", "enable-tokenizer-info-endpoint"];
 
 /// Short names of flags that are our own. (A short flag of our parser has one letter.)
 const SHORT: &[(&str, &str)] = &[("-tp", "--tensor-parallel-size"), ("-pp", "--pipeline-parallel-size")];
@@ -136,6 +166,9 @@ pub(crate) fn sift(args: impl IntoIterator<Item = String>) -> Result<Sifted, Str
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
         let (name, inline) = split(&arg);
+        if is_off_anyway(&name) {
+            continue;
+        }
         let Some(flag) = FLAGS.iter().find(|flag| flag.name == name) else {
             sifted.args.push(match inline {
                 Some(value) if name.starts_with("--") => format!("{name}={value}"),
@@ -157,6 +190,15 @@ pub(crate) fn sift(args: impl IntoIterator<Item = String>) -> Result<Sifted, Str
         }
     }
     Ok(sifted)
+}
+
+/// `--no-X` where X is off by default, or is refused.
+fn is_off_anyway(name: &str) -> bool {
+    let is_refused = |switch: &Flag| !switch.value && matches!(switch.what, What::Refused { .. });
+    name.strip_prefix("--no-").is_some_and(|on| {
+        OFF.contains(&on)
+            || FLAGS.iter().any(|flag| flag.name.strip_prefix("--") == Some(on) && is_refused(flag))
+    })
 }
 
 /// `--a_b=c` is `--a-b` with `c`; `-O3` is `-O` with `3`; `-tp` is `--tensor-parallel-size`.
@@ -203,6 +245,11 @@ mod tests {
         check("-h", "-h");
         // They ask for what is done anyway.
         check("m -dp 1 --kv-cache-dtype=auto --stream_interval 1 --device cpu --load-format=gguf", "m");
+        check(
+            "m --no-enable-lora --no_enable_force_include_usage --no-long-prefill-token-threshold-adaptive",
+            "m",
+        );
+        check("m --max-model-len -1", "m --max-model-len -1");
         check("m -tp 3 -pp=2", "m --tensor-parallel-size 3 --pipeline-parallel-size=2");
         check("-topology x", "-topology x");
     }
@@ -239,6 +286,51 @@ mod tests {
         for (n, flag) in FLAGS.iter().enumerate() {
             assert!(FLAGS[..n].iter().all(|other| other.name != flag.name), "{} twice", flag.name);
             assert!(!own.iter().any(|own| own == flag.name), "{} is ours", flag.name);
+        }
+    }
+
+    /// What people start `vllm serve` with: each flag is one of ours, has no effect and says so, or is refused with the
+    /// reason. With a value that asks for something.
+    #[test]
+    fn every_flag_that_matters_has_an_answer() {
+        const OURS: &str = "--model m,--served-model-name a,--seed 0,--max-model-len auto,--generation-config auto,\
+            --override-generation-config {},--chat-template x,--max-logprobs 5,--tensor-parallel-size 2,-tp 2,\
+            --pipeline-parallel-size 2,-pp 2,--block-size 16,--kv-cache-memory-bytes 1G,--num-gpu-blocks-override 9,\
+            --enable-prefix-caching,--no-enable-prefix-caching,--max-num-batched-tokens 2k,--max-num-seqs 4,\
+            --max-num-queued-reqs 4,--max-num-queued-tokens 4k,--kv-events-config {},--host h,--port 1,\
+            --api-key k,--ssl-keyfile f,--ssl-certfile f,--allowed-origins [],--root-path /p,--tool-call-parser hermes,\
+            --reasoning-parser qwen3,--enable-force-include-usage,--return-tokens-as-token-ids,\
+            --enable-tokenizer-info-endpoint,--shutdown-timeout 0,--sse-keep-alive-interval 0";
+        const WITHOUT_EFFECT: &str = "--tokenizer-mode auto,--dtype auto,--download-dir d,--trust-remote-code,\
+            --chat-template-content-format auto,--enforce-eager,--distributed-executor-backend mp,--master-addr a,\
+            --master-port 1,--gpu-memory-utilization 0.9,--prefix-caching-hash-algo sha256,--scheduling-policy priority,\
+            --enable-chunked-prefill,--no-enable-chunked-prefill,--scheduler-reserve-full-isl,\
+            --no-scheduler-reserve-full-isl,--watermark 0.1,--async-scheduling,--no-async-scheduling,\
+            --structured-outputs-config {},--compilation-config {},-O3,-O 3,--enable-auto-tool-choice,\
+            --enable-server-load-tracking,--enable-prompt-tokens-details,--enable-request-id-headers,\
+            --disable-log-stats,--enable-log-requests,--kv-cache-metrics";
+        const REFUSED: &str = "--tokenizer t,--quantization awq,-q awq,--load-format dummy,--revision r,\
+            --hf-overrides {\"a\":1},--data-parallel-size 2,-dp 2,--nnodes 2,--node-rank 1,--device-ids 0,\
+            --kv-cache-dtype fp8,--kv-offloading-size 1,--cpu-offload-gb 1,--max-num-active-seqs 4,\
+            --long-prefill-token-threshold 512,--long-prefill-token-threshold-adaptive,--prefill-schedule-interval 2,\
+            --stream-interval 2,--kv-transfer-config {},--speculative-config {},--enable-lora,--max-loras 2,\
+            --max-lora-rank 8,--lora-modules a=b,--otlp-traces-endpoint u,--grpc-port 1,--uds s";
+        let command = crate::cli::Cli::command();
+        let worker = command.find_subcommand("worker").expect("is there");
+        let is_own = |long: &str| worker.get_arguments().any(|arg| arg.get_long() == long.strip_prefix("--"));
+        let each = |list: &'static str| list.split(',').map(str::trim);
+        for flag in each(OURS) {
+            let left = sifted(flag).expect(flag);
+            assert!(left.warnings.is_empty() && is_own(&left.args[0]), "{flag}: {left:?}");
+        }
+        for flag in each(WITHOUT_EFFECT) {
+            let left = sifted(flag).expect(flag);
+            assert!(left.args.is_empty() && left.warnings.len() == 1, "{flag}: {left:?}");
+        }
+        for flag in each(REFUSED) {
+            let error = sifted(flag).expect_err(flag);
+            let name = flag.split(' ').next().expect("one word");
+            assert!(error.starts_with(&format!("{name} is not supported: ")), "{flag}: {error}");
         }
     }
 }

@@ -166,11 +166,11 @@ impl<E: Executor> StepLoop<E> {
     fn abort(&mut self, which: &Aborted) {
         let requests = self.state.requests.iter();
         let found: Vec<u64> =
-            requests.filter(|(_, request)| which.has(&request.submission)).map(|(&id, _)| id).collect();
+            requests.filter(|(_, request)| request.submission.is_meant(which)).map(|(&id, _)| id).collect();
         found.into_iter().for_each(|id| self.end_early(id));
         if let Some(pause) = &mut self.state.pause {
             pause.parked.retain(|submission| {
-                let is_meant = which.has(submission);
+                let is_meant = submission.is_meant(which);
                 if is_meant {
                     say_aborted(submission, 0..submission.choices(), submission.nothing_used(), false);
                 }
@@ -227,14 +227,17 @@ impl Pause {
     }
 }
 
+impl Submission {
+    fn is_meant(&self, which: &Aborted) -> bool {
+        which.has(&self.id, self.own_id.as_ref())
+    }
+}
+
 impl Aborted {
-    /// Whether a request is meant: by `x-request-id` or its own `request_id`, alone or as replies have it (`chatcmpl-ID`).
-    fn has(&self, submission: &Submission) -> bool {
-        const PREFIXES: [&str; 3] = ["chatcmpl-", "cmpl-", "generate-tokens-"];
-        let is_its = |id: &str| {
-            let own = submission.own_id.as_ref();
-            id == submission.id.as_str() || own.is_some_and(|own| id == own.as_str())
-        };
+    /// Whether a request is meant: by `x-request-id` or its `own` `request_id`, alone or as replies have it (`chatcmpl-ID`).
+    pub(super) fn has(&self, id: &RequestId, own: Option<&RequestId>) -> bool {
+        const PREFIXES: [&str; 4] = ["chatcmpl-", "cmpl-", "generate-tokens-", "embd-"];
+        let is_its = |asked: &str| asked == id.as_str() || own.is_some_and(|own| asked == own.as_str());
         let is_meant = |id: &str| {
             is_its(id) || PREFIXES.iter().any(|prefix| id.strip_prefix(prefix).is_some_and(is_its))
         };

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use forebay_flow::{Flow, Placed, PromptIds, Reply, ReplyForm, Stage};
 use forebay_grammar::{GrammarError, Grammars, Mask, Matcher};
 use forebay_kernels::{Isa, Pool};
@@ -18,6 +19,7 @@ use forebay_wire::{
 };
 use tokio::sync::mpsc;
 
+use super::answers::Answers;
 use super::constrain::Beginning;
 use super::control::{Message, Paused};
 use super::embed::not_this_api;
@@ -35,7 +37,7 @@ use super::submission::{How, Submission};
 use super::template::with_template;
 use super::watchdog::{self, Heartbeat};
 use super::words::BadWords;
-use super::{KvSink, Sinks, hf_text, text};
+use super::{KvSink, Sinks, hf_text, text, tokenizer_info};
 use crate::config::EngineConfig;
 use crate::exec::{self, CpuOptions, Executor};
 use crate::generation::GenerationDefaults;
@@ -86,6 +88,9 @@ pub struct Engine {
     load_time: Duration,
     summary: String,
     kv_event_source: Option<KvEventSource>,
+    answers: Answers,
+    /// The answer of `/tokenizer_info`, where it is on.
+    tokenizer_info: Option<Bytes>,
     _thread: JoinHandle<()>,
 }
 
@@ -111,6 +116,11 @@ impl Engine {
         let Layout { spec, ranks, block_size, blocks, positions_max } = layout;
         let text = with_template(text_of(&file, path)?, config.chat_template.as_deref())?;
         let generation = generation_of(config, &file, path)?;
+        let tokenizer_info = config
+            .enable_tokenizer_info_endpoint
+            .then(|| tokenizer_info::render(&text, file.directory(), positions_max as u32))
+            .transpose()
+            .map_err(|source| StartError::HfText { path: path.into(), source: Box::new(source) })?;
         let threads = config.threads.map_or_else(cores, |n| n as usize);
         let pool = Arc::new(Pool::new(exec::threads_per_rank(threads, ranks)));
         let isa = deps.isa.unwrap_or_else(Isa::detect);
@@ -157,7 +167,7 @@ impl Engine {
         );
         let engine =
             Self::run(model, text, executor, scheduler, pool, metrics, sinks, config, begun, summary)?;
-        Ok(Self { kv_event_source, generation, ..engine })
+        Ok(Self { kv_event_source, generation, tokenizer_info, ..engine })
     }
 
     /// Whether [`Engine::start`] would take this configuration for this file. Reads the file's head only, and leaves
@@ -218,6 +228,7 @@ impl Engine {
             .spawn(move || step_loop.run())
             .map_err(StartError::Thread)?;
         Ok(Self {
+            answers: Answers::new(config, &model),
             model,
             token_bytes_max: token_bytes_max(&text),
             forms: Forms::new(&text, config.tool_call_parser, config.reasoning_parser),
@@ -239,6 +250,7 @@ impl Engine {
             load_time: begun.elapsed(),
             summary,
             kv_event_source: None,
+            tokenizer_info: None,
             _thread: thread,
         })
     }
@@ -396,7 +408,7 @@ impl Engine {
             begun: Instant::now(),
             ended: false,
         };
-        Ok(Reply::new(form, Box::pin(events)))
+        Ok(Reply::new(form, Box::pin(events)).rendered_as(|| self.answers.spec(&call)))
     }
 
     /// What a call would generate from, for vLLM's token-in token-out API.
@@ -419,7 +431,8 @@ impl Engine {
         call.sampling = self.generation.fill(&call.sampling);
         let calls: Vec<TokensCall<'_>> =
             asks.iter().map(|ask| TokensCall { token_ids: &ask.ids, max_tokens: ask.max_tokens }).collect();
-        Ok(Reply::json(render_tokens_calls(origin.id.as_str(), &call, &calls)))
+        let id = call.request_id.as_deref().unwrap_or(origin.id.as_str());
+        Ok(Reply::json(render_tokens_calls(id, &call, &calls)))
     }
 
     /// The prompts in this model's own tokens.
@@ -478,6 +491,7 @@ impl Stage<Placed> for Engine {
                 let (text, call) = (self.text.clone(), call.clone());
                 self.off_thread.run(move || prompt::detokenize(&text, &call)).await
             }
+            Ask::TokenizerInfo => tokenizer_info::answer(self.tokenizer_info.as_ref()),
             Ask::ListModels | Ask::GetModel(_) => Err(Fault::internal("model listings are the proxy's")),
         }
     }
@@ -500,7 +514,7 @@ fn generation_of(
     path: &Path,
 ) -> Result<GenerationDefaults, StartError> {
     let over = &config.override_generation_config;
-    GenerationDefaults::of(file.directory(), config.generation_config, over)
+    GenerationDefaults::of(file.directory(), &config.generation_config, over)
         .map_err(|source| StartError::Generation { path: path.into(), source: Box::new(source) })
 }
 

@@ -9,7 +9,9 @@ use crate::small_file::{self, SmallFileError};
 /// Gemma's `tokenizer.json`, one of the largest, has 33 MB.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 /// Of each other file. `tokenizer_config.json` lists added tokens: Gemma's has 1.2 MB.
-const FILE_BYTES_MAX: u64 = 16 << 20;
+pub(super) const FILE_BYTES_MAX: u64 = 16 << 20;
+/// What a directory says of its tokenizer.
+pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// Why the tokenizer or the chat template of a directory can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +20,8 @@ pub enum HfTextError {
     NoTokenizer { path: PathBuf },
     #[error("a file of the tokenizer can't be read")]
     Read(#[from] SmallFileError),
+    #[error("`{TOKENIZER_CONFIG}` is not as it should be")]
+    Config(#[source] serde_json::Error),
     #[error("`chat_template.jinja` is not UTF-8")]
     Utf8(#[source] std::str::Utf8Error),
     #[error("the tokenizer in the model's directory can't be used")]
@@ -31,7 +35,7 @@ pub(crate) fn text_model(directory: &Path) -> Result<TextModel, HfTextError> {
         return Err(HfTextError::NoTokenizer { path });
     };
     let file = |name: &str| small_file::read_if_there(&directory.join(name), FILE_BYTES_MAX);
-    let (config, special_tokens) = (file("tokenizer_config.json")?, file("special_tokens_map.json")?);
+    let (config, special_tokens) = (file(TOKENIZER_CONFIG)?, file("special_tokens_map.json")?);
     let (generation, template) = (file("generation_config.json")?, file("chat_template.jinja")?);
     // What ends a generation stands in either; the one that is about generating goes first, as in transformers.
     let generation = match generation {

@@ -5,6 +5,7 @@
 //! **Invariant:** nothing in here knows HTTP or JSON of a generation; the only JSON is that of `/tokenize`,
 //! `/detokenize` and embeddings, through `forebay-wire`.
 
+mod answers;
 mod checks;
 mod choice;
 mod constrain;
@@ -27,6 +28,7 @@ mod step_loop;
 mod submission;
 mod template;
 mod text;
+mod tokenizer_info;
 mod watchdog;
 mod words;
 

@@ -7,7 +7,7 @@ use forebay_flow::{Flow, Placed, PromptIds, Reply, Stage};
 use forebay_types::{Fault, ModelName};
 use forebay_wire::{Embed, Generate, Prompt};
 
-use super::{EmbeddingEngine, Engine, EngineDeps, StartError};
+use super::{Aborted, EmbeddingEngine, Engine, EngineDeps, StartError, Stopped};
 use crate::config::EngineConfig;
 use crate::model::is_encoder;
 
@@ -49,6 +49,17 @@ impl ModelEngine {
         match self {
             Self::Generating(engine) => Some(engine),
             Self::Embedding(_) => None,
+        }
+    }
+
+    /// Ends requests: those that generate with the finish reason `abort`, others with an error.
+    pub async fn abort(&self, which: Aborted) -> Result<(), Stopped> {
+        match self {
+            Self::Generating(engine) => engine.abort(which).await,
+            Self::Embedding(engine) => {
+                engine.abort(&which);
+                Ok(())
+            }
         }
     }
 

@@ -34,9 +34,7 @@ pub(super) fn encode(text: &TextModel, call: &Generate, model_len: u32) -> Resul
                 kwargs: chat_template_kwargs.as_ref(),
                 ..ChatPrompt::new(&[])
             };
-            let ids = chat(text, messages, tools.as_ref(), prompt)?;
-            let special = call.add_special_tokens.unwrap_or(false);
-            vec![cut(if special { text.tokenizer().with_special(&ids) } else { ids })]
+            vec![cut(chat(text, messages, tools.as_ref(), prompt, call.add_special_tokens)?)]
         }
         Prompt::Text(texts) => texts
             .iter()
@@ -73,11 +71,13 @@ fn tokens_kept(call: &Generate, model_len: u32) -> Result<Option<usize>, Fault> 
     }
 }
 
+/// The ids of a conversation. `special` puts what the model wants around a text on top of what the template writes.
 fn chat(
     text: &TextModel,
     messages: &[ChatMessage],
     tools: Option<&Value>,
     prompt: ChatPrompt<'_>,
+    special: Option<bool>,
 ) -> Result<Vec<TokenId>, Fault> {
     let messages: Vec<Value> = messages.iter().map(message_json).collect();
     let prompt = ChatPrompt {
@@ -86,7 +86,8 @@ fn chat(
         now: CivilTime::from(SystemTime::now()),
         ..prompt
     };
-    Ok(text.encode_chat(&prompt)?)
+    let ids = text.encode_chat(&prompt)?;
+    Ok(if special.unwrap_or(false) { text.tokenizer().with_special(&ids) } else { ids })
 }
 
 /// A message as templates read it. Text parts are joined by a line break, as vLLM does for string templates.
@@ -109,9 +110,20 @@ pub(super) fn tokenize(text: &TextModel, call: &Tokenize, model_len: u32) -> Res
             let special = Special { add: call.add_special_tokens.unwrap_or(true), parse: true };
             text.encode_text(prompt, special)?
         }
-        TokenizeInput::Messages { messages, tools, add_generation_prompt } => {
-            let prompt = ChatPrompt { add_generation_prompt: *add_generation_prompt, ..ChatPrompt::new(&[]) };
-            chat(text, messages, tools.as_ref(), prompt)?
+        TokenizeInput::Messages {
+            messages,
+            tools,
+            add_generation_prompt,
+            continue_final_message,
+            chat_template_kwargs,
+        } => {
+            let prompt = ChatPrompt {
+                add_generation_prompt: *add_generation_prompt,
+                continue_final_message: *continue_final_message,
+                kwargs: chat_template_kwargs.as_ref(),
+                ..ChatPrompt::new(&[])
+            };
+            chat(text, messages, tools.as_ref(), prompt, call.add_special_tokens)?
         }
     };
     let tokenizer = text.tokenizer();

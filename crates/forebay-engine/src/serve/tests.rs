@@ -472,6 +472,8 @@ async fn texts_that_can_not_fit_are_refused_by_their_size() {
         messages: vec![message(bytes)],
         tools: None,
         add_generation_prompt: true,
+        continue_final_message: false,
+        chat_template_kwargs: None,
     };
     refused(bench.tokenize(messages(limit + 1)).await.unwrap_err(), "messages");
     assert!(bench.tokenize(messages(limit)).await.is_ok());

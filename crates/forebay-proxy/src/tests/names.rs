@@ -43,6 +43,27 @@ async fn fleets_are_models_unless_models_are_listed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_fleet_has_aliases_unless_models_are_listed() {
+    // The name of another fleet is that fleet's.
+    let bench = Bench::with_aliases(None, &["b-too", "c"]).expect("a proxy");
+    assert_eq!(listed(&bench, None).await, ["a", "b", "b-too", "c"]);
+    assert_eq!(listed(&bench, Some(&["b-too"])).await, ["b-too"]);
+    for (name, from) in [("b-too", "from b"), ("c", "from c")] {
+        let reply = bench.proxy.call(completion(name)).await.expect("answered");
+        assert_eq!(text(reply).await, from);
+    }
+    let reply = bench.proxy.call(request("/v1/models/b-too", "")).await.expect("known");
+    let card: Value = serde_json::from_str(&text(reply).await).expect("JSON");
+    assert_eq!((&card["id"], &card["root"]), (&json!("b-too"), &json!("b")));
+    let hidden = bench.proxy.call(request_from(Some(&["b"]), "/v1/models/b-too", "")).await;
+    assert_eq!(hidden.expect_err("it may not").class.code, Code::ModelNotFound);
+
+    let bench = Bench::with_aliases(Some(&aliases()), &["b-too"]).expect("a proxy");
+    assert_eq!(listed(&bench, None).await, ["gpt-4o", "org/coder"]);
+    assert!(bench.proxy.call(completion("b-too")).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_caller_sees_what_it_may_use() {
     let bench = Bench::new(None);
     let only: Option<&[&str]> = Some(&["c", "elsewhere"]);

@@ -68,7 +68,8 @@ fn modalities(fields: &Fields<'_>) -> Result<Option<Need>, ParseError> {
     Ok(other.then(|| Need { param: "modalities".into(), what: TEXT_ONLY }))
 }
 
-fn template_kwargs(fields: &Fields<'_>) -> Result<Option<Map<String, Value>>, ParseError> {
+/// `chat_template_kwargs`, and `reasoning_effort` with them.
+pub(super) fn template_kwargs(fields: &Fields<'_>) -> Result<Option<Map<String, Value>>, ParseError> {
     let kwargs = match (fields.raw("chat_template_kwargs"), fields.kind("chat_template_kwargs")) {
         (Some(raw), Some(Kind::Object)) => Some(fields.read("chat_template_kwargs", raw)?),
         (Some(_), Some(got)) => {

@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::completion::prompts;
 use super::field::Fields;
+use super::tokens::request_id;
 use super::{ParseError, required_model, shown};
 use crate::{Embed, Need, VectorFormat};
 
@@ -51,6 +52,7 @@ pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Embed, ParseErr
             .map(|n| n as i32),
         add_special_tokens: fields.boolean("add_special_tokens")?.unwrap_or(true),
         priority: fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0) as i32,
+        request_id: request_id(fields)?,
         user: fields.string("user")?,
         needs,
         body: body.clone(),

@@ -34,7 +34,7 @@ const MODEL_BYTES_MAX: usize = 256;
 /// What is answered, for the message of a 404.
 const ROUTES: &str = "POST /v1/chat/completions, POST /v1/completions, POST /v1/embeddings, \
                       POST /v1/chat/completions/render, POST /v1/completions/render, POST /inference/v1/generate, \
-                      POST /tokenize, POST /detokenize, \
+                      POST /tokenize, POST /detokenize, GET /tokenizer_info, \
                       GET /v1/models, GET /v1/models/{model}";
 
 enum Route<'a> {
@@ -46,6 +46,7 @@ enum Route<'a> {
     Tokens,
     Tokenize,
     Detokenize,
+    TokenizerInfo,
     Models,
     Model(&'a str),
 }
@@ -61,6 +62,7 @@ impl<'a> Route<'a> {
             "/inference/v1/generate" => Self::Tokens,
             "/tokenize" => Self::Tokenize,
             "/detokenize" => Self::Detokenize,
+            "/tokenizer_info" => Self::TokenizerInfo,
             "/v1/models" | "/v1/models/" => Self::Models,
             _ => Self::Model(path.strip_prefix("/v1/models/")?),
         })
@@ -76,7 +78,7 @@ impl<'a> Route<'a> {
             | Self::Tokens
             | Self::Tokenize
             | Self::Detokenize => Method::POST,
-            Self::Models | Self::Model(_) => Method::GET,
+            Self::TokenizerInfo | Self::Models | Self::Model(_) => Method::GET,
         }
     }
 }
@@ -105,6 +107,7 @@ pub fn parse(
         return Err(ParseError::MethodNotAllowed { method: method.clone(), path: shown(path), allow });
     }
     match route {
+        Route::TokenizerInfo => return Ok(Ask::TokenizerInfo),
         Route::Models => return Ok(Ask::ListModels),
         Route::Model(id) => {
             let id = percent_decoded(id).filter(|id| id.len() <= MODEL_BYTES_MAX);
@@ -135,7 +138,7 @@ pub fn parse(
         Route::Tokens => token_api::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),
         Route::Tokenize => tokenize::parse(&fields, body).map(Ask::Tokenize),
         Route::Detokenize => tokenize::parse_detokenize(&fields, body).map(Ask::Detokenize),
-        Route::Models | Route::Model(_) => unreachable!("answered above"),
+        Route::TokenizerInfo | Route::Models | Route::Model(_) => unreachable!("answered above"),
     }
 }
 

@@ -44,6 +44,7 @@ fn routes() {
         let got = parse(&method, path, None, &Bytes::from_static(b"{}"));
         let got = match &got {
             Ok(Ask::ListModels) => Ok("list".to_owned()),
+            Ok(Ask::TokenizerInfo) => Ok("tokenizer".to_owned()),
             Ok(Ask::GetModel(model)) => Ok(model.to_string()),
             Ok(other) => panic!("{other:?}"),
             Err(error) => Err(error.class().code),
@@ -58,6 +59,8 @@ fn routes() {
     check(Method::GET, "/v1/models/%f", Err(Code::BadRequest));
     check(Method::GET, "/v1/models/%ff", Err(Code::BadRequest));
     check(Method::GET, &format!("/v1/models/{}", "x".repeat(257)), Err(Code::BadRequest));
+    check(Method::GET, "/tokenizer_info", Ok("tokenizer"));
+    check(Method::POST, "/tokenizer_info", Err(Code::MethodNotAllowed));
     check(Method::POST, "/v1/models", Err(Code::MethodNotAllowed));
     check(Method::GET, CHAT, Err(Code::MethodNotAllowed));
     check(Method::GET, EMBEDDINGS, Err(Code::MethodNotAllowed));
@@ -86,8 +89,9 @@ fn embeddings_are_read() {
     let call = embed(
         r#"{"model":"m","input":["a",""],"encoding_format":"base64","dimensions":8,"normalize":false,"user":"u",
             "truncate_prompt_tokens":-1,"add_special_tokens":false,"priority":-3,"embed_dtype":"float32",
-            "endianness":"native","unknown":1}"#,
+            "endianness":"native","request_id":"mine","unknown":1}"#,
     );
+    assert_eq!(call.request_id.as_deref(), Some("mine"));
     assert_eq!((call.format, call.dimensions, call.normalize), (VectorFormat::Base64, Some(8), Some(false)));
     assert_eq!((call.truncate_prompt_tokens, call.add_special_tokens), (Some(-1), false));
     assert_eq!((call.priority, call.user.as_deref(), call.needs.len()), (-3, Some("u"), 0));
@@ -618,8 +622,38 @@ fn tokenize_shapes() {
     assert!(matches!(call.input, TokenizeInput::Prompt(prompt) if prompt == "a"));
     assert_eq!((call.model, call.add_special_tokens, call.return_token_strs), (None, Some(false), false));
     let Ok(Ask::Tokenize(call)) = post("/tokenize", &chat("")) else { panic!() };
-    assert!(matches!(call.input, TokenizeInput::Messages { add_generation_prompt: true, .. }));
+    assert!(matches!(
+        call.input,
+        TokenizeInput::Messages {
+            add_generation_prompt: true,
+            continue_final_message: false,
+            tools: None,
+            chat_template_kwargs: None,
+            ..
+        }
+    ));
     assert_eq!(call.add_special_tokens, None);
+    let rest = r#","add_generation_prompt":false,"continue_final_message":true,"add_special_tokens":true,
+        "chat_template_kwargs":{"x":"abc"},"tools":[{"type":"function","function":{"name":"f"}}]"#;
+    let Ok(Ask::Tokenize(call)) = post("/tokenize", &chat(rest)) else { panic!() };
+    assert_eq!(call.input.bytes_max(), generate(CHAT, &chat(rest)).prompt.bytes_max());
+    assert_eq!(call.add_special_tokens, Some(true));
+    let TokenizeInput::Messages {
+        continue_final_message: true, tools: Some(_), chat_template_kwargs, ..
+    } = call.input
+    else {
+        panic!()
+    };
+    assert_eq!(chat_template_kwargs.and_then(|mut kwargs| kwargs.remove("x")), Some("abc".into()));
+    let refused_for = |rest: &str, param: &str| {
+        assert_eq!(refused("/tokenize", &chat(rest)).1.as_deref(), Some(param), "{rest}");
+    };
+    refused_for(r#","continue_final_message":true,"add_generation_prompt":true"#, "continue_final_message");
+    // As with chat: a generation prompt is the default.
+    refused_for(r#","continue_final_message":true"#, "continue_final_message");
+    refused_for(r#","chat_template_kwargs":[1]"#, "chat_template_kwargs");
+    refused_for(r#","chat_template":"x""#, "chat_template");
+    refused_for(r#","mm_processor_kwargs":{"a":1}"#, "mm_processor_kwargs");
     let Ok(Ask::Detokenize(call)) = post("/detokenize", r#"{"tokens":[1,2],"model":"m"}"#) else { panic!() };
     assert_eq!((call.tokens, call.model.map(|m| m.to_string())), (vec![1, 2], Some("m".into())));
     assert!(post("/tokenize", r#"{"prompt":"a","messages":[{"role":"user","content":"x"}]}"#).is_err());

@@ -11,7 +11,7 @@ use crate::{Api, Generate, Need, Prompt};
 const TOKENS_MAX: usize = 4 << 20;
 
 /// What is not a matter of sampling, and so stands beside `sampling_params`.
-const OUTER: [&str; 5] = ["cache_salt", "model", "priority", "stream", "stream_options"];
+const OUTER: [&str; 6] = ["cache_salt", "model", "priority", "request_id", "stream", "stream_options"];
 
 /// What can't be done, with the values that ask for nothing.
 const NEEDS: &[(&str, &[&str], &str)] = &[

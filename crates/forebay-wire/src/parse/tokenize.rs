@@ -3,8 +3,9 @@
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::chat::messages;
+use super::chat::{messages, template_kwargs};
 use super::field::Fields;
+use super::tokens::continue_final_message;
 use super::tools::tools;
 use super::{ParseError, model};
 use crate::{Detokenize, Tokenize, TokenizeInput};
@@ -14,6 +15,7 @@ const TOKENS_MAX: usize = 4 << 20;
 
 pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Tokenize, ParseError> {
     const TEMPLATE: &str = "the model's own chat template is used as it is";
+    const TEXT_ONLY: &str = "the models here read text only";
     let prompt = fields.string("prompt")?;
     let mut needs = Vec::new();
     let messages = messages(fields, &mut needs)?;
@@ -28,12 +30,17 @@ pub(super) fn parse(fields: &Fields<'_>, body: &Bytes) -> Result<Tokenize, Parse
         (Some(prompt), None) => TokenizeInput::Prompt(prompt),
         (None, Some(messages)) => {
             fields.refuse("chat_template", &[], TEMPLATE)?;
-            fields.refuse("chat_template_kwargs", &["{}"], TEMPLATE)?;
-            fields.refuse("continue_final_message", &["false"], "a reply always begins a new message")?;
-            let add_generation_prompt = fields.boolean("add_generation_prompt")?.unwrap_or(true);
-            // They only have to be shown here, whoever can call them.
-            let tools = tools(fields, &mut Vec::new())?.map(Value::Array);
-            TokenizeInput::Messages { messages, tools, add_generation_prompt }
+            for name in ["mm_processor_kwargs", "media_io_kwargs"] {
+                fields.refuse(name, &["{}"], TEXT_ONLY)?;
+            }
+            TokenizeInput::Messages {
+                messages,
+                // They only have to be shown here, whoever can call them.
+                tools: tools(fields, &mut Vec::new())?.map(Value::Array),
+                add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
+                continue_final_message: continue_final_message(fields)?,
+                chat_template_kwargs: template_kwargs(fields)?,
+            }
         }
         (None, None) => return Err(ParseError::Missing { param: "prompt".into() }),
     };

@@ -13,7 +13,7 @@ const REQUEST_ID_BYTES_MAX: usize = 256;
 pub(super) fn parse(fields: &Fields<'_>, call: &mut Generate) -> Result<(), ParseError> {
     let flag = |name, otherwise| Ok::<bool, ParseError>(fields.boolean(name)?.unwrap_or(otherwise));
     call.return_token_ids = flag("return_token_ids", false)?;
-    call.tokens_as_ids = flag("return_tokens_as_token_ids", false)?;
+    call.tokens_as_ids = fields.boolean("return_tokens_as_token_ids")?;
     call.skip_special_tokens = flag("skip_special_tokens", true)?;
     // The tokenizers here put no spaces between special tokens, so there are none to leave out.
     flag("spaces_between_special_tokens", true)?;
@@ -27,7 +27,8 @@ pub(super) fn parse(fields: &Fields<'_>, call: &mut Generate) -> Result<(), Pars
     truncation(fields, call)
 }
 
-fn request_id(fields: &Fields<'_>) -> Result<Option<String>, ParseError> {
+/// What the reply's id is made of.
+pub(super) fn request_id(fields: &Fields<'_>) -> Result<Option<String>, ParseError> {
     let id = fields.string("request_id")?;
     match &id {
         Some(id) if id.is_empty() || id.len() > REQUEST_ID_BYTES_MAX => {

@@ -134,7 +134,8 @@ fn each_field_is_honoured_or_refused_by_name() {
         (BOTH, "guided_whitespace_pattern", json!("x"), Need),
         // Replies.
         (BOTH, "return_token_ids", json!(true), Set(|c| c.return_token_ids)),
-        (BOTH, "return_tokens_as_token_ids", json!(true), Set(|c| c.tokens_as_ids)),
+        (BOTH, "return_tokens_as_token_ids", json!(true), Set(|c| c.tokens_as_ids == Some(true))),
+        (BOTH, "return_tokens_as_token_ids", json!(false), Set(|c| c.tokens_as_ids == Some(false))),
         (CHAT, "return_prompt_text", json!(true), Need),
         (BOTH, "return_token_offsets", json!(true), Need),
         (BOTH, "routed_experts_prompt_start", json!(2), Need),

@@ -304,10 +304,16 @@ fn tokens_are_named_by_their_ids_and_replies_by_the_client() {
     let body = |api| {
         let spec = RenderSpec { tokens_as_ids: true, request_id: Some("mine".into()), ..spec(api, 1, false) };
         let text = stream(&spec, &events);
-        assert!(text.contains(if api == Api::Completions { "\"cmpl-mine\"" } else { "\"chatcmpl-mine\"" }));
+        let id = match api {
+            Api::ChatCompletions => "\"id\":\"chatcmpl-mine\"",
+            Api::Completions => "\"id\":\"cmpl-mine\"",
+            Api::Tokens => "\"request_id\":\"generate-tokens-mine\"",
+        };
+        assert!(text.contains(id), "{text}");
         let body: Value = serde_json::from_str(&collect(&spec, &events).unwrap()).unwrap();
         body["choices"][0]["logprobs"].clone()
     };
+    assert_eq!(body(Api::Tokens)["content"][0]["token"], "token_id:7");
     let completion = body(Api::Completions);
     assert_eq!(completion["tokens"], json!(["token_id:7"]));
     let top = json!([{"token_id:7": -0.5, "token_id:3": -0.25, "token_id:4": -1.0}]);

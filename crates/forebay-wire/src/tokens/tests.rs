@@ -34,6 +34,7 @@ fn ids_and_sampling_are_read() {
     assert_eq!((call.stream, call.include_usage, call.cache_salt.as_deref()), (true, true, Some("s")));
     let expect = Sampling { left_open: call.sampling.left_open, ..Sampling::default() };
     assert_eq!(call.sampling, Sampling { temperature: 0.0, seed: Some(-3i64 as u64), ..expect });
+    assert_eq!(call.request_id.as_deref(), Some("r"));
     assert!(call.return_token_ids && call.needs.is_empty(), "{:?}", call.needs);
 }
 

@@ -3,6 +3,7 @@
 //! Texts are tokenized and checked here, computed in batches on a thread of its own, and rendered here. A request that is
 //! dropped is out of the next batch.
 
+mod abort;
 mod queue;
 mod run;
 #[cfg(test)]
@@ -15,25 +16,28 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use forebay_flow::{Flow, Placed, PromptIds, Reply, ReplyForm, Stage};
 use forebay_kernels::{Isa, Pool};
 use forebay_observe::Layer;
 use forebay_tokens::TextModel;
-use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry, TokenId, Usage};
+use forebay_types::{Blame, Class, Code, Fault, ModelName, RequestId, Retry, TokenId, Usage};
 use forebay_wire::{Api, Ask, Chunk, Embed, EmbeddingsHead, Prompt, TokenizeInput, render_embeddings};
 use tokio::sync::{mpsc, oneshot};
 
+use super::answers::Answers;
 use super::engine::{INBOX_MAX, overloaded};
 use super::events::stopped;
 use super::layout::cores;
 use super::memory::check_room;
 use super::off_thread::OffThread;
-use super::{EngineDeps, StartError, prompt};
+use super::{Aborted, EngineDeps, StartError, prompt, tokenizer_info};
 use crate::config::EngineConfig;
 use crate::exec::{BertEncoder, Encoder};
 use crate::metrics::ModelMetrics;
 use crate::model::{EncoderError, EncoderSpec};
 use crate::safetensors::Directory;
+use abort::Open;
 use run::{Limits, Loop, Submission};
 
 /// Bytes of text that can become one token, to refuse what can't fit without tokenizing it: a word of up to 100
@@ -50,6 +54,10 @@ pub struct EmbeddingEngine {
     /// Tokens of a text at most.
     model_len: u32,
     inbox: mpsc::Sender<Submission>,
+    open: Open,
+    answers: Answers,
+    /// The answer of `/tokenizer_info`, where it is on.
+    tokenizer_info: Option<Bytes>,
     off_thread: OffThread,
     request_timeout: Duration,
     load_time: Duration,
@@ -68,7 +76,7 @@ impl EmbeddingEngine {
         deps: EngineDeps<'_>,
     ) -> Result<Self, StartError> {
         let begun = Instant::now();
-        let (spec, _) = Self::plan(config, directory)?;
+        let (spec, model_len) = Self::plan(config, directory)?;
         let cannot =
             |source: EncoderError| StartError::Encoder { path: directory.into(), source: source.into() };
         let files = Directory::open(directory).map_err(|source| cannot(source.into()))?;
@@ -86,7 +94,13 @@ impl EmbeddingEngine {
             isa.as_str(),
         );
         let metrics = deps.metrics.for_encoder(model.as_str());
-        Self::run(config, model, text, spec, encoder, metrics, begun, summary)
+        let tokenizer_info = config
+            .enable_tokenizer_info_endpoint
+            .then(|| tokenizer_info::render(&text, Some(directory), model_len))
+            .transpose()
+            .map_err(|source| StartError::HfText { path: directory.into(), source: Box::new(source) })?;
+        let engine = Self::run(config, model, text, spec, encoder, metrics, begun, summary)?;
+        Ok(Self { tokenizer_info, ..engine })
     }
 
     /// Whether [`EmbeddingEngine::start`] would take this configuration for this directory. Reads its JSON files only.
@@ -145,11 +159,14 @@ impl EmbeddingEngine {
             .spawn(move || work.run())
             .map_err(StartError::Thread)?;
         Ok(Self {
+            answers: Answers::new(config, &model),
             model,
             text,
             model_len: config.max_model_len.unwrap_or(spec.tokens_max as u32),
             spec,
             inbox,
+            open: Open::default(),
+            tokenizer_info: None,
             off_thread: OffThread::new(),
             request_timeout: config.request_timeout.get(),
             load_time: begun.elapsed(),
@@ -165,6 +182,11 @@ impl EmbeddingEngine {
         if thread.join().is_err() {
             tracing::error!("the embedding engine's thread had panicked");
         }
+    }
+
+    /// Ends requests with an error. An id that no request has is ignored, as it may have ended a moment ago.
+    pub fn abort(&self, which: &Aborted) {
+        self.open.end(which);
     }
 
     pub fn model(&self) -> &ModelName {
@@ -234,6 +256,8 @@ impl EmbeddingEngine {
         let tokens: usize = inputs.iter().map(|ids| ids.len()).sum();
         let count = inputs.len();
 
+        let own_id = call.request_id.as_deref().map(RequestId::from);
+        let (_listed, ended) = self.open.enter(origin.id.clone(), own_id.clone());
         let (answer, answered) = oneshot::channel();
         let submission = Submission {
             inputs,
@@ -247,12 +271,21 @@ impl EmbeddingEngine {
             mpsc::error::TrySendError::Full(_) => overloaded(),
             mpsc::error::TrySendError::Closed(_) => stopped(),
         })?;
-        let vectors = answered.await.map_err(|_| stopped())??;
+        let vectors = tokio::select! {
+            answered = answered => answered.map_err(|_| stopped())??,
+            // The loop sees that nobody waits for the answer any more.
+            Ok(aborted) = ended => return Err(aborted),
+        };
         origin.trace.note(Layer::Engine, "embed", arrived, format!("{count} texts, {tokens} tokens"));
 
         let usage = Usage { prompt_tokens: tokens as u32, ..Usage::default() };
         let normalize = call.normalize.unwrap_or(self.spec.normalize);
-        let (dim, id, model, format) = (self.spec.dim, origin.id.clone(), call.model.clone(), call.format);
+        let (dim, id, model, format) = (
+            self.spec.dim,
+            own_id.unwrap_or_else(|| origin.id.clone()),
+            self.answers.name(&call.model).clone(),
+            call.format,
+        );
         let render = move || {
             let vectors: Vec<Vec<f32>> =
                 vectors.chunks_exact(dim).map(|vector| finished(&vector[..length], normalize)).collect();
@@ -393,6 +426,7 @@ impl Stage<Placed> for EmbeddingEngine {
                 let (text, call) = (self.text.clone(), call.clone());
                 self.off_thread.run(move || prompt::detokenize(&text, &call)).await
             }
+            Ask::TokenizerInfo => tokenizer_info::answer(self.tokenizer_info.as_ref()),
             Ask::ListModels | Ask::GetModel(_) => Err(Fault::internal("model listings are the proxy's")),
         }
     }

@@ -90,6 +90,7 @@ fn of(input: Prompt) -> Embed {
         truncate_prompt_tokens: None,
         add_special_tokens: true,
         priority: 0,
+        request_id: None,
         user: None,
         needs: Vec::new(),
         body: bytes::Bytes::new(),
@@ -284,7 +285,13 @@ async fn other_apis() {
     let body = tokenize(TokenizeInput::Prompt("Water".into())).await.expect("tokens");
     assert_eq!(body["token_strs"], serde_json::json!(["[CLS]", "water", "[SEP]"]));
     assert_eq!(body["max_model_len"], 48);
-    let messages = TokenizeInput::Messages { messages: Vec::new(), tools: None, add_generation_prompt: true };
+    let messages = TokenizeInput::Messages {
+        messages: Vec::new(),
+        tools: None,
+        add_generation_prompt: true,
+        continue_final_message: false,
+        chat_template_kwargs: None,
+    };
     assert_eq!(tokenize(messages).await.expect_err("no template").param.as_deref(), Some("messages"));
 }
 
@@ -323,6 +330,28 @@ async fn batches_mix_requests_and_who_leaves_is_left_out() {
     assert_eq!(*seen.lock().unwrap(), [vec![3], vec![4, 2], vec![4, 4]]);
     let aborted = "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\",model_name=\"tiny\"} 2";
     assert!(bench.registry.render().contains(aborted), "{}", bench.registry.render());
+}
+
+#[tokio::test]
+async fn a_request_is_aborted_by_its_own_id() {
+    let Gated { bench, seen, begun, go } = gated(EngineConfig::default());
+    let bench = Arc::new(bench);
+    let ask = |request_id: Option<&str>, call: Embed| {
+        let (bench, request_id) = (bench.clone(), request_id.map(str::to_owned));
+        tokio::spawn(async move { bench.embed(Embed { request_id, ..call }).await })
+    };
+    let first = ask(Some("mine"), lengths(&[3]));
+    tokio::task::spawn_blocking(move || begun.recv().map(|()| begun)).await.expect("joins").expect("begun");
+    let second = ask(Some("yours"), lengths(&[2]));
+    while bench.engine.inbox.capacity() > INBOX_MAX - 1 {
+        tokio::task::yield_now().await;
+    }
+    bench.engine.abort(&Aborted::Ids(vec!["nobody".into(), "embd-yours".into()]));
+    let fault = second.await.expect("joins").expect_err("aborted");
+    assert_eq!((fault.class.code, fault.class.retry), (Code::BadRequest, Retry::Never));
+    (0..2).for_each(|_| go.send(()).expect("the engine waits"));
+    assert_eq!(first.await.expect("joins").expect("vectors")["id"], "embd-mine");
+    assert_eq!(*seen.lock().unwrap(), [vec![3]], "what was aborted is not computed");
 }
 
 #[tokio::test]
