@@ -8,9 +8,6 @@ use forebay_models::{HubConfig, ModelRef, Progress, PullError, ReferenceError, S
 use forebay_types::ModelName;
 use forebay_upstream::HttpClient;
 
-/// Largest context of any model here: bounds the buckets of the token histograms.
-pub const CONTEXT_TOKENS_MAX: u32 = 131_072;
-
 /// A model file on this machine, and what it is called.
 #[derive(Debug, Clone)]
 pub struct LocalModel {

@@ -113,10 +113,7 @@ pub async fn prepare(
             if let Some(slot) = dead {
                 return Err(format!("the engine of `{}` has stopped", slot.model()));
             }
-            let stuck = slots.iter().find(|slot| {
-                let engine = slot.engine();
-                engine.is_some_and(|engine| engine.generating().is_some_and(|engine| engine.is_stuck()))
-            });
+            let stuck = slots.iter().find(|slot| slot.engine().is_some_and(|engine| engine.is_stuck()));
             if let Some(slot) = stuck {
                 return Err(format!("a step of the engine of `{}` does not come back", slot.model()));
             }
@@ -216,8 +213,7 @@ fn slots(
         return Ok(Vec::new());
     }
     let store = Arc::new(model::store(env)?);
-    let metrics =
-        Arc::new(EngineMetrics::register(registry, model::CONTEXT_TOKENS_MAX).map_err(BuildError::from)?);
+    let metrics = Arc::new(EngineMetrics::register(registry).map_err(BuildError::from)?);
     let slot = |(nth, engine): (usize, &EngineConfig)| {
         let name = model::name(engine).map_err(ModelError::from)?;
         let forget = {
@@ -227,6 +223,7 @@ fn slots(
         let (engine, at) = (engine.clone(), config.engine_at(nth));
         let (store, client, prefix, metrics) =
             (store.clone(), client.clone(), prefix.clone(), metrics.clone());
+        let loads = metrics.loads().clone();
         let loader = move || {
             let (engine, at) = (engine.clone(), at.clone());
             let (store, client) = (store.clone(), client.clone());
@@ -243,7 +240,7 @@ fn slots(
             };
             Box::pin(load) as std::pin::Pin<Box<dyn Future<Output = _> + Send>>
         };
-        Ok(Arc::new(Slot::new(name, Box::new(loader), forget)))
+        Ok(Arc::new(Slot::new(name, Box::new(loader), forget, loads)))
     };
     config.engine.iter().enumerate().map(slot).collect()
 }

@@ -3,9 +3,9 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use forebay_engine::ModelEngine;
+use forebay_engine::{LoadMetrics, ModelEngine};
 use forebay_flow::{Flow, Placed, Reply, Stage};
 use forebay_types::{Blame, Class, Code, Fault, ModelName, Retry};
 use parking_lot::RwLock;
@@ -67,6 +67,7 @@ pub struct Slot<E = ModelEngine> {
     loader: Loader<E>,
     /// Tells the router that nothing of this engine's cache is left.
     forget: Box<dyn Fn() + Send + Sync>,
+    metrics: LoadMetrics,
 }
 
 enum State<E> {
@@ -106,8 +107,15 @@ pub enum SlotError {
 
 impl<E: Loaded> Slot<E> {
     /// An empty place. `forget` is called when an engine's memory is gone.
-    pub fn new(model: ModelName, loader: Loader<E>, forget: Box<dyn Fn() + Send + Sync>) -> Self {
-        Self { model, state: RwLock::new(State::Unloaded), turn: tokio::sync::Mutex::new(()), loader, forget }
+    pub fn new(
+        model: ModelName,
+        loader: Loader<E>,
+        forget: Box<dyn Fn() + Send + Sync>,
+        metrics: LoadMetrics,
+    ) -> Self {
+        metrics.on_configured(model.as_str());
+        let (state, turn) = (RwLock::new(State::Unloaded), tokio::sync::Mutex::new(()));
+        Self { model, state, turn, loader, forget, metrics }
     }
 
     pub fn model(&self) -> &ModelName {
@@ -167,9 +175,11 @@ impl<E: Loaded> Slot<E> {
         *self.state.write() = State::Loading;
         // Whoever stops waiting must not leave a slot that says `loading` for ever.
         let undo = Undo(self);
+        let begun = Instant::now();
         match (self.loader)().await {
             Ok(engine) => {
                 tracing::info!(model = %self.model, "model loaded");
+                self.metrics.on_loaded(self.model.as_str(), begun.elapsed());
                 *self.state.write() = State::Loaded(Arc::new(engine));
                 std::mem::forget(undo);
                 Ok(())
@@ -177,6 +187,7 @@ impl<E: Loaded> Slot<E> {
             Err(error) => {
                 let why = one_line(&error);
                 tracing::warn!(model = %self.model, why, "the model can't be loaded");
+                self.metrics.on_load_failed(self.model.as_str());
                 *self.state.write() = State::Failed(why);
                 std::mem::forget(undo);
                 Err(error)
@@ -216,6 +227,7 @@ impl<E: Loaded> Slot<E> {
             tracing::error!(model = %self.model, "the engine panicked while it was stopped");
         }
         (self.forget)();
+        self.metrics.on_unloaded(self.model.as_str());
         tracing::info!(model = %self.model, "model unloaded");
         *self.state.write() = State::Unloaded;
         Ok(())

@@ -71,7 +71,7 @@ async fn the_metrics_reference_is_fresh() {
     let engines: HashMap<ModelName, (Arc<forebay_engine::Engine>, Option<u32>)> = HashMap::new();
     let without_engine = Config { engine: OneOrMany::default(), router: None, ..config };
     compose::compose(&without_engine, &shared, prefix, engines, Arc::new(Estimate)).expect("composes");
-    forebay_engine::EngineMetrics::register(&registry, 1024).expect("registers once");
+    forebay_engine::EngineMetrics::register(&registry).expect("registers once");
     let route = serde_json::json!({"path": "/", "to": "http://127.0.0.1:9"});
     let edge = forebay_edge::EdgeConfig {
         listen: OneOrMany::one(std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()),

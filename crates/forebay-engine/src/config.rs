@@ -71,7 +71,7 @@ pub struct EngineConfig {
     pub tensor_parallel_size: u32,
     /// Stages that have layers of their own, times the ranks of each; results don't depend on it.
     pub pipeline_parallel_size: u32,
-    /// Longest time one step may take before it is reported as stuck and `/health` says 503; 0 turns it off. Not for embeddings.
+    /// Longest time one step may take before it is reported as stuck and `/health` says 503; 0 turns it off. Of an encoder: one batch.
     pub watchdog: HumanDuration,
     /// Longest time one request may take from arrival to its last token.
     pub request_timeout: HumanDuration,

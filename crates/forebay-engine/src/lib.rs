@@ -15,7 +15,7 @@ mod small_file;
 pub use config::{EngineConfig, EngineConfigError, ReasoningParser, ToolCallParser};
 pub use generation::{GenerationDefaults, GenerationError, GenerationSource};
 pub use kv_events::{KvEventSource, KvEventsConfig, KvEventsError};
-pub use metrics::{EngineLoad, EngineMetrics};
+pub use metrics::{EngineLoad, EngineMetrics, LoadMetrics};
 pub use serve::{
     Aborted, ChatTemplateError, EmbeddingEngine, Engine, EngineDeps, HfTextError, KvSink, ModelEngine,
     PauseMode, StartError, Stopped, TextError,

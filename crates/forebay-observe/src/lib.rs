@@ -2,6 +2,8 @@
 
 pub mod metrics;
 mod recent;
+mod series;
+mod text;
 mod trace;
 
 pub use metrics::{MetricError, Registry};

@@ -6,8 +6,9 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use prometheus::{Encoder, TextEncoder};
 
+pub use crate::series::{FittedHistograms, Summaries};
+use crate::text;
 pub use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts,
@@ -34,7 +35,7 @@ pub struct Registry {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Family {
     pub name: String,
-    /// `counter`, `gauge` or `histogram`.
+    /// `counter`, `gauge`, `histogram` or `summary`.
     pub kind: &'static str,
     pub labels: Vec<String>,
     pub help: String,
@@ -56,7 +57,8 @@ macro_rules! kinds {
 kinds! {
     "counter": IntCounter, IntCounterVec;
     "gauge": Gauge, GaugeVec, IntGauge, IntGaugeVec;
-    "histogram": Histogram, HistogramVec;
+    "histogram": Histogram, HistogramVec, FittedHistograms;
+    "summary": Summaries;
 }
 
 impl Registry {
@@ -108,14 +110,24 @@ impl Registry {
         self.add(HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels))
     }
 
+    /// Histograms whose series have bounds of their own.
+    pub fn fitted_histograms(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> Result<FittedHistograms, MetricError> {
+        self.add(FittedHistograms::new(name, help, labels))
+    }
+
+    /// Counts and sums, without quantiles.
+    pub fn summaries(&self, name: &str, help: &str, labels: &[&str]) -> Result<Summaries, MetricError> {
+        self.add(Summaries::new(name, help, labels))
+    }
+
     /// Prometheus text format 0.0.4.
     pub fn render(&self) -> String {
-        let mut out = Vec::new();
-        // Encoding to memory fails only for inconsistent metric families, which `add` refuses.
-        if TextEncoder::new().encode(&self.prometheus.gather(), &mut out).is_err() {
-            tracing::error!("metrics can't be encoded");
-        }
-        String::from_utf8(out).unwrap_or_default()
+        text::render(&self.prometheus.gather())
     }
 
     /// `content-type` of [`Registry::render`].

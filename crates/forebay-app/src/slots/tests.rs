@@ -1,5 +1,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use forebay_engine::EngineMetrics;
+use forebay_observe::Registry;
 use tokio::sync::Notify;
 
 use super::*;
@@ -38,6 +40,7 @@ struct Bench {
     stopped: Arc<AtomicU32>,
     forgotten: Arc<AtomicU32>,
     broken: Arc<AtomicBool>,
+    registry: Registry,
 }
 
 fn bench() -> Bench {
@@ -60,7 +63,10 @@ fn bench() -> Bench {
     let forget = Box::new(move || {
         count.fetch_add(1, Ordering::SeqCst);
     });
-    Bench { slot: Arc::new(Slot::new("m".into(), loader, forget)), settled, stopped, forgotten, broken }
+    let registry = Registry::new();
+    let metrics = EngineMetrics::register(&registry).expect("registers once");
+    let slot = Arc::new(Slot::new("m".into(), loader, forget, metrics.loads().clone()));
+    Bench { slot, settled, stopped, forgotten, broken, registry }
 }
 
 #[tokio::test]
@@ -145,4 +151,31 @@ async fn a_load_that_is_given_up_leaves_nothing_behind() {
     }
     assert_eq!(slot.status().state, "unloaded");
     slot.load().await.expect("the turn is free");
+}
+
+#[tokio::test]
+async fn loads_are_counted() {
+    let Bench { slot, broken, registry, .. } = bench();
+    let check = |loaded: u32, ok: u32, failed: u32| {
+        let text = registry.render();
+        for line in [
+            format!("forebay_engine_loaded{{model_name=\"m\"}} {loaded}"),
+            format!("forebay_engine_loads_total{{model_name=\"m\",outcome=\"ok\"}} {ok}"),
+            format!("forebay_engine_loads_total{{model_name=\"m\",outcome=\"failed\"}} {failed}"),
+        ] {
+            assert!(text.lines().any(|seen| seen == line), "no {line} in\n{text}");
+        }
+        assert_eq!(text.contains("forebay_engine_load_seconds{"), ok > 0);
+    };
+    check(0, 0, 0);
+    broken.store(true, Ordering::SeqCst);
+    assert!(slot.load().await.is_err());
+    check(0, 0, 1);
+    broken.store(false, Ordering::SeqCst);
+    slot.load().await.expect("loads");
+    // It is there already: no load.
+    slot.load().await.expect("is loaded");
+    check(1, 1, 1);
+    slot.try_unload().await.expect("unloads");
+    check(0, 1, 1);
 }

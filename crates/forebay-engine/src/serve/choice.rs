@@ -39,6 +39,8 @@ pub(crate) struct ChoiceState {
     text: String,
     /// Not yet emitted: its text is held back.
     held: Delta,
+    /// Prompt tokens that it found in the cache, once it has its first token.
+    pub cached: Option<u32>,
     pub first_scheduled: Option<Instant>,
     pub first_token: Option<Instant>,
     pub last_token: Option<Instant>,
@@ -80,6 +82,7 @@ impl ChoiceState {
             how,
             text: String::new(),
             held: Delta { choice: number, ..Delta::default() },
+            cached: None,
             first_scheduled: None,
             first_token: None,
             last_token: None,

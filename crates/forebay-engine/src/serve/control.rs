@@ -181,16 +181,13 @@ impl<E: Executor> StepLoop<E> {
 
     /// Ends a request whose client is to get what there is.
     fn end_early(&mut self, id: u64) {
-        let Some(request) = self.state.requests.remove(&id) else { return };
+        let Some(mut request) = self.state.requests.remove(&id) else { return };
         let mut open = Vec::new();
-        for &seq in &request.seqs {
+        for seq in std::mem::take(&mut request.seqs) {
             if let Some((_, mut choice)) = self.state.choices.remove(&seq) {
+                let (scheduler, metrics) = (&self.scheduler, &self.metrics);
+                request.on_choice_ended(seq, &choice, FinishReason::Abort, scheduler, metrics);
                 self.scheduler.abort(seq);
-                self.metrics.on_finished(&super::step_loop::record_of(
-                    &request,
-                    &choice,
-                    FinishReason::Abort,
-                ));
                 open.push((choice.number, choice.abort()));
             }
         }

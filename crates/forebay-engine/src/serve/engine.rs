@@ -35,14 +35,14 @@ use super::start_error::StartError;
 use super::step_loop::{LoopState, StepLoop};
 use super::submission::{How, Submission};
 use super::template::with_template;
-use super::watchdog::{self, Heartbeat};
+use super::watchdog::Watchdog;
 use super::words::BadWords;
 use super::{KvSink, Sinks, hf_text, text, tokenizer_info};
 use crate::config::EngineConfig;
 use crate::exec::{self, CpuOptions, Executor};
 use crate::generation::GenerationDefaults;
 use crate::kv_events::{KvEventSource, Publisher};
-use crate::metrics::{EngineLoad, EngineMetrics, KvInfo, LoadGauges};
+use crate::metrics::{ConstraintMetrics, EngineLoad, EngineMetrics, KvInfo, LoadGauges};
 use crate::model::{ModelFile, Ranks};
 use crate::sample::Wanted;
 
@@ -77,11 +77,8 @@ pub struct Engine {
     pub(super) model_len: u32,
     /// For requests that leave a value open.
     pub(super) generation: GenerationDefaults,
-    heartbeat: Arc<Heartbeat>,
-    /// The longest that a step may take.
-    watchdog: Option<Duration>,
-    /// Ends the watching thread when it is dropped.
-    _watched: std::sync::mpsc::Sender<()>,
+    watchdog: Watchdog,
+    constraints: ConstraintMetrics,
     pub(super) max_logprobs: u32,
     seeds: Seeds,
     request_timeout: Duration,
@@ -112,7 +109,8 @@ impl Engine {
         let kv_event_source = publisher.as_ref().map(Publisher::source);
         let file = Arc::new(ModelFile::open(path)?);
         let layout = Layout::plan(config, &file, path, cores())?;
-        check_memory(&file, layout.kv_bytes())?;
+        let kv_bytes = layout.kv_bytes();
+        check_memory(&file, kv_bytes)?;
         let Layout { spec, ranks, block_size, blocks, positions_max } = layout;
         let text = with_template(text_of(&file, path)?, config.chat_template.as_deref())?;
         let generation = generation_of(config, &file, path)?;
@@ -149,7 +147,10 @@ impl Engine {
         let kv = KvInfo {
             block_size: block_size as u32,
             blocks: blocks as u32,
+            blocks_override: config.num_gpu_blocks_override,
+            bytes: kv_bytes,
             prefix_caching: config.enable_prefix_caching,
+            model_len: positions_max as u32,
         };
         let metrics = deps.metrics.for_model(model.as_str(), &kv);
         let summary = format!(
@@ -198,19 +199,11 @@ impl Engine {
         let vocab_size = executor.vocab_size();
         let model_len = scheduler.seq_tokens_max();
         let (paused, gauges) = (Paused::default(), metrics.load_gauges());
-        let heartbeat = Arc::new(Heartbeat::new());
-        let watchdog = Some(config.watchdog.get()).filter(|limit| !limit.is_zero());
-        let (watched, engine) = std::sync::mpsc::channel();
-        if let Some(limit) = watchdog {
-            let (heartbeat, stuck_steps) = (heartbeat.clone(), metrics.stuck_steps());
-            let model = model.clone();
-            std::thread::Builder::new()
-                .name("forebay-watchdog".into())
-                .spawn(move || watchdog::watch(&heartbeat, limit, model.as_str(), &stuck_steps, &engine))
-                .map_err(StartError::Thread)?;
-        }
+        let watchdog = Watchdog::start(config.watchdog, model.as_str(), metrics.stuck_steps())
+            .map_err(StartError::Thread)?;
+        let constraints = metrics.constraints().clone();
         let step_loop = StepLoop {
-            heartbeat: heartbeat.clone(),
+            heartbeat: watchdog.heartbeat(),
             executor,
             load: LoadReport::new(sinks.load, &scheduler),
             scheduler,
@@ -241,9 +234,8 @@ impl Engine {
             vocab_size,
             model_len,
             generation: config.override_generation_config,
-            heartbeat,
             watchdog,
-            _watched: watched,
+            constraints,
             max_logprobs: config.max_logprobs,
             seeds: Seeds::new(config.seed),
             request_timeout: config.request_timeout.get(),
@@ -298,7 +290,7 @@ impl Engine {
 
     /// Whether a step takes longer than `engine.watchdog`. It may still come back.
     pub fn is_stuck(&self) -> bool {
-        self.watchdog.is_some_and(|limit| self.heartbeat.stuck(self.heartbeat.now(), limit).is_some())
+        self.watchdog.sees_stuck_step()
     }
 
     /// False once the step thread has died: no request can succeed any more.
@@ -456,11 +448,15 @@ impl Engine {
         compile: impl FnOnce(&Grammars) -> Result<Matcher, GrammarError> + Send + 'static,
     ) -> Result<Beginning, Fault> {
         let (grammars, tokenizer) = (Arc::clone(&self.grammars), self.text.tokenizer().clone());
+        let metrics = self.constraints.clone();
         self.off_thread
             .run(move || {
                 let made = grammars.get_or_init(|| Grammars::new(&tokenizer)).as_ref().map_err(Clone::clone);
                 let compiled = made.and_then(|grammars| Beginning::new(compile(grammars)?));
-                compiled.map_err(|error| Fault::from(error).param(param))
+                compiled.map_err(|error| {
+                    metrics.on_refused(&error);
+                    Fault::from(error).param(param)
+                })
             })
             .await
     }

@@ -21,6 +21,7 @@ mod model_engine;
 mod off_thread;
 mod prompt;
 mod reading;
+mod request;
 mod sampling;
 mod scores;
 mod start_error;

@@ -118,6 +118,14 @@ impl ModelEngine {
         }
     }
 
+    /// Whether what it computes takes longer than `engine.watchdog`.
+    pub fn is_stuck(&self) -> bool {
+        match self {
+            Self::Generating(engine) => engine.is_stuck(),
+            Self::Embedding(engine) => engine.is_stuck(),
+        }
+    }
+
     /// False once its thread has died: no request can succeed any more.
     pub fn is_alive(&self) -> bool {
         match self {

@@ -63,7 +63,7 @@ impl LoopState {
                 Ok(mask) => job.mask = Some(mask),
                 Err(error) => {
                     job.sampler = None;
-                    self.broken.push((job.seq, error.into()));
+                    self.broken.push((job.seq, error));
                 }
             }
         }

@@ -8,17 +8,18 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use forebay_grammar::GrammarError;
 use forebay_kernels::Pool;
 use forebay_kv::CacheSalt;
 use forebay_kv::KvEvent;
 use forebay_schedule::{AddError, NewSeq, Scheduler, SeqId};
 use forebay_tokens::Tokenizer;
-use forebay_types::{Fault, FinishReason, Retry, TokenId, Usage};
+use forebay_types::{Fault, FinishReason, Retry, TokenId};
 use forebay_wire::{Delta, Event};
 use tokio::sync::mpsc;
 
 use crate::exec::Executor;
-use crate::metrics::{ModelMetrics, Rejection, RequestRecord, StepRecord};
+use crate::metrics::{ModelMetrics, Rejection, StepFailure, StepRecord};
 
 use super::KvSink;
 use super::choice::ChoiceState;
@@ -27,8 +28,9 @@ use super::control::{Inbox, Pause, Paused};
 use super::engine::INBOX_MAX;
 use super::events::{stopped, too_slow};
 use super::load::LoadReport;
+use super::request::Request;
 use super::sampling::SampleJob;
-use super::scores::{PromptScores, ScoreJob, prompt_event};
+use super::scores::{ScoreJob, prompt_event};
 use super::submission::Submission;
 use super::watchdog::{Heartbeat, StepShape};
 
@@ -65,7 +67,7 @@ pub(crate) struct LoopState {
     pub(super) jobs: Vec<SampleJob>,
     pub(super) score_jobs: Vec<ScoreJob>,
     /// Choices whose constraint could not be followed in this turn.
-    pub(super) broken: Vec<(SeqId, Fault)>,
+    pub(super) broken: Vec<(SeqId, GrammarError)>,
     /// Started by the first constrained choice.
     masks: Option<MaskThread>,
     seen: Seen,
@@ -80,20 +82,6 @@ struct Seen {
     preemptions: u64,
     prefix_queries: u64,
     prefix_hits: u64,
-}
-
-/// One request while any of its choices runs.
-pub(super) struct Request {
-    pub(super) submission: Submission,
-    pub(super) seqs: Vec<SeqId>,
-    open: usize,
-    pub(super) started: bool,
-    /// Per prompt: tokens that came from the cache, once known.
-    cached: Vec<Option<u32>>,
-    /// Per prompt, where its log-probabilities are wanted.
-    pub(super) scores: Vec<PromptScores>,
-    completion_tokens: u32,
-    reasoning_tokens: u32,
 }
 
 /// What a turn did.
@@ -159,7 +147,7 @@ impl<E: Executor> StepLoop<E> {
         }
         let now = Instant::now();
         let before = self.shape();
-        let Self { executor, scheduler, pool, state, load, heartbeat, .. } = &mut *self;
+        let Self { executor, scheduler, pool, state, load, heartbeat, metrics, .. } = &mut *self;
         let plan = scheduler.plan_step(now.saturating_duration_since(state.begun));
         if plan.is_empty() {
             self.publish(0, 0);
@@ -198,12 +186,14 @@ impl<E: Executor> StepLoop<E> {
             }
             Err(error) if error.is_final() => {
                 tracing::error!(error = %error, source = ?std::error::Error::source(&error), "the model can't be run any more");
+                metrics.on_failed_step(StepFailure::Executor);
                 self.heartbeat.end(self.heartbeat.now());
                 self.end();
                 return Turn::Closed;
             }
             Err(error) => {
                 tracing::error!(error = %error, source = ?std::error::Error::source(&error), "a step failed");
+                metrics.on_failed_step(StepFailure::Step);
                 Some((plan.seqs.clone(), Fault::internal(error.to_string())))
             }
         };
@@ -213,9 +203,10 @@ impl<E: Executor> StepLoop<E> {
                 let elapsed = now.elapsed();
                 self.scheduler.on_step_done(elapsed);
                 self.load.on_step_done(elapsed);
-                for (seq, fault) in std::mem::take(&mut self.state.broken) {
+                for (seq, error) in std::mem::take(&mut self.state.broken) {
+                    self.metrics.constraints().on_refused(&error);
                     if let Some(&(request, _)) = self.state.choices.get(&seq) {
-                        self.fail(request, fault, FinishReason::Error);
+                        self.fail(request, error.into(), FinishReason::Error);
                     }
                 }
                 self.state.apply_scores();
@@ -326,17 +317,7 @@ impl<E: Executor> StepLoop<E> {
             let _ = submission.events.try_send(Err(fault));
             return;
         }
-        let request = Request {
-            open: seqs.len(),
-            seqs,
-            started: false,
-            cached: vec![None; submission.prompts.len()],
-            scores: PromptScores::of(&submission),
-            completion_tokens: 0,
-            reasoning_tokens: 0,
-            submission,
-        };
-        self.state.requests.insert(id, request);
+        self.state.requests.insert(id, Request::new(submission, seqs));
     }
 
     /// Aborts requests whose client left or whose time is up, parked ones too.
@@ -363,11 +344,11 @@ impl<E: Executor> StepLoop<E> {
 
     /// Ends a whole request early.
     fn fail(&mut self, id: u64, fault: Fault, reason: FinishReason) {
-        let Some(request) = self.state.requests.remove(&id) else { return };
-        for &seq in &request.seqs {
+        let Some(mut request) = self.state.requests.remove(&id) else { return };
+        for seq in std::mem::take(&mut request.seqs) {
             if let Some((_, choice)) = self.state.choices.remove(&seq) {
+                request.on_choice_ended(seq, &choice, reason, &self.scheduler, &self.metrics);
                 self.scheduler.abort(seq);
-                self.metrics.on_finished(&record_of(&request, &choice, reason));
             }
         }
         let _ = request.submission.events.try_send(Err(fault));
@@ -399,12 +380,7 @@ impl<E: Executor> StepLoop<E> {
             if before == 0 {
                 self.on_first(id, job.seq, number, prompt, now);
             }
-            if advance.finished.is_some() && new == 0 {
-                // Nothing was to be generated: no example of how long outputs are.
-                self.scheduler.abort(job.seq);
-            } else if advance.finished.is_some() {
-                self.scheduler.finish(job.seq);
-            } else {
+            if advance.finished.is_none() {
                 self.scheduler.on_token(job.seq, sampled.token);
                 if follows {
                     self.follow(job.seq, sampled.token);
@@ -418,6 +394,12 @@ impl<E: Executor> StepLoop<E> {
             }
             if let Some(reason) = advance.finished {
                 self.close_choice(id, job.seq, number, reason);
+                if new == 0 {
+                    // Nothing was to be generated: no example of how long outputs are.
+                    self.scheduler.abort(job.seq);
+                } else {
+                    self.scheduler.finish(job.seq);
+                }
             }
         }
         jobs.clear();
@@ -448,9 +430,11 @@ impl<E: Executor> StepLoop<E> {
     /// The first token of a choice: headers can leave, and it is known what the cache gave.
     fn on_first(&mut self, id: u64, seq: SeqId, number: u32, prompt: usize, now: Instant) {
         let cached = self.scheduler.info(seq).map_or(0, |info| info.cached_tokens);
+        if let Some((_, choice)) = self.state.choices.get_mut(&seq) {
+            choice.cached = Some(cached);
+        }
         let Some(request) = self.state.requests.get_mut(&id) else { return };
-        let first_of_prompt = request.cached[prompt].is_none();
-        request.cached[prompt].get_or_insert(cached);
+        let first_of_prompt = request.on_first_token(prompt, cached);
         let prompt_tokens = request.submission.prompts[prompt].ids.len() as u32;
         let since = now.saturating_duration_since(request.submission.arrived);
         self.metrics.on_first_token(since, prompt_tokens, cached);
@@ -486,7 +470,7 @@ impl<E: Executor> StepLoop<E> {
         request.open -= 1;
         if let Some((_, choice)) = choice {
             request.reasoning_tokens += choice.reasoning_tokens;
-            self.metrics.on_finished(&record_of(request, &choice, reason));
+            request.on_choice_ended(seq, &choice, reason, &self.scheduler, &self.metrics);
         }
         let done = request.open == 0;
         self.send(id, Event::Finished { choice: number, reason });
@@ -544,36 +528,5 @@ impl<E: Executor> StepLoop<E> {
             prefix_hits: seen.prefix_hits - state.seen.prefix_hits,
         });
         state.seen = seen;
-    }
-}
-
-impl Request {
-    pub(super) fn usage(&self) -> Usage {
-        Usage {
-            prompt_tokens: self.submission.prompts.iter().map(|p| p.ids.len() as u32).sum(),
-            completion_tokens: self.completion_tokens,
-            reasoning_tokens: self.reasoning_tokens,
-            cached_tokens: self.cached.iter().flatten().sum(),
-        }
-    }
-}
-
-pub(super) fn record_of(request: &Request, choice: &ChoiceState, reason: FinishReason) -> RequestRecord {
-    let now = Instant::now();
-    let submission = &request.submission;
-    let since =
-        |later: Option<Instant>, earlier: Option<Instant>| Some(later?.saturating_duration_since(earlier?));
-    let prompt = &submission.prompts[choice.prompt];
-    RequestRecord {
-        e2e: now.saturating_duration_since(submission.arrived),
-        queue: since(choice.first_scheduled, Some(submission.arrived)),
-        prefill: since(choice.first_token, choice.first_scheduled),
-        decode: since(choice.last_token, choice.first_token),
-        prompt_tokens: prompt.ids.len() as u32,
-        cached_tokens: request.cached[choice.prompt],
-        generation_tokens: choice.generated,
-        max_tokens: prompt.max_tokens,
-        n: choice.number.is_multiple_of(submission.n).then_some(submission.n),
-        reason,
     }
 }

@@ -1,13 +1,15 @@
 //! Sees that a step takes too long: says what the step was, counts it, and makes the engine not ready.
 //!
-//! The step thread writes what it begins and when it is done into a few atomics; a thread of its own looks at them. The
-//! step thread waits for nobody.
+//! The thread that computes writes what it begins and when it is done into a few atomics; a thread of its own looks at
+//! them. Who computes waits for nobody. A step is one of the step loop, or a batch of an embedding engine.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
+use forebay_config::HumanDuration;
 use forebay_observe::metrics::IntCounter;
 
 /// Steps whose times are kept.
@@ -25,7 +27,42 @@ pub(super) struct StepShape {
     pub blocks_used: u64,
 }
 
-/// What the step thread is doing. Written by it alone.
+/// Watches one engine, until it is dropped.
+pub(super) struct Watchdog {
+    heartbeat: Arc<Heartbeat>,
+    /// The longest that a step may take; `None` where nobody watches.
+    limit: Option<Duration>,
+    /// Ends the watching thread when it is dropped.
+    _engine: Sender<()>,
+}
+
+impl Watchdog {
+    /// A `limit` of zero is none.
+    pub(super) fn start(limit: HumanDuration, model: &str, stuck_steps: IntCounter) -> io::Result<Self> {
+        let heartbeat = Arc::new(Heartbeat::new());
+        let limit = Some(limit.get()).filter(|limit| !limit.is_zero());
+        let (watched, engine) = channel();
+        if let Some(limit) = limit {
+            let (heartbeat, model) = (heartbeat.clone(), model.to_owned());
+            std::thread::Builder::new()
+                .name("forebay-watchdog".into())
+                .spawn(move || watch(&heartbeat, limit, &model, &stuck_steps, &engine))?;
+        }
+        Ok(Self { heartbeat, limit, _engine: watched })
+    }
+
+    /// What the thread that computes writes to.
+    pub(super) fn heartbeat(&self) -> Arc<Heartbeat> {
+        self.heartbeat.clone()
+    }
+
+    /// Whether a step takes longer than the limit. It may still come back.
+    pub(super) fn sees_stuck_step(&self) -> bool {
+        self.limit.is_some_and(|limit| self.heartbeat.stuck(self.heartbeat.now(), limit).is_some())
+    }
+}
+
+/// What the thread that computes is doing. Written by it alone.
 #[derive(Debug)]
 pub(super) struct Heartbeat {
     origin: Instant,
@@ -43,15 +80,15 @@ pub(super) struct Heartbeat {
 
 /// A step that has not come back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Stuck {
+struct Stuck {
     /// Tells one step from the next.
     begun: u64,
-    pub since: Duration,
-    pub shape: StepShape,
+    since: Duration,
+    shape: StepShape,
 }
 
 impl Heartbeat {
-    pub(super) fn new() -> Self {
+    fn new() -> Self {
         Self {
             origin: Instant::now(),
             begun: AtomicU64::new(0),
@@ -86,7 +123,7 @@ impl Heartbeat {
     }
 
     /// The step that has been computed for `limit` or longer at `now`.
-    pub(super) fn stuck(&self, now: Duration, limit: Duration) -> Option<Stuck> {
+    fn stuck(&self, now: Duration, limit: Duration) -> Option<Stuck> {
         let begun = self.begun.load(Ordering::Acquire);
         let since = Duration::from_micros((micros(now) + 1).saturating_sub(begun));
         let shape = StepShape {
@@ -112,8 +149,8 @@ fn micros(time: Duration) -> u64 {
 }
 
 /// Watches until the engine is gone, which closes `engine`.
-pub(super) fn watch(
-    heartbeat: &Arc<Heartbeat>,
+fn watch(
+    heartbeat: &Heartbeat,
     limit: Duration,
     model: &str,
     stuck_steps: &IntCounter,

@@ -31,6 +31,7 @@ use super::events::stopped;
 use super::layout::cores;
 use super::memory::check_room;
 use super::off_thread::OffThread;
+use super::watchdog::Watchdog;
 use super::{Aborted, EngineDeps, StartError, prompt, tokenizer_info};
 use crate::config::EngineConfig;
 use crate::exec::{BertEncoder, Encoder};
@@ -62,6 +63,7 @@ pub struct EmbeddingEngine {
     request_timeout: Duration,
     load_time: Duration,
     summary: String,
+    watchdog: Watchdog,
     thread: JoinHandle<()>,
 }
 
@@ -93,7 +95,7 @@ impl EmbeddingEngine {
             spec.dim,
             isa.as_str(),
         );
-        let metrics = deps.metrics.for_encoder(model.as_str());
+        let metrics = deps.metrics.for_encoder(model.as_str(), model_len);
         let tokenizer_info = config
             .enable_tokenizer_info_endpoint
             .then(|| tokenizer_info::render(&text, Some(directory), model_len))
@@ -153,7 +155,9 @@ impl EmbeddingEngine {
             waiting_tokens: u64::from(config.max_num_queued_tokens),
             request_timeout: config.request_timeout.get(),
         };
-        let work = Loop { encoder, inbox: submissions, limits, metrics };
+        let watchdog = Watchdog::start(config.watchdog, model.as_str(), metrics.stuck_steps())
+            .map_err(StartError::Thread)?;
+        let work = Loop { encoder, inbox: submissions, limits, metrics, heartbeat: watchdog.heartbeat() };
         let thread = std::thread::Builder::new()
             .name("forebay-embed".into())
             .spawn(move || work.run())
@@ -171,6 +175,7 @@ impl EmbeddingEngine {
             request_timeout: config.request_timeout.get(),
             load_time: begun.elapsed(),
             summary,
+            watchdog,
             thread,
         })
     }
@@ -205,6 +210,11 @@ impl EmbeddingEngine {
     /// One line for people.
     pub fn summary(&self) -> &str {
         &self.summary
+    }
+
+    /// Whether a batch takes longer than `engine.watchdog`. It may still come back.
+    pub fn is_stuck(&self) -> bool {
+        self.watchdog.sees_stuck_step()
     }
 
     /// False once the thread has died: no request can succeed any more.

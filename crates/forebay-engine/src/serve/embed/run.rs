@@ -12,6 +12,7 @@ use crate::exec::Encoder;
 use crate::metrics::{ModelMetrics, Rejection, RequestRecord, StepRecord};
 use crate::serve::engine::{INBOX_MAX, RETRY_AFTER};
 use crate::serve::events::too_slow;
+use crate::serve::watchdog::{Heartbeat, StepShape};
 
 /// One request.
 pub(super) struct Submission {
@@ -49,6 +50,7 @@ pub(super) struct Loop<E> {
     pub inbox: mpsc::Receiver<Submission>,
     pub limits: Limits,
     pub metrics: ModelMetrics,
+    pub heartbeat: Arc<Heartbeat>,
 }
 
 impl<E: Encoder> Loop<E> {
@@ -118,9 +120,21 @@ impl<E: Encoder> Loop<E> {
         if inputs.is_empty() {
             return;
         }
-        self.record(queue, inputs.len(), inputs.iter().map(|ids| ids.len()).sum());
+        let tokens = inputs.iter().map(|ids| ids.len()).sum();
+        self.record(queue, inputs.len(), tokens);
+        self.metrics.on_batch(inputs.len());
         let dim = self.encoder.dim();
+        let texts = inputs.len() as u64;
+        let shape = StepShape {
+            tokens: tokens as u64,
+            sequences: texts,
+            running: texts,
+            waiting: queue.load().inputs as u64,
+            ..StepShape::default()
+        };
+        self.heartbeat.begin(self.heartbeat.now(), &shape);
         let vectors = self.encoder.encode(&inputs);
+        self.heartbeat.end(self.heartbeat.now());
         let now = Instant::now();
         for (place, vector) in batch.iter().zip(vectors.chunks_exact(dim)) {
             queue.job_mut(place.job).owner.vectors.extend_from_slice(vector);
@@ -136,8 +150,9 @@ impl<E: Encoder> Loop<E> {
     }
 
     fn record(&self, queue: &Queue<Owner>, running: usize, tokens: usize) {
-        let waiting = queue.load().inputs;
-        self.metrics.on_step(&StepRecord { running, waiting, tokens, ..StepRecord::default() });
+        let load = queue.load();
+        self.metrics.on_step(&StepRecord { running, waiting: load.inputs, tokens, ..StepRecord::default() });
+        self.metrics.on_queue(load.tokens);
     }
 
     /// Of one text, as vLLM counts: every input is a request of its own.
@@ -157,9 +172,10 @@ impl<E: Encoder> Loop<E> {
             prompt_tokens: tokens as u32,
             cached_tokens: begun.map(|_| 0),
             generation_tokens: 0,
-            max_tokens: 0,
-            n: Some(1),
+            max_tokens: None,
+            preemptions: 0,
             reason,
         });
+        self.metrics.on_prompt_finished(1, 0);
     }
 }

@@ -27,7 +27,7 @@ struct Bench {
 /// The model of the fixture.
 fn bench(config: EngineConfig) -> Bench {
     let registry = Registry::new();
-    let metrics = EngineMetrics::register(&registry, 1024).expect("registers once");
+    let metrics = EngineMetrics::register(&registry).expect("registers once");
     let deps = EngineDeps { metrics: &metrics, kv_sink: None, isa: None };
     let engine = EmbeddingEngine::start(&config, &fixture(), "tiny".into(), deps).expect("it starts");
     Bench { engine, registry }
@@ -64,13 +64,13 @@ struct Gated {
 
 fn gated(config: EngineConfig) -> Gated {
     let registry = Registry::new();
-    let metrics = EngineMetrics::register(&registry, 1024).expect("registers once");
+    let metrics = EngineMetrics::register(&registry).expect("registers once");
     let spec = EncoderSpec::read(&fixture()).expect("a fixture");
     let text = text::read(&fixture()).expect("a fixture");
     let seen = Arc::new(Mutex::new(Vec::new()));
     let ((begun, has_begun), (go, may_go)) = (blocking::channel(), blocking::channel());
     let gate = Gate { seen: seen.clone(), begun, go: may_go, zeros: Vec::new() };
-    let (begin, metrics) = (Instant::now(), metrics.for_encoder("tiny"));
+    let (begin, metrics) = (Instant::now(), metrics.for_encoder("tiny", 48));
     let engine =
         EmbeddingEngine::run(&config, "tiny".into(), text, spec, gate, metrics, begin, String::new());
     Gated { bench: Bench { engine: engine.expect("a thread"), registry }, seen, begun: has_begun, go }
@@ -135,6 +135,15 @@ impl Bench {
 
     async fn vectors(&self, call: Embed) -> Vec<Vec<f32>> {
         vectors(&self.embed(call).await.expect("vectors"))
+    }
+
+    /// Waits until a line of the metrics is there: the engine's thread publishes before and after a batch.
+    async fn wait_for(&self, line: &str) {
+        let give_up = Instant::now() + Duration::from_secs(20);
+        while !self.registry.render().lines().any(|seen| seen == line) {
+            assert!(Instant::now() < give_up, "{line} did not come:\n{}", self.registry.render());
+            tokio::task::yield_now().await;
+        }
     }
 
     async fn refusal(&self, call: Embed) -> Fault {
@@ -422,4 +431,53 @@ fn what_means_nothing_for_an_encoder_is_refused() {
     check(EngineConfig { block_size: 7, ..EngineConfig::default() }, Some("engine"));
     let missing = EmbeddingEngine::inspect(&EngineConfig::default(), Path::new("/no/such"));
     assert_eq!(missing.err().map(|error| error.at()), Some("engine.model"));
+}
+
+#[tokio::test]
+async fn a_batch_that_hangs_is_noticed_and_so_is_its_end() {
+    let watchdog = forebay_config::HumanDuration::from_millis(20);
+    let Gated { bench, begun, go, .. } = gated(EngineConfig { watchdog, ..EngineConfig::default() });
+    let bench = Arc::new(bench);
+    assert!(!bench.engine.is_stuck());
+    let ask = tokio::spawn({
+        let bench = bench.clone();
+        async move { bench.embed(lengths(&[3, 4])).await }
+    });
+    tokio::task::spawn_blocking(move || begun.recv().map(|()| begun)).await.expect("joins").expect("begun");
+    bench.wait_for("forebay_engine_stuck_steps_total{engine=\"0\",model_name=\"tiny\"} 1").await;
+    assert!(bench.engine.is_stuck());
+    go.send(()).expect("the engine waits");
+    ask.await.expect("joins").expect("vectors");
+    bench.wait_for("vllm:num_requests_running{engine=\"0\",model_name=\"tiny\"} 0").await;
+    assert!(!bench.engine.is_stuck(), "nothing is computed any more");
+}
+
+#[tokio::test]
+async fn queue_and_batches_are_counted() {
+    let config = EngineConfig { max_num_batched_tokens: 8, ..EngineConfig::default() };
+    let Gated { bench, begun, go, .. } = gated(config);
+    let bench = Arc::new(bench);
+    let ask = tokio::spawn({
+        let bench = bench.clone();
+        async move { bench.embed(lengths(&[4, 4, 5, 6])).await }
+    });
+    tokio::task::spawn_blocking(move || begun.recv().map(|()| begun)).await.expect("joins").expect("begun");
+    let labels = "{engine=\"0\",model_name=\"tiny\"}";
+    bench.wait_for(&format!("forebay_engine_embed_queued_tokens{labels} 11")).await;
+    bench.wait_for(&format!("vllm:num_requests_running{labels} 2")).await;
+    bench.wait_for(&format!("vllm:num_requests_waiting{labels} 2")).await;
+    (0..3).for_each(|_| go.send(()).expect("the engine waits"));
+    ask.await.expect("joins").expect("vectors");
+    bench.wait_for(&format!("forebay_engine_embed_queued_tokens{labels} 0")).await;
+    // Two texts, then one and one: 5 and 6 tokens are more than a batch has.
+    for line in [
+        format!("forebay_engine_embed_batch_texts_count{labels} 3"),
+        format!("forebay_engine_embed_batch_texts_sum{labels} 4"),
+        format!("vllm:iteration_tokens_total_sum{labels} 19"),
+        format!("vllm:request_params_n_count{labels} 4"),
+        format!("vllm:request_params_max_tokens_count{labels} 0"),
+        format!("vllm:prompt_tokens_total{labels} 19"),
+    ] {
+        bench.wait_for(&line).await;
+    }
 }
