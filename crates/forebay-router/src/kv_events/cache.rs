@@ -85,6 +85,7 @@ impl<H: History> Cache<H> {
         }
         // What was asked for may have brought this one as well.
         if self.follower.expects() <= seq {
+            self.follower.on_applied_live(seq);
             self.apply(seq, payload);
         }
     }
@@ -181,6 +182,7 @@ impl<H: History> Cache<H> {
         while let Some((seq, payload)) = answer.next().await? {
             // A batch may have come twice; older ones than asked for don't come.
             if seq >= self.follower.expects() {
+                self.follower.on_applied(seq);
                 self.apply(seq, &payload);
             }
         }
@@ -227,7 +229,6 @@ impl<H: History> Cache<H> {
 
     /// Puts one batch into the index.
     fn apply(&mut self, seq: u64, payload: &[u8]) {
-        self.follower.on_applied(seq);
         self.at.metrics.batches.inc();
         match decode_batch(payload) {
             Ok(batch) => {

@@ -18,6 +18,11 @@ pub(crate) struct Follower {
     proved: bool,
     /// Whose numbers these are, where the publisher says so.
     epoch: Option<Epoch>,
+    /// A heartbeat has said so on the stream of batches: what comes after it is not of a life before.
+    heard: bool,
+    /// A batch was applied from the stream before that. It says nothing of whose it is, and a snapshot, which comes another
+    /// way, can overtake those of the life before.
+    doubtful: bool,
 }
 
 /// What to do about a batch that came live.
@@ -47,7 +52,7 @@ pub(crate) enum Beat {
 impl Follower {
     /// A follower of the cache that a heartbeat has just told of.
     pub(crate) fn of_epoch(epoch: Epoch) -> Self {
-        Self { epoch: Some(epoch), ..Self::default() }
+        Self { epoch: Some(epoch), heard: true, ..Self::default() }
     }
 
     pub(crate) fn epoch(&self) -> Option<Epoch> {
@@ -63,6 +68,8 @@ impl Follower {
             None if self.proved => return Beat::OtherEpoch,
             None => self.epoch = Some(epoch),
         }
+        self.missing |= std::mem::take(&mut self.doubtful);
+        self.heard = true;
         // It comes after all that it counts: what has come and is not counted is of another life.
         let counted = self.live_last.is_none_or(|last| last < next);
         match self.is_complete() && next <= self.next && counted {
@@ -74,7 +81,8 @@ impl Follower {
     /// A snapshot begins, of all batches before `next`. Until it has ended, something is missing.
     pub(crate) fn on_snapshot(&mut self, epoch: Option<Epoch>, next: u64) {
         let live_last = self.live_last.filter(|&last| last < next);
-        *self = Self { next, live_last, missing: true, proved: true, epoch: epoch.or(self.epoch) };
+        let (heard, epoch) = (self.heard && self.epoch == epoch, epoch.or(self.epoch));
+        *self = Self { next, live_last, missing: true, proved: true, epoch, heard, doubtful: false };
     }
 
     pub(crate) fn on_snapshot_end(&mut self) {
@@ -97,6 +105,12 @@ impl Follower {
     /// The lowest number that has not been applied.
     pub(crate) fn expects(&self) -> u64 {
         self.next
+    }
+
+    /// `seq`, which came live, is applied now.
+    pub(crate) fn on_applied_live(&mut self, seq: u64) {
+        self.doubtful |= self.epoch.is_some() && !self.heard;
+        self.on_applied(seq);
     }
 
     /// `seq` was applied, live or from a replay. Those between it and what was expected are gone.
@@ -219,6 +233,16 @@ mod tests {
         assert_eq!(follower.on_heartbeat(mine, 9), Beat::Incomplete, "10 came already");
         assert_eq!(follower.on_heartbeat(other, 0), Beat::OtherEpoch);
         assert_eq!(Follower::of_epoch(other).on_heartbeat(other, 0), Beat::Incomplete);
+        // A snapshot came before the stream has said whose batches it brings: those applied meanwhile may be of a life before.
+        let mut follower = Follower::default();
+        follower.on_snapshot(Some(mine), 7);
+        follower.on_snapshot_end();
+        follower.on_applied_live(7);
+        assert_eq!(follower.on_heartbeat(mine, 8), Beat::Incomplete);
+        follower.on_snapshot(Some(mine), 8);
+        follower.on_snapshot_end();
+        follower.on_applied_live(8);
+        assert_eq!(follower.on_heartbeat(mine, 9), Beat::Fine, "and now it has");
         // A replay does not say from whom it came.
         let mut follower = Follower::default();
         follower.on_applied(0);
