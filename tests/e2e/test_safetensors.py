@@ -7,9 +7,12 @@ against transformers in `crates/forebay-engine/tests/hf_reference.rs`.
 from __future__ import annotations
 
 import array
+import hashlib
 import json
 import random
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import openai
@@ -132,6 +135,89 @@ def test_the_models_own_defaults_count_where_a_request_is_silent(directory, tmp_
         worker.close()
     out = forebay("worker", "--model", str(model), "--port", str(free_port()), "--override-generation-config", '{"top_p": 0}')
     assert out.returncode == 1 and "`top-p` is 0; above 0, up to 1 expected" in out.stderr, out.stderr
+
+
+class Hub:
+    """Speaks as much of the hub's API as a pull needs. Shards are large files: by a redirect, with their SHA-256."""
+
+    REPO, COMMIT, TOKEN = "org/tiny", "5eed" * 10, "hf_e2e_0f1e2d"
+
+    def __init__(self, directory: Path):
+        hub = self
+        self.directory = directory
+        self.asked: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub.asked.append(self.path)
+                hub.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path, resolved = request.path, f"/{self.REPO}/resolve/{self.COMMIT}/"
+        if path.startswith("/storage/"):
+            self.send(request, 200, self.read(path.removeprefix("/storage/")))
+        elif request.headers["authorization"] != f"Bearer {self.TOKEN}":
+            self.send(request, 401)
+        elif path == f"/api/models/{self.REPO}?blobs=true":
+            files = [self.file(file.name) for file in sorted(self.directory.iterdir())]
+            self.send(request, 200, json.dumps({"sha": self.COMMIT, "siblings": files}).encode())
+        elif path.startswith(resolved) and path.endswith(".safetensors"):
+            name = path.removeprefix(resolved)
+            self.send(request, 302, location=f"{self.url}/storage/{name}")
+        elif path.startswith(resolved):
+            self.send(request, 200, self.read(path.removeprefix(resolved)))
+        else:
+            self.send(request, 404)
+
+    def read(self, name: str) -> bytes:
+        return (self.directory / name).read_bytes()
+
+    def file(self, name: str) -> dict:
+        content = self.read(name)
+        lfs = {"lfs": {"sha256": hashlib.sha256(content).hexdigest()}} if name.endswith(".safetensors") else {}
+        return {"rfilename": name, "size": len(content), **lfs}
+
+    def send(self, request: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
+        request.send_response(status)
+        for name, value in {"content-length": str(len(body)), **headers}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+
+def test_a_repository_of_the_hub_is_pulled_and_served(directory, tmp_path, monkeypatch):
+    hub = Hub(directory)
+    monkeypatch.setenv("FOREBAY_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    out = forebay("model", "pull", "hf:org/tiny")
+    assert out.returncode == 1 and "401" in out.stderr and "HF_TOKEN" in out.stderr, out.stderr
+    monkeypatch.setenv("HF_TOKEN", hub.TOKEN)
+    out = forebay("model", "pull", "hf:org/tiny", "--print-path")
+    assert out.returncode == 0 and hub.TOKEN not in out.stderr, out.stderr
+    pulled = Path(out.stdout.strip())
+    for file in directory.iterdir():
+        assert (pulled / file.name).read_bytes() == file.read_bytes(), file.name
+    assert "hf:org/tiny" in forebay("model", "list").stdout
+    # From the cache, without the hub.
+    hub.server.shutdown()
+    hub.server.server_close()
+    worker = Worker(tmp_path / "worker", model="hf:org/tiny")
+    try:
+        assert worker.model() == "org/tiny"
+        with openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0, timeout=60) as sdk:
+            reply = sdk.completions.create(model="org/tiny", prompt="Hi", max_tokens=4, extra_body={"ignore_eos": True})
+            assert reply.usage.completion_tokens == 4
+    finally:
+        worker.close()
+    assert worker.trouble() is None
 
 
 def test_check_reads_the_directory(directory, tmp_path):

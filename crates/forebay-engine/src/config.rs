@@ -17,7 +17,7 @@ pub use parsers::{ReasoningParser, ToolCallParser};
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct EngineConfig {
-    /// Model to serve: a known name, a path to a GGUF file or a safetensors directory, or `hf:ORG/REPO` (a repository of GGUF files).
+    /// Model to serve: a known name, a path to a GGUF file or a safetensors directory, or `hf:ORG/REPO` (a repository of GGUF files or of safetensors).
     pub model: String,
     /// Name that fleets and clients use for it, or a list: replies and metrics say the first, the others are aliases; the model's own name where absent.
     pub served_model_name: OneOrMany<String>,

@@ -10,10 +10,15 @@ use http::{Request, StatusCode, header};
 use http_body_util::BodyExt;
 use sha2::{Digest, Sha256};
 
+use crate::snapshot::IndexError;
 use crate::store::Progress;
 
 pub(crate) const USER_AGENT: &str = concat!("forebay/", env!("CARGO_PKG_VERSION"));
 
+/// Of a file that is not weights: no tokenizer and no index that is published has more than a quarter of it.
+pub(crate) const SMALL_BYTES_MAX: u64 = 256 << 20;
+/// Of a file of weights: what the hub stores at most.
+pub(crate) const WEIGHTS_BYTES_MAX: u64 = 500 << 30;
 /// Hubs answer with a redirect to storage; more than a few is a loop.
 const REDIRECTS_MAX: usize = 5;
 /// From the request to the answer's head.
@@ -43,10 +48,15 @@ pub(crate) enum FetchError {
     #[error("the hub's file list of `{repo}` can't be read")]
     BadListing { repo: String },
     #[error(
-        "`{repo}` has no GGUF file of a supported type{}",
-        if files.is_empty() { String::new() } else { format!("; it has {} (name one: `hf:{repo}/FILE`)", files.join(", ")) }
+        "`{repo}` has no GGUF file of a supported type{}, and no safetensors model: there is no {}",
+        if files.is_empty() { String::new() } else { format!(" (it has {}; name one: `hf:{repo}/FILE`)", files.join(", ")) },
+        lacking.join(" and no ")
     )]
-    NoUsableFile { repo: String, files: Vec<String> },
+    NoUsableFile { repo: String, files: Vec<String>, lacking: Vec<&'static str> },
+    #[error("`model.safetensors.index.json` of `{repo}`: {why}")]
+    BadIndex { repo: String, why: IndexError },
+    #[error("the file has more than {limit} bytes, which none of its kind has")]
+    TooLarge { limit: u64 },
     #[error("can't write {}: {source}", path.display())]
     Write { path: PathBuf, source: std::io::Error },
     #[error("`{program}` can't be run: {why}")]
@@ -74,6 +84,8 @@ pub(crate) fn shown(url: &str) -> String {
 /// What the file must be, as far as it is known before.
 pub(crate) struct Expect {
     pub bytes: Option<u64>,
+    /// Whatever the server says, not more than this is written.
+    pub bytes_max: u64,
     pub sha256: Option<String>,
 }
 
@@ -95,7 +107,10 @@ pub(crate) async fn download(
     let complete = expect.bytes == Some(have) && have > 0;
     if !complete && let Some((response, start)) = open(client, url, token, have, &mut expect).await? {
         let left = content_length(response.headers());
-        let total = expect.bytes.or(left.map(|left| left + start));
+        let total = expect.bytes.or(left.map(|left| left.saturating_add(start)));
+        if total.is_some_and(|total| total > expect.bytes_max) {
+            return Err(FetchError::TooLarge { limit: expect.bytes_max });
+        }
         progress.begin(total, start);
         let mut file = open_part(&part, start)?;
         let mut written = start;
@@ -115,6 +130,10 @@ pub(crate) async fn download(
             progress.advance(data.len() as u64);
             if expect.bytes.is_some_and(|bytes| written > bytes) {
                 break;
+            }
+            if written > expect.bytes_max {
+                let _ = fs::remove_file(&part);
+                return Err(FetchError::TooLarge { limit: expect.bytes_max });
             }
         }
         file.sync_all().map_err(|source| FetchError::Write { path: part.clone(), source })?;

@@ -9,6 +9,7 @@ mod catalogue;
 mod fetch;
 mod hub;
 mod reference;
+mod snapshot;
 mod store;
 
 pub use catalogue::{CATALOGUE, KnownDirectory, KnownFile, KnownModel, PypiSource};

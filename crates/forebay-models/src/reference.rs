@@ -74,20 +74,22 @@ fn parse_hub(text: &str, hub: &str) -> Result<ModelRef, ReferenceError> {
     let mut parts = hub.splitn(3, '/');
     let (org, repo, file) =
         (parts.next().unwrap_or_default(), parts.next().unwrap_or_default(), parts.next());
-    // The name becomes part of a URL and of a directory: nothing but the hub's own alphabet, and no `..`.
-    let plain = |part: &str| {
-        let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        !part.is_empty() && part.len() <= 128 && part.chars().all(ok) && !part.starts_with('.')
-    };
+    let plain = is_plain_name;
     // `--` is our `/` in names of directories, and no repository of the hub has it.
     if !plain(org)
         || !plain(repo)
         || hub.split('/').take(2).any(|part| part.contains("--"))
-        || file.is_some_and(|file| !file.split('/').all(plain))
+        || file.is_some_and(|file| !file.split('/').all(plain) || !file.ends_with(".gguf"))
     {
         return Err(bad());
     }
     Ok(ModelRef::Hub { repo: format!("{org}/{repo}"), file: file.map(str::to_owned) })
+}
+
+/// Whether a part of a name may become part of a URL and of a path: nothing but the hub's own alphabet, and no `..`.
+pub(crate) fn is_plain_name(part: &str) -> bool {
+    let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    !part.is_empty() && part.len() <= 128 && part.chars().all(ok) && !part.starts_with('.')
 }
 
 #[cfg(test)]
@@ -123,6 +125,10 @@ mod tests {
             "`hf:a--b/c` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`",
         );
         check("hf:a/b/c--d.gguf", "hub a/b c--d.gguf");
+        check(
+            "hf:a/b/model.safetensors",
+            "`hf:a/b/model.safetensors` is not a hub reference: write `hf:ORG/REPO` or `hf:ORG/REPO/FILE.gguf`",
+        );
         check("  ", "the model's name is empty");
     }
 

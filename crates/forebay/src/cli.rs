@@ -248,12 +248,12 @@ pub(crate) struct Check {
 pub(crate) enum Model {
     /// Fetch a model into the cache, or verify that it is there
     #[command(
-        after_help = "Examples:\n  forebay model pull smollm2-135m-instruct\n  forebay model pull ./model.gguf\n  forebay model pull hf:ORG/REPO-GGUF"
+        after_help = "Examples:\n  forebay model pull smollm2-135m-instruct\n  forebay model pull ./model.gguf\n  forebay model pull hf:ORG/REPO"
     )]
     Pull {
-        /// Known name, path to a GGUF file or a safetensors directory, or hf:ORG/REPO[/FILE]
+        /// Known name, path to a GGUF file or a safetensors directory, or hf:ORG/REPO[/FILE.gguf]
         model: String,
-        /// Print the file's path on stdout and nothing else
+        /// Print the path of the file or directory on stdout and nothing else
         #[arg(long)]
         print_path: bool,
     },

