@@ -120,6 +120,18 @@ def start_for_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
     yield from start_factory(tmp_path_factory.mktemp("module"))
 
 
+@pytest.fixture(scope="module")
+def alone(start_for_module: Callable[..., Any]) -> Forebay:
+    """Edge and engine only, for all tests of a module."""
+    return start_for_module({"engine": harness.engine_config()})
+
+
+@pytest.fixture(scope="module")
+def sdk(alone: Forebay) -> Iterator[openai.OpenAI]:
+    with alone.sdk() as sdk:
+        yield sdk
+
+
 @pytest.fixture
 def small_stack() -> dict[str, Any]:
     """Edge and engine only."""

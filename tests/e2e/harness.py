@@ -302,6 +302,36 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+# Tools, as requests have them.
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+            "required": ["city", "unit"],
+        },
+    },
+}
+TIME = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "parameters": {"type": "object", "properties": {"zone": {"enum": ["UTC", "CET"]}}, "required": ["zone"]},
+    },
+}
+
+
+def token_ids(server: Forebay | Worker, text: str, key: str | None = None) -> list[int]:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    body = {"model": MODEL, "prompt": text}
+    response = httpx.post(f"{server.url}/tokenize", json=body, headers=headers, timeout=30, trust_env=False)
+    response.raise_for_status()
+    return response.json()["tokens"]
+
+
 def data_lines(lines: Iterable[str]) -> list[str]:
     """The payloads of an event stream."""
     return [line.removeprefix("data: ") for line in lines if line.startswith("data:")]

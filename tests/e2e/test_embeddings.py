@@ -191,6 +191,7 @@ def test_it_counts_against_the_quota_and_is_audited(stack: Forebay):
 def test_a_worker_by_name_and_a_fleet_over_http(start: Callable[..., Any], reference: list[dict[str, Any]]):
     worker = start(Worker, model=EMBEDDER)
     assert worker.model() == EMBEDDER
+    assert "/v1/embeddings -H" in worker.log() and "/v1/chat" not in worker.log()
     router = {"fleets": [{"model": EMBEDDER, "replicas": [worker.url]}]}
     provider = {"provider": "openai-compatible", "model": EMBEDDER, "base-url": f"{worker.url}/v1"}
     proxy = {

@@ -7,21 +7,10 @@ import math
 import openai
 import pytest
 
-from harness import MODEL, Forebay, engine_config, user
+from harness import MODEL, token_ids, user
 
 # Longer than what is scored in one step, and than a block.
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome. " * 12
-
-
-@pytest.fixture(scope="module")
-def server(start_for_module) -> Forebay:
-    return start_for_module({"engine": engine_config()})
-
-
-@pytest.fixture(scope="module")
-def sdk(server):
-    with server.sdk() as sdk:
-        yield sdk
 
 
 def complete(sdk, prompt, **options):
@@ -32,13 +21,8 @@ def complete(sdk, prompt, **options):
 OPENAI = {"max_tokens", "echo", "logprobs", "n", "stream", "temperature", "seed", "stop"}
 
 
-def ids_of(server, text: str) -> list[int]:
-    with server.http() as http:
-        return http.post("/tokenize", json={"model": MODEL, "prompt": text}).json()["tokens"]
-
-
-def test_a_prompt_is_scored_and_nothing_is_generated(server, sdk):
-    ids = ids_of(server, TEXT)
+def test_a_prompt_is_scored_and_nothing_is_generated(alone, sdk):
+    ids = token_ids(alone, TEXT)
     reply = complete(sdk, TEXT, echo=True, logprobs=2, max_tokens=0)
     (choice,) = reply.choices
     assert (choice.text, choice.finish_reason) == (TEXT, "length")
@@ -72,8 +56,8 @@ def test_a_text_scores_as_when_it_was_generated(sdk):
         assert max(top, key=top.get) == token
 
 
-def test_prompt_logprobs_are_by_id_with_ranks(server, sdk):
-    ids = ids_of(server, "Paris is the capital of France")
+def test_prompt_logprobs_are_by_id_with_ranks(alone, sdk):
+    ids = token_ids(alone, "Paris is the capital of France")
     for prompt in ("Paris is the capital of France", ids):
         (choice,) = complete(sdk, prompt, prompt_logprobs=3, max_tokens=1).choices
         assert len(choice.prompt_logprobs) == len(ids) and choice.prompt_logprobs[0] is None
@@ -87,7 +71,7 @@ def test_prompt_logprobs_are_by_id_with_ranks(server, sdk):
     assert own == pytest.approx(echoed[1:], abs=1e-5)
 
 
-def test_a_chat_tells_of_its_prompt_beside_the_choices(server, sdk):
+def test_a_chat_tells_of_its_prompt_beside_the_choices(alone, sdk):
     reply = sdk.chat.completions.create(
         model=MODEL,
         messages=user("Hi"),
@@ -95,7 +79,7 @@ def test_a_chat_tells_of_its_prompt_beside_the_choices(server, sdk):
         n=2,
         extra_body={"prompt_logprobs": 0, "return_token_ids": True},
     )
-    with server.http() as http:
+    with alone.http() as http:
         ids = http.post("/tokenize", json={"model": MODEL, "messages": user("Hi")}).json()["tokens"]
     assert reply.prompt_token_ids == ids
     assert [list(entry or {}) for entry in reply.prompt_logprobs] == [[], *([str(id)] for id in ids[1:])]
@@ -129,11 +113,11 @@ def test_a_streamed_echo_has_the_prompt_s_logprobs_first(sdk):
         assert [item for chunk in chunks for item in getattr(chunk, field)] == getattr(whole, field)
 
 
-def test_what_lm_evaluation_harness_sends(server, sdk):
+def test_what_lm_evaluation_harness_sends(alone, sdk):
     """Its `local-completions` model: batches of token ids, context and continuation together, one token generated."""
     contexts, continuations = ["The capital of France is", "Two and two is"], [" Paris", " four"]
-    prompts = [ids_of(server, context + more) for context, more in zip(contexts, continuations)]
-    lengths = [len(ids_of(server, context)) for context in contexts]
+    prompts = [token_ids(alone, context + more) for context, more in zip(contexts, continuations)]
+    lengths = [len(token_ids(alone, context)) for context in contexts]
     reply = sdk.completions.create(
         model=MODEL, prompt=prompts, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True
     )
@@ -151,8 +135,8 @@ def test_tokens_are_named_by_id(sdk):
     assert all(name.startswith("token_id:") for top in choice.logprobs.top_logprobs for name in top)
 
 
-def test_a_prompt_is_cut_and_a_message_goes_on(server, sdk):
-    ids = ids_of(server, TEXT)
+def test_a_prompt_is_cut_and_a_message_goes_on(alone, sdk):
+    ids = token_ids(alone, TEXT)
     for side, expect in (("left", ids[-9:]), ("right", ids[:9])):
         options = {"truncate_prompt_tokens": 9, "truncation_side": side, "return_token_ids": True}
         assert complete(sdk, TEXT, max_tokens=1, **options).choices[0].prompt_token_ids == expect

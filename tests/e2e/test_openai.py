@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from harness import ALIAS, KEY, MODEL, Forebay, user
+from harness import ALIAS, KEY, MODEL, token_ids, user
 
 CAPITAL = "The capital of France is"
 
@@ -27,11 +27,6 @@ def text_of(reply) -> str:
 def complete(client: openai.OpenAI, prompt, **options):
     options = {"model": MODEL, "temperature": 0, "max_tokens": 12, **options}
     return client.completions.create(prompt=prompt, **options)
-
-
-def token_ids(server: Forebay, text: str) -> list[int]:
-    with server.http(KEY) as http:
-        return http.post("/tokenize", json={"model": MODEL, "prompt": text}).json()["tokens"]
 
 
 def test_chat_knows_the_capital_of_france(client):
@@ -137,7 +132,7 @@ def test_seed_makes_sampling_reproducible(client):
 def test_logit_bias_forbids_a_token(server, client):
     reply = ask(client, CAPITAL, logprobs=True, top_logprobs=0, max_tokens=1)
     token = reply.choices[0].logprobs.content[0].token
-    (banned,) = token_ids(server, token)
+    (banned,) = token_ids(server, token, KEY)
     biased = ask(client, CAPITAL, logprobs=True, top_logprobs=0, max_tokens=1, logit_bias={str(banned): -100})
     assert biased.choices[0].logprobs.content[0].token != token
 
@@ -202,7 +197,7 @@ def test_completion_echo_repeats_the_prompt(client):
 
 
 def test_completion_of_token_ids(server, client):
-    ids = token_ids(server, CAPITAL)
+    ids = token_ids(server, CAPITAL, KEY)
     by_ids = complete(client, ids)
     assert by_ids.choices[0].text == complete(client, CAPITAL).choices[0].text
     assert by_ids.usage.prompt_tokens == len(ids)
@@ -215,7 +210,7 @@ def test_completion_of_several_prompts(server, client):
     assert [choice.index for choice in together.choices] == [0, 1, 2]
     assert [choice.text for choice in together.choices] == [reply.choices[0].text for reply in alone]
     assert together.usage.prompt_tokens == sum(reply.usage.prompt_tokens for reply in alone)
-    by_ids = complete(client, [token_ids(server, prompt) for prompt in prompts])
+    by_ids = complete(client, [token_ids(server, prompt, KEY) for prompt in prompts])
     assert [choice.text for choice in by_ids.choices] == [choice.text for choice in together.choices]
 
 

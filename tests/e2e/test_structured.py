@@ -11,7 +11,7 @@ import openai
 import pydantic
 import pytest
 
-from harness import MODEL, Forebay, engine_config, user
+from harness import MODEL, user
 
 ASK = user("Tell me about a person who lives in Paris. Answer in JSON.")
 SCHEMA = {
@@ -26,17 +26,6 @@ class Person(pydantic.BaseModel):
     name: str = pydantic.Field(max_length=20)
     job: Literal["painter", "baker"]
     ages: list[int] = pydantic.Field(max_length=3)
-
-
-@pytest.fixture(scope="module")
-def server(start_for_module) -> Forebay:
-    return start_for_module({"engine": engine_config()})
-
-
-@pytest.fixture(scope="module")
-def sdk(server):
-    with server.sdk() as sdk:
-        yield sdk
 
 
 def say(sdk, messages=ASK, **options):
@@ -139,12 +128,12 @@ def test_what_can_not_be_done_is_refused_by_name(sdk, options, param):
     assert refused.value.param == param
 
 
-def test_bad_words_and_allowed_ids(server, sdk):
+def test_bad_words_and_allowed_ids(alone, sdk):
     question = user("What is the capital of France? Answer in one word.")
     assert "Paris" in say(sdk, question, max_tokens=8).choices[0].message.content
     text = say(sdk, question, max_tokens=24, extra_body={"bad_words": ["Paris"]}).choices[0].message.content
     assert text and "Paris" not in text
-    with server.http() as http:
+    with alone.http() as http:
         prompt = {"model": MODEL, "prompt": " yes no", "add_special_tokens": False}
         ids = http.post("/tokenize", json=prompt).json()["tokens"]
         words = {http.post("/detokenize", json={"model": MODEL, "tokens": [i]}).json()["prompt"] for i in ids}

@@ -8,41 +8,11 @@ import openai
 import pydantic
 import pytest
 
-from harness import MODEL, Forebay, engine_config, user
+from harness import MODEL, TIME, WEATHER, user
 
 ASK = user("What is the weather in Paris?")
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather in a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["celsius", "fahrenheit"]}},
-            "required": ["city", "unit"],
-        },
-    },
-}
-TIME = {
-    "type": "function",
-    "function": {
-        "name": "get_time",
-        "parameters": {"type": "object", "properties": {"zone": {"enum": ["UTC", "CET"]}}, "required": ["zone"]},
-    },
-}
 TOOLS = [WEATHER, TIME]
 NAMED = {"type": "function", "function": {"name": "get_time"}}
-
-
-@pytest.fixture(scope="module")
-def server(start_for_module) -> Forebay:
-    return start_for_module({"engine": engine_config()})
-
-
-@pytest.fixture(scope="module")
-def sdk(server):
-    with server.sdk() as sdk:
-        yield sdk
 
 
 def say(sdk, messages=ASK, **options):
@@ -137,11 +107,11 @@ def test_a_round_trip(sdk):
     assert sdk.chat.completions.create(model=MODEL, messages=turn, max_tokens=5).choices[0].message.content
 
 
-def test_the_model_is_told_of_the_tools(server, sdk):
+def test_the_model_is_told_of_the_tools(alone, sdk):
     without = sdk.chat.completions.create(model=MODEL, messages=ASK, max_tokens=1).usage.prompt_tokens
     for choice in ("auto", "none", "required"):
         assert say(sdk, tool_choice=choice, max_tokens=1).usage.prompt_tokens > without + 100
-    with server.http() as http:
+    with alone.http() as http:
         count = http.post("/tokenize", json={"messages": ASK, "tools": TOOLS}).json()["count"]
     assert count == say(sdk, max_tokens=1).usage.prompt_tokens
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import httpx
+import openai
 import pytest
 
-from harness import Worker, data_lines, forebay, get, model_file
+from harness import START_SECONDS, Worker, data_lines, eventually, forebay, get, model_file, status_of
 
 
 def post(worker: Worker, path: str, body: dict, status: int = 200) -> dict:
@@ -70,6 +71,50 @@ def test_tokenizer_info(start, tmp_path):
     # A router passes it on.
     front = start({"router": {"fleets": [{"model": "m", "replicas": [on.url]}]}})
     assert get(f"{front.url}/tokenizer_info").json() == info
+
+
+class SocketWorker(Worker):
+    """One that listens on no port."""
+
+    def wait_ready(self) -> None:
+        def probe() -> bool:
+            assert self.is_running(), self.log()
+            return status_of(f"{self.admin_url}/ready") == 200
+
+        eventually("a ready worker", probe, START_SECONDS)
+
+
+def test_a_unix_socket(start, tmp_path):
+    path = tmp_path / "s"
+
+    def refused() -> str:
+        ended = forebay("worker", "--model", str(model_file()), "--uds", str(path))
+        assert ended.returncode != 0
+        return ended.stderr
+
+    worker = start(SocketWorker, "--uds", str(path))
+    assert f"curl --unix-socket {path} http://localhost/v1/chat/completions" in worker.log()
+    assert status_of(f"{worker.url}/health") is None
+    with (
+        httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as http,
+        openai.OpenAI(base_url="http://localhost/v1", api_key="none", http_client=http, max_retries=0) as sdk,
+    ):
+        model = sdk.models.list().data[0].id
+        reply = sdk.completions.create(model=model, prompt="x", max_tokens=3, stream=True, extra_body={"ignore_eos": True})
+        assert sum(bool(chunk.choices) for chunk in reply) >= 3
+    assert f"another program listens on the socket {path}" in refused()
+    worker.terminate()
+    assert worker.wait() == 0
+    assert not path.exists()
+    # What a killed server leaves behind is in nobody's way; other files are.
+    start(SocketWorker, "--uds", str(path)).kill()
+    assert path.is_socket()
+    start(SocketWorker, "--uds", str(path)).terminate()
+    eventually("the end of the socket", lambda: not path.exists())
+    path.write_text("notes")
+    said = refused()
+    assert "no socket" in said and "`--uds`" in said
+    assert path.read_text() == "notes"
 
 
 @pytest.mark.parametrize(

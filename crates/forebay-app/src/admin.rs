@@ -19,7 +19,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 
-use forebay_edge::{Operator, OperatorAsk};
+use forebay_edge::{OPERATOR_PATHS, Operator, OperatorAsk, operator_method};
 use forebay_wire::error_row;
 
 use crate::slots::{Slot, SlotError};
@@ -28,6 +28,20 @@ use crate::slots::{Slot, SlotError};
 const CONNECTIONS_MAX: usize = 128;
 /// A client that sends no request is let go.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// What is read here, beside [`OPERATOR_PATHS`].
+const PATHS: [&str; 11] = [
+    "/metrics",
+    "/health",
+    "/ready",
+    "/version",
+    "/load",
+    "/api/fleets",
+    "/api/models",
+    "/api/models/load",
+    "/api/models/unload",
+    "/api/requests",
+    "/api/requests/{id}",
+];
 /// Requests listed by `/api/requests` where the caller doesn't say.
 const LISTED_DEFAULT: usize = 20;
 
@@ -94,7 +108,7 @@ async fn answer(request: Request<Incoming>, state: &AdminState) -> Response<Full
             Ok(model) => on_model(change, &model, state).await,
             Err((status, why)) => json(status, &serde_json::json!({"error": why})),
         },
-        (_, None) if state.operator.has(request.uri().path()) => operate(request, state).await,
+        (_, None) if operator_method(request.uri().path()).is_some() => operate(request, state).await,
         (&(Method::GET | Method::HEAD), None) => read(&request, state),
         (_, Some(_)) => json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only POST here"})),
         (_, None) => json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only GET here"})),
@@ -215,24 +229,8 @@ fn read(request: &Request<Incoming>, state: &AdminState) -> Response<Full<Bytes>
         _ => match path.strip_prefix("/api/requests/").and_then(|id| state.recent.find(id)) {
             Some(record) => json(StatusCode::OK, &serde_json::json!(record)),
             None => {
-                let paths = [
-                    "/metrics",
-                    "/health",
-                    "/ready",
-                    "/version",
-                    "/load",
-                    "/kv_event_sources",
-                    "/abort_requests",
-                    "/pause",
-                    "/resume",
-                    "/is_paused",
-                    "/api/fleets",
-                    "/api/models",
-                    "/api/models/load",
-                    "/api/models/unload",
-                    "/api/requests",
-                    "/api/requests/{id}",
-                ];
+                let operators = OPERATOR_PATHS.iter().map(|(path, _)| path);
+                let paths: Vec<&str> = PATHS.iter().chain(operators).copied().collect();
                 let body = serde_json::json!({"error": "no such path or request", "paths": paths});
                 json(StatusCode::NOT_FOUND, &body)
             }

@@ -245,7 +245,8 @@ pub(crate) fn explain(config: &Config) -> Vec<LayerReport> {
         without_it,
     };
     let edge = config.edge.as_ref().map(|edge| {
-        let listen: Vec<String> = edge.listen.iter().map(ToString::to_string).collect();
+        let socket = edge.uds.iter().map(|path| format!("unix:{}", path.display()));
+        let listen: Vec<String> = edge.listen.iter().map(ToString::to_string).chain(socket).collect();
         let scheme = if edge.tls.is_some() { "https" } else { "http" };
         let routes = match edge.routes.len() {
             0 => "every path to the LLM stack".to_owned(),

@@ -7,25 +7,15 @@
 
 use std::sync::Arc;
 
-use forebay_edge::{Operator, OperatorAsk, OperatorFuture, OperatorLoad};
+use forebay_edge::{Operator, OperatorAsk, OperatorFuture, OperatorLoad, operator_method};
 use forebay_engine::{Aborted, Engine, ModelEngine, PauseMode, Stopped};
 use forebay_types::{Blame, Class, Code, Fault, RequestId, Retry};
-use http::Method;
 use serde_json::{Value, json};
 
 use crate::slots::Slot;
 
 /// Request ids in one `/abort_requests`.
 const IDS_MAX: usize = 10_000;
-
-/// Paths, and the method of each.
-const PATHS: [(&str, Method); 5] = [
-    ("/kv_event_sources", Method::GET),
-    ("/is_paused", Method::GET),
-    ("/abort_requests", Method::POST),
-    ("/pause", Method::POST),
-    ("/resume", Method::POST),
-];
 
 /// vLLM's operator endpoints, over all engines of the process.
 pub struct OperatorApi {
@@ -61,16 +51,12 @@ impl OperatorApi {
 }
 
 impl Operator for OperatorApi {
-    fn has(&self, path: &str) -> bool {
-        PATHS.iter().any(|(own, _)| *own == path)
-    }
-
     fn answer(&self, ask: OperatorAsk) -> OperatorFuture<Result<Option<Value>, Fault>> {
-        let Some((_, allow)) = PATHS.iter().find(|(own, _)| *own == ask.path) else {
+        let Some(allow) = operator_method(&ask.path) else {
             let fault = Fault::new(Class::new(Code::RouteNotFound, Blame::Client), "no such path");
             return Box::pin(std::future::ready(Err(fault)));
         };
-        if ask.method != *allow {
+        if ask.method != allow {
             let class = Class::new(Code::MethodNotAllowed, Blame::Client);
             let message = format!("{} is for {allow}, not for {}", ask.path, ask.method);
             let fault = Fault::new(class, message).header("allow", allow.to_string());

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -39,6 +40,8 @@ pub enum StartError {
     Build(#[from] BuildError),
     #[error(transparent)]
     Bind(#[from] forebay_edge::BindError),
+    #[error(transparent)]
+    Unix(#[from] forebay_edge::UnixSocketError),
     #[error("address {address} is already in use; stop the other program or set `{key}`")]
     AddressInUse { address: String, key: &'static str },
     #[error("can't listen on {address}; set `{key}` to an address of this machine")]
@@ -60,12 +63,16 @@ pub struct Ready {
 #[derive(Debug, Clone)]
 pub struct Summary {
     pub listen: Vec<SocketAddr>,
+    /// A Unix socket to listen on.
+    pub uds: Option<PathBuf>,
     pub tls: bool,
     pub admin: Option<SocketAddr>,
     /// Layer names and one line on each, outermost first.
     pub layers: Vec<(&'static str, String)>,
     /// A model that a client can ask for.
     pub model: Option<String>,
+    /// It makes vectors of texts and does not answer.
+    pub embeds: bool,
     pub needs_key: bool,
 }
 
@@ -161,13 +168,16 @@ pub async fn prepare(
             Some((listener, Arc::new(state)))
         }
     };
+    let model = first_model(config, &slots);
     let summary = Summary {
         listen: edge.local_addrs().to_vec(),
+        uds: edge_config.uds.clone(),
         tls: edge_config.tls.is_some(),
         admin: admin.as_ref().and_then(|(listener, _)| listener.local_addr().ok()),
         layers: layers(config, &slots),
-        model: first_model(config, &slots),
-        needs_key: config.gateway.is_some(),
+        embeds: model.as_deref().is_some_and(|model| embeds(config, &slots, model)),
+        model,
+        needs_key: config.gateway.is_some() || !edge_config.access_keys.is_empty(),
     };
     Ok(Ready { edge, admin, draining, stack: composed.stack, summary })
 }
@@ -250,6 +260,9 @@ async fn preflight(config: &Config) -> Result<(), StartError> {
         for address in edge.listen.iter() {
             listen(&address.to_string(), "edge.listen").await?;
         }
+        if let Some(path) = &edge.uds {
+            forebay_edge::check_unix_socket(path).await?;
+        }
     }
     if let Some(admin) = &config.admin {
         listen(&admin.listen.to_string(), "admin.listen").await?;
@@ -270,6 +283,14 @@ fn first_model(config: &Config, slots: &[Arc<Slot>]) -> Option<String> {
         || config.router.as_ref().and_then(|router| router.fleets.first()).map(|fleet| fleet.model.clone());
     let loaded = || slots.iter().find(|slot| slot.engine().is_some()).or(slots.first());
     named.or_else(|| loaded().map(|slot| slot.model().to_string())).or_else(fleet)
+}
+
+/// Whether what answers under a name is an encoder of this process, as far as it is loaded.
+fn embeds(config: &Config, slots: &[Arc<Slot>], model: &str) -> bool {
+    let listed = config.proxy.iter().flat_map(|proxy| &proxy.models).find(|listed| listed.name == model);
+    let fleet = listed.and_then(|model| model.deployments.first()?.fleet.as_deref());
+    let slot = slots.iter().find(|slot| slot.model().as_str() == fleet.unwrap_or(model));
+    slot.and_then(|slot| slot.engine()).is_some_and(|engine| engine.generating().is_none())
 }
 
 /// A layer in a line; an engine for each of its models.

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::env::VarError;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::limited::read_limited;
 
 /// Largest file a secret may be read from. A PEM chain is a few KiB; anything near this is a wrong path.
 pub const SECRET_FILE_BYTES_MAX: u64 = 256 * 1024;
@@ -27,17 +29,7 @@ impl Environment for RealEnvironment {
     }
 
     fn read_file(&self, path: &Path) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        let file = std::fs::File::open(path)?;
-        // One byte more than allowed, so that a file of exactly the limit is told from a longer one.
-        file.take(SECRET_FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > SECRET_FILE_BYTES_MAX {
-            return Err(io::Error::new(
-                io::ErrorKind::FileTooLarge,
-                format!("longer than {} KiB", SECRET_FILE_BYTES_MAX / 1024),
-            ));
-        }
-        Ok(bytes)
+        read_limited(path, SECRET_FILE_BYTES_MAX)
     }
 }
 

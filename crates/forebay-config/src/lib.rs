@@ -14,11 +14,12 @@
 //! are the values people write; [`schema`] and [`reference_markdown`] describe them.
 //!
 //! Deliberately absent: the configuration of any layer (it stands beside the layer), interpolation of `${NAME}`,
-//! includes, and more than one file. Only [`RealEnvironment`] and [`Source::read`] touch the machine.
+//! includes, and more than one file. Only [`RealEnvironment`], [`Source::read`] and [`read_limited`] touch the machine.
 
 mod de;
 mod diagnostic;
 mod environment;
+mod limited;
 mod loader;
 mod parse;
 mod path;
@@ -34,6 +35,7 @@ mod values;
 
 pub use diagnostic::{Diagnostic, Diagnostics, Severity};
 pub use environment::{Environment, FixedEnvironment, RealEnvironment, SECRET_FILE_BYTES_MAX};
+pub use limited::read_limited;
 pub use loader::{Loaded, load};
 pub use reference::reference_markdown;
 pub use schema::schema;

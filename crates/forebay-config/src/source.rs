@@ -1,8 +1,10 @@
 //! The text of a configuration file and positions in it.
 
 use std::fmt;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::limited::read_limited;
 
 /// Largest file that is read. A fleet of a thousand models is about 200 KiB.
 pub const FILE_BYTES_MAX: usize = 1024 * 1024;
@@ -41,16 +43,11 @@ impl Source {
 
     /// Reads a file of at most [`FILE_BYTES_MAX`] bytes. Blocking.
     pub fn read(path: &Path) -> Result<Self, SourceError> {
-        let unreadable = |source: io::Error| match source.kind() {
+        let bytes = read_limited(path, FILE_BYTES_MAX as u64).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => SourceError::NotFound { path: path.to_owned() },
+            io::ErrorKind::FileTooLarge => SourceError::TooLarge { path: path.to_owned() },
             _ => SourceError::Unreadable { path: path.to_owned(), source },
-        };
-        let mut bytes = Vec::new();
-        let file = std::fs::File::open(path).map_err(unreadable)?;
-        file.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-        if bytes.len() > FILE_BYTES_MAX {
-            return Err(SourceError::TooLarge { path: path.to_owned() });
-        }
+        })?;
         let text = String::from_utf8(bytes).map_err(|error| SourceError::NotText {
             path: path.to_owned(),
             offset: error.utf8_error().valid_up_to(),

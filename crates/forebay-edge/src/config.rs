@@ -8,12 +8,16 @@ use forebay_config::{ByteSize, HumanDuration, ListenAddr, OneOrMany, Secret};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::unix::PATH_BYTES_MAX;
+
 /// L1: the one front door of the platform.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct EdgeConfig {
     /// Address to listen on, or a list of them, `host:port`; use `0.0.0.0:8080` to be reached from other machines.
     pub listen: OneOrMany<ListenAddr>,
+    /// Unix socket to listen on beside `listen`, which may then be `[]`; a socket that a killed server left is replaced, and the file is removed at the end.
+    pub uds: Option<PathBuf>,
     /// Certificate and key; without them the edge speaks cleartext HTTP/1.1 and HTTP/2.
     pub tls: Option<TlsConfig>,
     /// Which path goes where, longest path first; without any, everything goes to the LLM route.
@@ -44,6 +48,7 @@ impl Default for EdgeConfig {
         let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 8080));
         Self {
             listen: OneOrMany::one(listen.into()),
+            uds: None,
             tls: None,
             routes: Vec::new(),
             limits: EdgeLimits::default(),
@@ -160,8 +165,20 @@ impl EdgeConfig {
         let mut add = |key: String, problem: &str| {
             found.push(EdgeConfigError { key, problem: problem.to_owned() });
         };
-        if self.listen.is_empty() {
+        if self.listen.is_empty() && self.uds.is_none() {
             add("listen".into(), "at least one address is needed");
+        }
+        if let Some(path) = &self.uds {
+            match path.as_os_str().len() {
+                0 => add("uds".into(), "the path is empty"),
+                1..=PATH_BYTES_MAX => {}
+                bytes => {
+                    let problem = format!(
+                        "the path has {bytes} bytes; that of a socket may have {PATH_BYTES_MAX} at most"
+                    );
+                    add("uds".into(), &problem);
+                }
+            }
         }
         let addresses: Vec<_> = self.listen.iter().collect();
         for (i, address) in addresses.iter().enumerate() {

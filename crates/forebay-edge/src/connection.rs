@@ -12,7 +12,6 @@ use bytes::Bytes;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -24,7 +23,7 @@ use crate::head_scan::{HeadScan, Passed};
 use crate::metrics::Counted;
 use crate::service::{Shared, serve};
 use crate::stall::StreamExecutor;
-use crate::transport::{Transport, Wire, Writes};
+use crate::transport::{Socket, Transport, Wire, Writes};
 
 /// The first bytes of the HTTP/2 preface (RFC 9113, 3.4): no HTTP/1.1 request begins like it, as `PRI` is reserved.
 const PREFACE: &[u8] = b"PRI ";
@@ -157,7 +156,7 @@ pub(crate) struct Stop {
 /// Serves a connection to its end. `tls` as configured for the listener.
 pub(crate) async fn serve_connection(
     shared: Arc<Shared>,
-    tcp: TcpStream,
+    socket: Socket,
     peer: SocketAddr,
     tls: Option<TlsAcceptor>,
     stop: Stop,
@@ -165,7 +164,7 @@ pub(crate) async fn serve_connection(
     let _counted = Counted::new(&shared.metrics.connections);
     let kill = stop.kill.clone();
     let writes = Arc::new(Writes::default());
-    let wire = Wire::new(tcp, writes.clone());
+    let wire = Wire::new(socket, writes.clone());
     let served = async {
         match tls {
             Some(acceptor) => serve_tls(&shared, wire, writes, peer, acceptor, stop).await,

@@ -34,6 +34,7 @@ mod service;
 mod stall;
 mod tls;
 mod transport;
+mod unix;
 
 #[cfg(test)]
 mod tests;
@@ -41,6 +42,7 @@ mod tests;
 pub use config::{EdgeConfig, EdgeConfigError, EdgeLimits, RouteConfig, Switch, TlsConfig};
 pub use listen::{BindError, BoundEdge, DrainReport, Edge, EdgeDeps};
 pub use llm::LlmStage;
-pub use operator::{Operator, OperatorAsk, OperatorFuture, OperatorLoad};
+pub use operator::{OPERATOR_PATHS, Operator, OperatorAsk, OperatorFuture, OperatorLoad, operator_method};
 pub use service::Health;
 pub use tls::TlsError;
+pub use unix::{UnixSocketError, check_unix_socket};

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -27,6 +27,8 @@ use crate::operator::Operator;
 use crate::route::RouteTable;
 use crate::service::{Health, Shared};
 use crate::tls::{TlsError, server_config};
+use crate::transport::Socket;
+use crate::unix::{UnixSocket, UnixSocketError};
 
 /// Pause after a failed accept: out of file descriptors is not over a microsecond later.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -61,6 +63,8 @@ pub enum BindError {
     NoLlm,
     #[error(transparent)]
     Tls(#[from] TlsError),
+    #[error(transparent)]
+    Unix(#[from] UnixSocketError),
     #[error("address {address} is already in use; stop the other program or set `edge.listen`")]
     InUse { address: String },
     #[error("address {address} needs privileges; use a port from 1024 up in `edge.listen`")]
@@ -90,7 +94,7 @@ pub struct Edge;
 
 /// Listening, not yet accepting: clients that connect wait.
 pub struct BoundEdge {
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Listener>,
     addrs: Vec<SocketAddr>,
     tls: Option<TlsAcceptor>,
     shared: Arc<Shared>,
@@ -130,6 +134,10 @@ impl Edge {
         let addrs = listeners.iter().map(TcpListener::local_addr).collect::<io::Result<Vec<_>>>();
         let addrs =
             addrs.map_err(|source| BindError::Listen { address: config.listen.to_string(), source })?;
+        let mut listeners: Vec<Listener> = listeners.into_iter().map(Listener::Tcp).collect();
+        if let Some(path) = &config.uds {
+            listeners.push(Listener::Unix(UnixSocket::bind(path).await?));
+        }
         let metrics = Metrics::new(&deps.registry)?;
         // A family is there from the start, not from its first request.
         for label in routes.labels() {
@@ -173,7 +181,7 @@ impl BoundEdge {
         move || u64::try_from(gauge.get()).unwrap_or(0)
     }
 
-    /// The addresses as bound: a configured port 0 has become a real one.
+    /// The TCP addresses as bound: a configured port 0 has become a real one.
     pub fn local_addrs(&self) -> &[SocketAddr] {
         &self.addrs
     }
@@ -245,8 +253,25 @@ async fn listen(address: &ListenAddr) -> Result<TcpListener, BindError> {
     })
 }
 
+/// Where clients connect.
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixSocket),
+}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<(Socket, SocketAddr)> {
+        /// Who connects to a Unix socket is on this machine.
+        const HERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+        match self {
+            Self::Tcp(listener) => listener.accept().await.map(|(tcp, peer)| (Socket::Tcp(tcp), peer)),
+            Self::Unix(socket) => socket.accept().await.map(|stream| (Socket::Unix(stream), HERE)),
+        }
+    }
+}
+
 async fn accept(
-    listener: TcpListener,
+    listener: Listener,
     shared: Arc<Shared>,
     tls: Option<TlsAcceptor>,
     stop: Stop,
@@ -259,7 +284,7 @@ async fn accept(
             () = stop.drain.cancelled() => return,
             () = stop.kill.cancelled() => return,
         };
-        let (tcp, peer) = match accepted {
+        let (socket, peer) = match accepted {
             Ok(accepted) => accepted,
             // The client was faster to leave than we to accept.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
@@ -276,7 +301,7 @@ async fn accept(
         };
         let (shared, tls, stop) = (shared.clone(), tls.clone(), stop.clone());
         connections.spawn(async move {
-            serve_connection(shared, tcp, peer, tls, stop).await;
+            serve_connection(shared, socket, peer, tls, stop).await;
             drop(permit);
         });
     }

@@ -42,12 +42,23 @@ pub struct OperatorLoad {
 
 pub type OperatorFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
+/// What an [`Operator`] answers: paths, and the method of each. `/load` stands beside them; the listener answers it.
+pub static OPERATOR_PATHS: [(&str, Method); 5] = [
+    ("/kv_event_sources", Method::GET),
+    ("/is_paused", Method::GET),
+    ("/abort_requests", Method::POST),
+    ("/pause", Method::POST),
+    ("/resume", Method::POST),
+];
+
+/// The method of an operator's path.
+pub fn operator_method(path: &str) -> Option<Method> {
+    OPERATOR_PATHS.iter().find(|(own, _)| *own == path).map(|(_, method)| method.clone())
+}
+
 /// Answers for the process.
 pub trait Operator: Send + Sync + 'static {
-    /// Whether it answers this path.
-    fn has(&self, path: &str) -> bool;
-
-    /// `None` is an answer without a body.
+    /// One of [`OPERATOR_PATHS`], by whatever method. `None` is an answer without a body.
     fn answer(&self, ask: OperatorAsk) -> OperatorFuture<Result<Option<serde_json::Value>, Fault>>;
 
     /// `None` where no engine is in this process.
@@ -69,7 +80,7 @@ pub(crate) async fn answer(
         let load = serde_json::json!({ "server_load": shared.metrics.llm_in_flight.get() });
         return Ok(answer::json(StatusCode::OK, load.to_string()));
     }
-    if !operator.has(path) {
+    if operator_method(path).is_none() {
         return Err(incoming);
     }
     // A page in somebody's browser can send a POST here without asking; nothing is changed on its behalf.
@@ -107,7 +118,7 @@ pub(crate) async fn answer(
 
 /// Whether a path changes how the process works, so that it takes a key where there is one. vLLM leaves these open.
 pub(crate) fn needs_key(shared: &Shared, method: &Method, path: &str) -> bool {
-    *method != Method::GET && shared.operator.as_ref().is_some_and(|operator| operator.has(path))
+    *method != Method::GET && shared.operator.is_some() && operator_method(path).is_some()
 }
 
 /// Adds the load to an answer whose client asked for it.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use http::Uri;
 
 use crate::config::{EdgeConfig, ROUTE_TIMEOUT, RouteConfig};
+use crate::operator::operator_method;
 
 /// All routes, made once.
 #[derive(Debug)]
@@ -114,8 +115,8 @@ pub(crate) fn without_mount<'a>(mount: &str, path: &'a str) -> &'a str {
     }
 }
 
-/// Paths of an LLM route that are not below `/v1`, as vLLM has them.
-const OUTSIDE_V1: [&str; 14] = [
+/// Paths of an LLM route that are not below `/v1`, as vLLM has them. Those of operators are others.
+const OUTSIDE_V1: [&str; 9] = [
     "/health",
     "/ping",
     "/version",
@@ -125,17 +126,16 @@ const OUTSIDE_V1: [&str; 14] = [
     "/tokenizer_info",
     "/inference/v1/generate",
     "/load",
-    "/kv_event_sources",
-    "/abort_requests",
-    "/pause",
-    "/resume",
-    "/is_paused",
 ];
+
+fn is_outside_v1(path: &str) -> bool {
+    OUTSIDE_V1.contains(&path) || operator_method(path).is_some()
+}
 
 /// The path that the stack below is asked for.
 pub(crate) fn llm_path(mount: &str, v1_optional: bool, path: &str) -> String {
     let path = without_mount(mount, path);
-    if !v1_optional || path == "/" || is_prefix("/v1", path) || OUTSIDE_V1.contains(&path) {
+    if !v1_optional || path == "/" || is_prefix("/v1", path) || is_outside_v1(path) {
         return path.to_owned();
     }
     format!("/v1{path}")
@@ -225,6 +225,9 @@ mod tests {
         check("/llm/", "/llm/v1x", "/v1/v1x");
         check("/llm/", "/llm/health", "/health");
         check("/llm/", "/llm/ping", "/ping");
+        check("/llm/", "/llm/load", "/load");
+        check("/llm/", "/llm/pause", "/pause");
+        check("/llm/", "/llm/tokenizer_info", "/tokenizer_info");
         // Elsewhere nothing is made up.
         check("/", "/chat/completions", "/chat/completions");
         check("/api/v1/chat/", "/api/v1/chat/completions", "/v1/chat/completions");

@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, Sleep};
 
 use crate::connection::ConnState;
@@ -57,31 +57,51 @@ impl Writes {
     }
 }
 
+/// What a client connects by.
+pub(crate) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// Runs `$call` on the stream of either kind.
+macro_rules! either {
+    ($socket:expr, $stream:ident => $call:expr) => {
+        match $socket {
+            Socket::Tcp($stream) => $call,
+            Socket::Unix($stream) => $call,
+        }
+    };
+}
+
 /// The socket, below TLS.
 pub(crate) struct Wire {
-    tcp: TcpStream,
+    socket: Socket,
     writes: Arc<Writes>,
 }
 
 impl Wire {
-    pub(crate) fn new(tcp: TcpStream, writes: Arc<Writes>) -> Self {
-        // A token's frame must not wait for the ack of the one before.
-        if let Err(error) = tcp.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY could not be set");
+    pub(crate) fn new(socket: Socket, writes: Arc<Writes>) -> Self {
+        if let Socket::Tcp(tcp) = &socket {
+            // A token's frame must not wait for the ack of the one before.
+            if let Err(error) = tcp.set_nodelay(true) {
+                tracing::debug!(%error, "TCP_NODELAY could not be set");
+            }
+            #[cfg(target_os = "linux")]
+            if let Err(error) = socket2::SockRef::from(tcp).set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
+                tracing::debug!(%error, "TCP_NOTSENT_LOWAT could not be set");
+            }
         }
-        #[cfg(target_os = "linux")]
-        if let Err(error) = socket2::SockRef::from(&tcp).set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
-            tracing::debug!(%error, "TCP_NOTSENT_LOWAT could not be set");
-        }
-        Self { tcp, writes }
+        Self { socket, writes }
     }
 }
 
 impl Drop for Wire {
     fn drop(&mut self) {
-        if self.writes.has_timed_out() {
+        if self.writes.has_timed_out()
+            && let Socket::Tcp(tcp) = &self.socket
+        {
             // Or the kernel would go on offering the rest to a client that does not want it.
-            let _ = self.tcp.set_zero_linger();
+            let _ = tcp.set_zero_linger();
         }
     }
 }
@@ -92,13 +112,13 @@ impl AsyncRead for Wire {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_read(cx, buf)
+        either!(&mut self.socket, stream => Pin::new(stream).poll_read(cx, buf))
     }
 }
 
 impl AsyncWrite for Wire {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.tcp).poll_write(cx, buf);
+        let written = either!(&mut self.socket, stream => Pin::new(stream).poll_write(cx, buf));
         self.writes.on_write(&written);
         written
     }
@@ -108,21 +128,21 @@ impl AsyncWrite for Wire {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs);
+        let written = either!(&mut self.socket, stream => Pin::new(stream).poll_write_vectored(cx, bufs));
         self.writes.on_write(&written);
         written
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.tcp.is_write_vectored()
+        either!(&self.socket, stream => stream.is_write_vectored())
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_flush(cx)
+        either!(&mut self.socket, stream => Pin::new(stream).poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(cx)
+        either!(&mut self.socket, stream => Pin::new(stream).poll_shutdown(cx))
     }
 }
 

@@ -1,7 +1,6 @@
 //! Reads the small files beside a model's weights. They come from the network: none is read without a limit.
 
-use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// Why a file could not be read.
@@ -15,13 +14,10 @@ pub enum SmallFileError {
 
 /// The whole file, of `limit` bytes at most.
 pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, SmallFileError> {
-    let failed = |source| SmallFileError::Read { path: path.to_owned(), source };
-    let mut bytes = Vec::new();
-    File::open(path).map_err(failed)?.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > limit {
-        return Err(SmallFileError::TooLong { path: path.to_owned(), limit });
-    }
-    Ok(bytes)
+    forebay_config::read_limited(path, limit).map_err(|source| match source.kind() {
+        io::ErrorKind::FileTooLarge => SmallFileError::TooLong { path: path.to_owned(), limit },
+        _ => SmallFileError::Read { path: path.to_owned(), source },
+    })
 }
 
 /// The same; `None` where there is no such file.

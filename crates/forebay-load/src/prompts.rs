@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use bytes::Bytes;
+use forebay_config::read_limited;
 use rand_core::{Rng as _, SeedableRng as _};
 use rand_pcg::Pcg64Mcg;
 use serde_json::{Map, Value, json};
@@ -133,14 +134,10 @@ fn text(rng: &mut Pcg64Mcg, words: usize) -> String {
 }
 
 fn read_lines(path: &Path, endpoint: Endpoint) -> Result<Vec<Line>, LoadError> {
-    use std::io::Read;
     let failed = |source| LoadError::PromptsFile { path: path.to_owned(), source };
-    let mut content = String::new();
-    let file = std::fs::File::open(path).map_err(failed)?;
-    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut content).map_err(failed)?;
-    if content.len() as u64 > FILE_BYTES_MAX {
-        return Err(failed(std::io::Error::other("more than 256 MiB")));
-    }
+    let content = read_limited(path, FILE_BYTES_MAX).map_err(failed)?;
+    let content =
+        String::from_utf8(content).map_err(|error| failed(std::io::Error::other(error.utf8_error())))?;
     let mut lines = Vec::new();
     for (index, line) in content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let line = parse_line(line, endpoint).map_err(|why| LoadError::PromptLine {

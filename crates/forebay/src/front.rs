@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use forebay_config::{Environment, HumanDuration, Secret};
+use forebay_config::{Environment, HumanDuration, OneOrMany, Secret};
 use forebay_edge::{EdgeConfig, RouteConfig, TlsConfig};
 
 /// Where vLLM looks for a key that is not on the command line.
@@ -15,6 +15,9 @@ pub(crate) struct Front {
     /// `env:NAME` and `file:PATH` keep them off the command line. $VLLM_API_KEY where absent
     #[arg(long, value_name = "KEY", num_args = 1..)]
     pub api_key: Vec<Secret>,
+    /// Unix socket to listen on in place of --host and --port
+    #[arg(long, value_name = "PATH")]
+    pub uds: Option<PathBuf>,
     /// PEM file with the certificate and its chain: serve HTTPS
     #[arg(long, value_name = "FILE")]
     pub ssl_certfile: Option<PathBuf>,
@@ -72,6 +75,8 @@ impl Front {
         };
         let root = self.root_path.as_deref().filter(|path| !path.is_empty());
         EdgeConfig {
+            listen: if self.uds.is_some() { OneOrMany::default() } else { edge.listen },
+            uds: self.uds.clone(),
             access_keys,
             tls,
             routes: root.map_or_else(Vec::new, |root| vec![route(root), route("/")]),
@@ -88,6 +93,8 @@ impl Front {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use forebay_config::FixedEnvironment;
 
     use super::*;
@@ -120,6 +127,10 @@ mod tests {
             .apply(EdgeConfig::default(), &FixedEnvironment::new().with_var(KEY_VARIABLE, ""));
         assert!(open.access_keys.is_empty() && open.routes.is_empty() && open.tls.is_none());
         assert_eq!(open.stream_heartbeat, None);
+        let socket = Front { uds: Some("/run/s".into()), ..Front::default() };
+        let socket = socket.apply(EdgeConfig::default(), &FixedEnvironment::new());
+        assert_eq!((socket.listen.len(), socket.uds.as_deref()), (0, Some(Path::new("/run/s"))));
+        assert_eq!(socket.problems(), []);
     }
 
     #[test]

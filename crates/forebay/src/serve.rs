@@ -118,6 +118,7 @@ fn in_flags(message: &str) -> String {
         ("edge.access-keys[0]", "--api-key"),
         ("edge.cors-origins", "--allowed-origins"),
         ("edge.cors-origins[0]", "--allowed-origins"),
+        ("edge.uds", "--uds"),
         ("edge.tls.cert", "--ssl-certfile"),
         ("edge.tls.key", "--ssl-keyfile"),
     ];
@@ -235,28 +236,64 @@ fn greeting(summary: &Summary) -> String {
         text += &format!("  admin    http://{admin}/metrics /health /ready /api/requests\n");
     }
     let scheme = if summary.tls { "https" } else { "http" };
-    let Some(address) = summary.listen.first() else { return text };
-    // A wildcard address is nothing to connect to.
-    let host = match address.ip().is_unspecified() {
-        true => format!("localhost:{}", address.port()),
-        false => address.to_string(),
+    let (host, socket) = match (summary.listen.first(), &summary.uds) {
+        // A wildcard address is nothing to connect to.
+        (Some(address), _) if address.ip().is_unspecified() => {
+            (format!("localhost:{}", address.port()), String::new())
+        }
+        (Some(address), _) => (address.to_string(), String::new()),
+        (None, Some(path)) => ("localhost".to_owned(), format!(" --unix-socket {}", path.display())),
+        (None, None) => return text,
     };
     if let Some(model) = &summary.model {
         let insecure = if summary.tls { " --insecure" } else { "" };
         let key = if summary.needs_key { " -H \"authorization: Bearer $KEY\"" } else { "" };
+        let (path, body) = match summary.embeds {
+            true => ("embeddings", "\"input\": \"Rivers run to the sea.\""),
+            false => (
+                "chat/completions",
+                "\"messages\": [{\"role\": \"user\", \"content\": \"Name three rivers.\"}], \"max_tokens\": 64",
+            ),
+        };
         text += &format!(
-            "\ntry it:\n  curl{insecure} {scheme}://{host}/v1/chat/completions -H 'content-type: application/json'{key} \\\n"
+            "\ntry it:\n  curl{insecure}{socket} {scheme}://{host}/v1/{path} -H 'content-type: application/json'{key} \\\n"
         );
-        text += &format!(
-            "    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Name three rivers.\"}}], \"max_tokens\": 64}}'\n\n"
-        );
+        text += &format!("    -d '{{\"model\": \"{model}\", {body}}}'\n\n");
     }
     text
 }
 
 #[cfg(test)]
 mod tests {
-    use super::in_flags;
+    use super::*;
+
+    #[test]
+    fn a_line_to_try_it_with() {
+        let summary = Summary {
+            listen: vec![([0, 0, 0, 0], 8000).into()],
+            uds: None,
+            tls: false,
+            admin: None,
+            layers: Vec::new(),
+            model: Some("m".to_owned()),
+            embeds: false,
+            needs_key: false,
+        };
+        let check = |change: fn(&mut Summary), expect: &str| {
+            let mut summary = summary.clone();
+            change(&mut summary);
+            let text = greeting(&summary);
+            assert!(text.contains(expect), "{text}");
+        };
+        check(|_| {}, "curl http://localhost:8000/v1/chat/completions ");
+        check(|_| {}, r#"{"model": "m", "messages": ["#);
+        check(|s| s.embeds = true, "curl http://localhost:8000/v1/embeddings ");
+        check(|s| s.embeds = true, r#"{"model": "m", "input": ""#);
+        let by_socket =
+            |s: &mut Summary| (s.listen, s.uds, s.needs_key) = (Vec::new(), Some("/run/s".into()), true);
+        check(by_socket, "curl --unix-socket /run/s http://localhost/v1/chat/completions ");
+        check(by_socket, "Bearer $KEY");
+    }
 
     #[test]
     fn a_worker_is_told_its_own_flags() {

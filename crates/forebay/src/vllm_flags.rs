@@ -137,7 +137,6 @@ const FLAGS: &[Flag] = &[
     refused("--exclude-tools-when-tool-choice-none", false, &[], "tools are always in the prompt"),
     refused("--tool-parser-plugin", true, &[], "the forms of --tool-call-parser are built in"),
     refused("--reasoning-parser-plugin", true, &[], "the forms of --reasoning-parser are built in"),
-    refused("--uds", true, &[], "listen on a port"),
     refused("--grpc-port", true, &[], "there is no gRPC"),
     idle("--enable-server-load-tracking", false, "/load is always right"),
     refused(
@@ -297,7 +296,7 @@ mod tests {
             --override-generation-config {},--chat-template x,--max-logprobs 5,--tensor-parallel-size 2,-tp 2,\
             --pipeline-parallel-size 2,-pp 2,--block-size 16,--kv-cache-memory-bytes 1G,--num-gpu-blocks-override 9,\
             --enable-prefix-caching,--no-enable-prefix-caching,--max-num-batched-tokens 2k,--max-num-seqs 4,\
-            --max-num-queued-reqs 4,--max-num-queued-tokens 4k,--kv-events-config {},--host h,--port 1,\
+            --max-num-queued-reqs 4,--max-num-queued-tokens 4k,--kv-events-config {},--host h,--port 1,--uds s,\
             --api-key k,--ssl-keyfile f,--ssl-certfile f,--allowed-origins [],--root-path /p,--tool-call-parser hermes,\
             --reasoning-parser qwen3,--enable-force-include-usage,--return-tokens-as-token-ids,\
             --enable-tokenizer-info-endpoint,--shutdown-timeout 0,--sse-keep-alive-interval 0";
@@ -314,7 +313,7 @@ mod tests {
             --kv-cache-dtype fp8,--kv-offloading-size 1,--cpu-offload-gb 1,--max-num-active-seqs 4,\
             --long-prefill-token-threshold 512,--long-prefill-token-threshold-adaptive,--prefill-schedule-interval 2,\
             --stream-interval 2,--kv-transfer-config {},--speculative-config {},--enable-lora,--max-loras 2,\
-            --max-lora-rank 8,--lora-modules a=b,--otlp-traces-endpoint u,--grpc-port 1,--uds s";
+            --max-lora-rank 8,--lora-modules a=b,--otlp-traces-endpoint u,--grpc-port 1";
         let command = crate::cli::Cli::command();
         let worker = command.find_subcommand("worker").expect("is there");
         let is_own = |long: &str| worker.get_arguments().any(|arg| arg.get_long() == long.strip_prefix("--"));

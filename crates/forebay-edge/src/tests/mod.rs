@@ -6,6 +6,7 @@ mod operators;
 mod protocols;
 mod slow_readers;
 mod streams;
+mod unix_socket;
 mod upstream_route;
 
 use std::future::Future;

@@ -16,10 +16,6 @@ struct Scripted {
 }
 
 impl Operator for Scripted {
-    fn has(&self, path: &str) -> bool {
-        path == "/pause"
-    }
-
     fn answer(&self, ask: OperatorAsk) -> OperatorFuture<Result<Option<serde_json::Value>, Fault>> {
         let body = String::from_utf8_lossy(&ask.body).into_owned();
         Box::pin(async move {

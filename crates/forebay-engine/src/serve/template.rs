@@ -1,9 +1,10 @@
 //! A chat template from the configuration, in place of the model's own.
 
-use std::io::Read;
 use std::path::PathBuf;
 
 use forebay_tokens::{TemplateError, TextModel};
+
+use crate::small_file::{self, SmallFileError};
 
 /// Templates of models have some ten kilobytes.
 const TEMPLATE_BYTES_MAX: u64 = 1024 * 1024;
@@ -11,10 +12,10 @@ const TEMPLATE_BYTES_MAX: u64 = 1024 * 1024;
 /// Why a configured chat template can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ChatTemplateError {
-    #[error("the chat template `{}` can't be read", path.display())]
-    Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("the chat template `{}` is larger than {TEMPLATE_BYTES_MAX} bytes", path.display())]
-    TooLarge { path: PathBuf },
+    #[error("the chat template can't be read")]
+    Read(#[from] SmallFileError),
+    #[error("the chat template `{}` is not UTF-8", path.display())]
+    Utf8 { path: PathBuf, source: std::str::Utf8Error },
     #[error("`engine.chat-template` is not a template that can be used")]
     Template(#[from] TemplateError),
 }
@@ -29,12 +30,8 @@ pub(super) fn with_template(
         return Ok(TextModel::new(text.tokenizer().clone(), Some(configured))?);
     }
     let path = PathBuf::from(configured);
-    let mut template = String::new();
-    let read = std::fs::File::open(&path)
-        .and_then(|file| file.take(TEMPLATE_BYTES_MAX + 1).read_to_string(&mut template));
-    match read {
-        Ok(bytes) if bytes as u64 > TEMPLATE_BYTES_MAX => Err(ChatTemplateError::TooLarge { path }),
-        Ok(_) => Ok(TextModel::new(text.tokenizer().clone(), Some(&template))?),
-        Err(source) => Err(ChatTemplateError::Unreadable { path, source }),
-    }
+    let template = small_file::read(&path, TEMPLATE_BYTES_MAX)?;
+    let template =
+        std::str::from_utf8(&template).map_err(|source| ChatTemplateError::Utf8 { path, source })?;
+    Ok(TextModel::new(text.tokenizer().clone(), Some(template))?)
 }

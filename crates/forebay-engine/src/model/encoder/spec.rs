@@ -1,6 +1,5 @@
 //! What the JSON files of an encoder's directory say.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +8,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::safetensors::DirectoryError;
+use crate::small_file::{self, SmallFileError};
 
 /// Architectures of `config.json` that can be run.
 pub const ENCODERS: &[&str] = &["BertModel"];
@@ -26,8 +26,8 @@ const POSITIONS_MAX: usize = 1 << 20;
 pub enum EncoderError {
     #[error("can't read {}", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("{} is {bytes} bytes long, the limit is {JSON_BYTES_MAX}", path.display())]
-    TooLong { path: PathBuf, bytes: u64 },
+    #[error("{} is longer than {JSON_BYTES_MAX} bytes, the limit", path.display())]
+    TooLong { path: PathBuf },
     #[error("{} is not what it should be", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
     #[error(
@@ -317,12 +317,10 @@ fn pooling_in(path: &Path) -> Result<Pooling, EncoderError> {
 }
 
 fn required<T: DeserializeOwned>(path: &Path) -> Result<T, EncoderError> {
-    let read = |source| EncoderError::Read { path: path.to_owned(), source };
-    let bytes = fs::metadata(path).map_err(read)?.len();
-    if bytes > JSON_BYTES_MAX {
-        return Err(EncoderError::TooLong { path: path.to_owned(), bytes });
-    }
-    let text = fs::read(path).map_err(read)?;
+    let text = small_file::read(path, JSON_BYTES_MAX).map_err(|error| match error {
+        SmallFileError::Read { path, source } => EncoderError::Read { path, source },
+        SmallFileError::TooLong { path, .. } => EncoderError::TooLong { path },
+    })?;
     serde_json::from_slice(&text).map_err(|source| EncoderError::Json { path: path.to_owned(), source })
 }
 

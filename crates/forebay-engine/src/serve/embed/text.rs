@@ -28,16 +28,7 @@ pub(super) fn read(directory: &Path) -> Result<TextModel, StartError> {
 
 fn file(directory: &Path, name: &str) -> Result<Vec<u8>, StartError> {
     let path = directory.join(name);
-    let read = |path: &Path| {
-        let bytes = std::fs::metadata(path)?.len();
-        if bytes > FILE_BYTES_MAX {
-            return Err(std::io::Error::other(format!(
-                "it has {bytes} bytes, the limit is {FILE_BYTES_MAX}"
-            )));
-        }
-        std::fs::read(path)
-    };
-    read(&path).map_err(|source| StartError::File { path, source })
+    forebay_config::read_limited(&path, FILE_BYTES_MAX).map_err(|source| StartError::File { path, source })
 }
 
 /// `special`: put in what the model wants around a text. Control tokens that a text spells out are taken as such, as in
