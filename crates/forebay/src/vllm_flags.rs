@@ -1,151 +1,16 @@
 //! Flags of `vllm serve` that `forebay worker` does not have as its own: those that mean nothing here are accepted
 //! with a word on what is done instead, the rest is refused with the reason. Nothing is swallowed in silence. Pure.
 
+mod table;
+
+use table::{Group, Takes, What, find};
+
 /// What of vLLM's command line is left for our own parser, and what to say about the rest.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Sifted {
     pub args: Vec<String>,
     pub warnings: Vec<String>,
 }
-
-/// A flag of vLLM's.
-struct Flag {
-    name: &'static str,
-    value: bool,
-    what: What,
-}
-
-enum What {
-    /// Accepted.
-    NoEffect(&'static str),
-    /// Refused, but for values that ask for what is done anyway.
-    Refused { unless: &'static [&'static str], why: &'static str },
-}
-
-const fn idle(name: &'static str, value: bool, why: &'static str) -> Flag {
-    Flag { name, value, what: What::NoEffect(why) }
-}
-
-const fn refused(
-    name: &'static str,
-    value: bool,
-    unless: &'static [&'static str],
-    why: &'static str,
-) -> Flag {
-    Flag { name, value, what: What::Refused { unless, why } }
-}
-
-const GPU: &str = "there is no GPU";
-const ONE_MACHINE: &str = "a model runs on one machine";
-const SLO: &str = "--itl-slo-ms bounds prefill beside decodes";
-const MERGED: &str = "adapters can't be loaded; merge them into the model";
-const COMPILED: &str = "nothing is compiled";
-const KV_MEMORY: &str = "--kv-cache-memory-bytes is the size of the KV cache";
-const LOG: &str = "set RUST_LOG";
-
-/// vLLM 0.33's names.
-const FLAGS: &[Flag] = &[
-    idle("--tokenizer-mode", true, "the model's own tokenizer is used"),
-    idle("--dtype", true, "weights are computed in the precision of their file"),
-    refused(
-        "--load-format",
-        true,
-        &["auto", "safetensors", "gguf"],
-        "models are GGUF files and safetensors directories",
-    ),
-    idle("--download-dir", true, "set FOREBAY_CACHE_DIR"),
-    idle("--trust-remote-code", false, "no code of models is run"),
-    idle("--chat-template-content-format", true, "templates get texts"),
-    idle("--enforce-eager", false, COMPILED),
-    idle("--attention-backend", true, "kernels are chosen by what the processor can"),
-    idle("--distributed-executor-backend", true, "everything runs in one process"),
-    idle("--gpu-memory-utilization", true, KV_MEMORY),
-    idle("--device-memory-utilization", true, KV_MEMORY),
-    idle("--swap-space", true, KV_MEMORY),
-    idle("--prefix-caching-hash-algo", true, "blocks are hashed as `sha256_cbor`"),
-    idle("--enable-chunked-prefill", false, "prefill is always chunked"),
-    idle("--no-enable-chunked-prefill", false, "prefill is always chunked"),
-    idle(
-        "--scheduling-policy",
-        true,
-        "a request's `priority` always counts; equal ones take turns by tenant",
-    ),
-    idle("--scheduler-reserve-full-isl", false, "a prompt is admitted only where all of it fits"),
-    idle("--no-scheduler-reserve-full-isl", false, "a prompt is admitted only where all of it fits"),
-    idle("--watermark", true, "1 % of the blocks is kept free"),
-    idle("--async-scheduling", false, "planning takes microseconds"),
-    idle("--no-async-scheduling", false, "planning takes microseconds"),
-    idle("--compilation-config", true, COMPILED),
-    idle("-cc", true, COMPILED),
-    idle("-O", true, COMPILED),
-    idle("--optimization-level", true, COMPILED),
-    idle("--enable-auto-tool-choice", false, "tools can always be called"),
-    idle("--structured-outputs-config", true, "constraints are followed by llguidance"),
-    idle("--disable-log-stats", false, "numbers are on /metrics, not in the log"),
-    idle("--enable-log-requests", false, "the log level shows requests: RUST_LOG=forebay=debug"),
-    idle("--disable-log-requests", false, "the log level shows requests: RUST_LOG=forebay=debug"),
-    idle("--no-enable-log-requests", false, "the log level shows requests: RUST_LOG=forebay=debug"),
-    idle("--uvicorn-log-level", true, LOG),
-    idle("--disable-uvicorn-access-log", false, LOG),
-    idle("--max-log-len", true, "prompts are not logged"),
-    idle("--disable-fastapi-docs", false, "there are none"),
-    idle("--enable-prompt-tokens-details", false, "`cached_tokens` is always there"),
-    idle("--enable-request-id-headers", false, "`x-request-id` is always there"),
-    idle("--kv-cache-metrics", false, "blocks are not sampled"),
-    refused("--data-parallel-size", true, &["1"], "start more workers and list them in a router's fleet"),
-    refused("-dp", true, &["1"], "start more workers and list them in a router's fleet"),
-    refused("--nnodes", true, &["1"], ONE_MACHINE),
-    refused("-n", true, &["1"], ONE_MACHINE),
-    refused("--node-rank", true, &["0"], ONE_MACHINE),
-    refused("-r", true, &["0"], ONE_MACHINE),
-    idle("--master-addr", true, ONE_MACHINE),
-    idle("--master-port", true, ONE_MACHINE),
-    idle("--distributed-timeout-seconds", true, ONE_MACHINE),
-    idle("--disable-custom-all-reduce", false, "ranks are threads of one process"),
-    refused("--headless", false, &[], "every worker answers HTTP"),
-    refused(
-        "--api-server-count",
-        true,
-        &["1"],
-        "one process answers, with as many threads as there are cores",
-    ),
-    refused("-asc", true, &["1"], "one process answers, with as many threads as there are cores"),
-    refused("--config", true, &[], "give flags, or `forebay serve --config` a forebay.yaml"),
-    refused("--enable-expert-parallel", false, &[], "mixtures of experts are not run"),
-    refused("--device", true, &["auto", "cpu"], GPU),
-    refused("--device-ids", true, &[], GPU),
-    refused("--tokenizer", true, &[], "the model's own tokenizer is used"),
-    refused("--revision", true, &["main"], "pull the revision's file and give its path"),
-    refused("--hf-overrides", true, &["{}"], "the model's file is taken as it is"),
-    refused("--quantization", true, &[], "give a file that is quantised already"),
-    refused("-q", true, &[], "give a file that is quantised already"),
-    refused("--kv-cache-dtype", true, &["auto", "float16"], "the KV cache has 16-bit floats"),
-    refused("--kv-offloading-size", true, &[], "the KV cache is in the machine's memory already"),
-    refused("--cpu-offload-gb", true, &["0"], "weights are in the machine's memory already"),
-    refused("--max-num-active-seqs", true, &[], "--max-num-seqs is the limit"),
-    refused("--long-prefill-token-threshold", true, &["0"], SLO),
-    refused("--long-prefill-token-threshold-adaptive", false, &[], SLO),
-    refused("--prefill-schedule-interval", true, &["1"], "every step may have prefill"),
-    refused("--stream-interval", true, &["1"], "requests ask for `stream_interval`"),
-    refused("--kv-transfer-config", true, &[], "KV blocks are not sent to other workers"),
-    refused("--speculative-config", true, &[], "there is no speculative decoding"),
-    refused("-sc", true, &[], "there is no speculative decoding"),
-    refused("--enable-lora", false, &[], MERGED),
-    refused("--lora-modules", true, &[], MERGED),
-    refused("--max-loras", true, &[], MERGED),
-    refused("--max-lora-rank", true, &[], MERGED),
-    refused("--exclude-tools-when-tool-choice-none", false, &[], "tools are always in the prompt"),
-    refused("--tool-parser-plugin", true, &[], "the forms of --tool-call-parser are built in"),
-    refused("--reasoning-parser-plugin", true, &[], "the forms of --reasoning-parser are built in"),
-    refused("--grpc-port", true, &[], "there is no gRPC"),
-    idle("--enable-server-load-tracking", false, "/load is always right"),
-    refused(
-        "--otlp-traces-endpoint",
-        true,
-        &[],
-        "traces are not exported; /api/requests of the admin port has them",
-    ),
-];
 
 /// Switches of our own that are off by default; vLLM has a `--no-` to each.
 const OFF: &[&str] =
@@ -162,13 +27,13 @@ const SHORT: &[(&str, &str)] = &[("-tp", "--tensor-parallel-size"), ("-pp", "--p
 /// The flag and why it can't be done.
 pub(crate) fn sift(args: impl IntoIterator<Item = String>) -> Result<Sifted, String> {
     let mut sifted = Sifted { args: Vec::new(), warnings: Vec::new() };
-    let mut args = args.into_iter();
+    let mut args = args.into_iter().peekable();
     while let Some(arg) = args.next() {
         let (name, inline) = split(&arg);
-        if is_off_anyway(&name) {
+        if name.strip_prefix("--no-").is_some_and(|switch| OFF.contains(&switch)) {
             continue;
         }
-        let Some(flag) = FLAGS.iter().find(|flag| flag.name == name) else {
+        let Some(Known { group, takes, is_no }) = known(&name) else {
             sifted.args.push(match inline {
                 Some(value) if name.starts_with("--") => format!("{name}={value}"),
                 None if name.starts_with("--") => name,
@@ -176,28 +41,44 @@ pub(crate) fn sift(args: impl IntoIterator<Item = String>) -> Result<Sifted, Str
             });
             continue;
         };
-        let value = match (flag.value, inline) {
-            (true, None) => args.next().ok_or_else(|| format!("{name} needs a value"))?,
-            (true, Some(value)) => value,
-            (false, _) => String::new(),
+        let values: Vec<String> = match (takes, inline) {
+            (Takes::None, _) => Vec::new(),
+            (Takes::One | Takes::Many, Some(value)) => vec![value],
+            (Takes::One, None) => args.next().into_iter().collect(),
+            (Takes::Many, None) => {
+                std::iter::from_fn(|| args.next_if(|value| !value.starts_with('-'))).collect()
+            }
         };
-        match &flag.what {
-            What::NoEffect(why) => sifted.warnings.push(format!("{name} has no effect: {why}")),
-            What::Refused { unless, .. } if flag.value && unless.contains(&value.as_str()) => {}
+        if takes != Takes::None && values.is_empty() {
+            return Err(format!("{name} needs a value"));
+        }
+        let why = group.why;
+        match &group.what {
+            What::NoEffect => sifted.warnings.push(format!("{name} has no effect: {why}")),
+            // They ask for what is done anyway.
+            What::RefusedUnless(_) if is_no => {}
+            What::RefusedUnless(same) if values.iter().any(|value| same.contains(&value.as_str())) => {}
             // Not the value: it may be a key.
-            What::Refused { why, .. } => return Err(format!("{name} is not supported: {why}")),
+            What::RefusedUnless(_) => return Err(format!("{name} is not supported: {why}")),
         }
     }
     Ok(sifted)
 }
 
-/// `--no-X` where X is off by default, or is refused.
-fn is_off_anyway(name: &str) -> bool {
-    let is_refused = |switch: &Flag| !switch.value && matches!(switch.what, What::Refused { .. });
-    name.strip_prefix("--no-").is_some_and(|on| {
-        OFF.contains(&on)
-            || FLAGS.iter().any(|flag| flag.name.strip_prefix("--") == Some(on) && is_refused(flag))
-    })
+/// A flag that has an answer in the table.
+struct Known {
+    group: &'static Group,
+    takes: Takes,
+    /// It is the `--no-` of a switch.
+    is_no: bool,
+}
+
+fn known(name: &str) -> Option<Known> {
+    if let Some((group, takes)) = find(name) {
+        return Some(Known { group, takes, is_no: false });
+    }
+    let (group, takes) = find(&format!("--{}", name.strip_prefix("--no-")?))?;
+    (takes == Takes::None).then_some(Known { group, takes, is_no: true })
 }
 
 /// `--a_b=c` is `--a-b` with `c`; `-O3` is `-O` with `3`; `-tp` is `--tensor-parallel-size`.
@@ -276,15 +157,50 @@ mod tests {
         check("m --load-format dummy", "--load-format is not supported: ");
     }
 
-    #[test]
-    fn no_flag_stands_twice_and_none_is_our_own() {
+    /// The worker's own flags.
+    fn own() -> Vec<String> {
         let command = crate::cli::Cli::command();
         let worker = command.find_subcommand("worker").expect("is there");
-        let own: Vec<String> =
-            worker.get_arguments().filter_map(|arg| arg.get_long()).map(|long| format!("--{long}")).collect();
-        for (n, flag) in FLAGS.iter().enumerate() {
-            assert!(FLAGS[..n].iter().all(|other| other.name != flag.name), "{} twice", flag.name);
-            assert!(!own.iter().any(|own| own == flag.name), "{} is ours", flag.name);
+        worker.get_arguments().filter_map(|arg| arg.get_long()).map(|long| format!("--{long}")).collect()
+    }
+
+    #[test]
+    fn no_flag_stands_twice_and_none_is_our_own() {
+        let own = own();
+        let mut seen = Vec::new();
+        for (name, _) in table::GROUPS.iter().flat_map(Group::flags) {
+            assert!(!seen.contains(&name), "{name} twice");
+            assert!(!own.iter().any(|own| own == name), "{name} is ours");
+            seen.push(name);
+        }
+    }
+
+    /// The list is what vLLM's own parser says of itself: how many values, and the names.
+    #[test]
+    fn no_flag_of_vllm_is_unknown() {
+        let own = own();
+        for line in include_str!("vllm_flags/vllm_serve_0.32.txt").lines() {
+            let (kind, names) = line.split_once(' ').expect("a kind and names");
+            let (takes, values) = match kind {
+                "switch" => (Takes::None, ""),
+                "value" => (Takes::One, " x"),
+                _ => (Takes::Many, " x y"),
+            };
+            for name in names.split(' ') {
+                let args = format!("{name}{values}");
+                match sifted(&args) {
+                    Err(error) => {
+                        assert!(error.starts_with(&format!("{name} is not supported: ")), "{error}")
+                    }
+                    Ok(Sifted { args, warnings }) if args.is_empty() => {
+                        assert!(!warnings.is_empty() || name.starts_with("--no-"), "{name} is swallowed");
+                    }
+                    Ok(left) => assert!(own.contains(&left.args[0]), "{name}: {left:?}"),
+                }
+                if let Some((_, ours)) = find(name) {
+                    assert_eq!(ours, takes, "{name}");
+                }
+            }
         }
     }
 
@@ -314,13 +230,11 @@ mod tests {
             --long-prefill-token-threshold 512,--long-prefill-token-threshold-adaptive,--prefill-schedule-interval 2,\
             --stream-interval 2,--kv-transfer-config {},--speculative-config {},--enable-lora,--max-loras 2,\
             --max-lora-rank 8,--lora-modules a=b,--otlp-traces-endpoint u,--grpc-port 1";
-        let command = crate::cli::Cli::command();
-        let worker = command.find_subcommand("worker").expect("is there");
-        let is_own = |long: &str| worker.get_arguments().any(|arg| arg.get_long() == long.strip_prefix("--"));
+        let own = own();
         let each = |list: &'static str| list.split(',').map(str::trim);
         for flag in each(OURS) {
             let left = sifted(flag).expect(flag);
-            assert!(left.warnings.is_empty() && is_own(&left.args[0]), "{flag}: {left:?}");
+            assert!(left.warnings.is_empty() && own.contains(&left.args[0]), "{flag}: {left:?}");
         }
         for flag in each(WITHOUT_EFFECT) {
             let left = sifted(flag).expect(flag);
