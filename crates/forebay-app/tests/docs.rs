@@ -76,6 +76,7 @@ async fn the_metrics_reference_is_fresh() {
     let edge = forebay_edge::EdgeConfig {
         listen: OneOrMany::one(std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()),
         routes: vec![serde_json::from_value(route).expect("a route")],
+        metrics: forebay_edge::Switch::On,
         ..Default::default()
     };
     let deps = EdgeDeps {
@@ -90,7 +91,8 @@ async fn the_metrics_reference_is_fresh() {
     Edge::bind(&edge, &env, deps).await.expect("binds a free port");
     let mut page = format!(
         "{HEAD}# Metrics reference\n\n`GET /metrics` on the admin listener, and on a worker's API port (`edge.metrics`), \
-         Prometheus text format. The engine speaks under vLLM's names (`vllm:*`), so that dashboards and routers made for vLLM read it.\n\n| name | kind | labels | meaning |\n|---|---|---|---|\n"
+         Prometheus text format. The engine speaks under vLLM's names (`vllm:*`), so that dashboards and routers made for vLLM read it. `http_*` are those of vLLM's server; they are there where \
+         `edge.metrics` is on.\n\n| name | kind | labels | meaning |\n|---|---|---|---|\n"
     );
     for family in registry.families() {
         let _ = writeln!(

@@ -1,5 +1,6 @@
 //! One request from its head to the last byte of its answer: id, trace, and the record that is written exactly once.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -10,6 +11,7 @@ use http::header::HeaderName;
 use http::request::Parts;
 
 use crate::connection::InFlight;
+use crate::http_metrics::Exchange;
 use crate::metrics::{Counted, NO_ROUTE, code_class};
 use crate::service::Shared;
 use crate::stall::StreamWatch;
@@ -57,6 +59,12 @@ pub(crate) struct Ticket {
     path: String,
     protocol: http::Version,
     pub(crate) route: String,
+    /// For vLLM's metrics of HTTP; `None` is not counted there.
+    pub(crate) handler: Option<Cow<'static, str>>,
+    /// As `content-length` says it.
+    request_bytes: u64,
+    /// Of a body that is known from the start.
+    pub(crate) response_bytes: u64,
     status: u16,
     sent_bytes: u64,
     first_byte: Option<Instant>,
@@ -95,6 +103,9 @@ impl Ticket {
             path,
             protocol: parts.version,
             route: NO_ROUTE.to_owned(),
+            handler: Some(NO_ROUTE.into()),
+            request_bytes: content_length(parts),
+            response_bytes: 0,
             // Until there is an answer: what a client sees that leaves before.
             status: 499,
             sent_bytes: 0,
@@ -148,6 +159,16 @@ impl Drop for Ticket {
         if let Some(first_byte) = first_byte {
             metrics.first_byte_seconds.with_label_values(&[route]).observe(first_byte.as_secs_f64());
         }
+        if let (Some(http), Some(handler)) = (&self.shared.http, &self.handler) {
+            http.on_answered(&Exchange {
+                handler,
+                method: &self.method,
+                status: self.status,
+                took: duration,
+                request_bytes: self.request_bytes,
+                response_bytes: self.response_bytes,
+            });
+        }
         let why = format!("{} {}, {} bytes", self.status, self.outcome.as_str(), self.sent_bytes);
         self.trace.note_for(Layer::Edge, "request", self.begun, duration, why);
         let trace_id = self.trace.context().trace_id_hex();
@@ -183,6 +204,11 @@ impl Drop for Ticket {
             spans: self.trace.spans(),
         });
     }
+}
+
+fn content_length(parts: &Parts) -> u64 {
+    let length = parts.headers.get(http::header::CONTENT_LENGTH);
+    length.and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0)
 }
 
 /// Visible ASCII: it goes into logs, headers and file names of others.

@@ -42,6 +42,7 @@ pub(crate) fn finish(mut answer: Response<Content>, mut ticket: Ticket) -> Respo
         if let Content::Full(bytes) = &content {
             // Counted now: hyper drops the body of an answer to HEAD, and an empty one, without asking for it.
             ticket.sent(bytes.len());
+            ticket.response_bytes = bytes.len() as u64;
             ticket.ended(Outcome::Done);
         }
         let mut body = AnswerBody { content, stream: ticket.stream(), ticket: Some(ticket) };

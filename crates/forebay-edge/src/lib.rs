@@ -23,6 +23,7 @@ mod cors;
 mod guard;
 mod head;
 mod head_scan;
+mod http_metrics;
 mod listen;
 mod llm;
 mod lock;

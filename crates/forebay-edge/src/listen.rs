@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::{EdgeConfig, EdgeConfigError, Switch};
 use crate::connection::{Stop, serve_connection};
 use crate::cors::Cors;
+use crate::http_metrics::HttpMetrics;
 use crate::llm::LlmStage;
 use crate::lock::Lock;
 use crate::metrics::Metrics;
@@ -139,6 +140,8 @@ impl Edge {
             listeners.push(Listener::Unix(UnixSocket::bind(path).await?));
         }
         let metrics = Metrics::new(&deps.registry)?;
+        let is_scraped = config.metrics == Switch::On;
+        let http = is_scraped.then(|| HttpMetrics::new(&deps.registry)).transpose()?;
         // A family is there from the start, not from its first request.
         for label in routes.labels() {
             metrics.requests.with_label_values(&[label, "2xx"]);
@@ -156,7 +159,8 @@ impl Edge {
             health: deps.health,
             version: serde_json::json!({ "version": deps.version }).to_string().into(),
             metrics,
-            scraped: (config.metrics == Switch::On).then_some(deps.registry),
+            http,
+            scraped: is_scraped.then_some(deps.registry),
             recent: deps.recent,
             access_log: config.access_log == Switch::On,
             heartbeat: config.stream_heartbeat.map(|every| every.get()),

@@ -47,6 +47,9 @@ impl std::fmt::Debug for LlmStage {
 /// Largest JSON body that is put together from verbatim chunks, in bytes.
 const JSON_BYTES_MAX: usize = 256 * 1024 * 1024;
 
+/// Log-probabilities of a JSON body that is rendered on an I/O thread: about 200 µs.
+const INLINE_NAMES_MAX: usize = 1000;
+
 /// Answers one request.
 ///
 /// Cancellation: guarded. Dropping the future, or the answer's body, drops the reply's chunks.
@@ -157,6 +160,11 @@ async fn collect_json(
         }
     }
     match collector {
+        Some(collector) if collector.names() > INLINE_NAMES_MAX => {
+            let rendered = tokio::task::spawn_blocking(move || collector.finish()).await;
+            Ok(rendered
+                .map_err(|error| Fault::internal(format!("a reply could not be rendered: {error}")))??)
+        }
         Some(collector) => Ok(collector.finish()?),
         None if verbatim.is_empty() => Err(cut()),
         None => Ok(verbatim),

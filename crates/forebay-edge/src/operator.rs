@@ -116,9 +116,14 @@ pub(crate) async fn answer(
     })
 }
 
+/// Whether a path is the operator's, where that is configured.
+pub(crate) fn has(shared: &Shared, path: &str) -> bool {
+    shared.operator.is_some() && operator_method(path).is_some()
+}
+
 /// Whether a path changes how the process works, so that it takes a key where there is one. vLLM leaves these open.
 pub(crate) fn needs_key(shared: &Shared, method: &Method, path: &str) -> bool {
-    *method != Method::GET && shared.operator.is_some() && operator_method(path).is_some()
+    *method != Method::GET && has(shared, path)
 }
 
 /// Adds the load to an answer whose client asked for it.

@@ -17,6 +17,7 @@ use crate::config::EdgeLimits;
 use crate::connection::{ConnState, InFlight};
 use crate::cors::Cors;
 use crate::guard::{self, Refusal};
+use crate::http_metrics::{self, HttpMetrics};
 use crate::llm::LlmStage;
 use crate::lock::{self, Lock};
 use crate::metrics::{Counted, Metrics};
@@ -56,6 +57,8 @@ pub(crate) struct Shared {
     /// The body of `/version`.
     pub(crate) version: Bytes,
     pub(crate) metrics: Metrics,
+    /// Where `/metrics` is answered here.
+    pub(crate) http: Option<HttpMetrics>,
     /// The body of `/metrics`, where it is answered here.
     pub(crate) scraped: Option<Registry>,
     pub(crate) recent: RecentRequests,
@@ -117,6 +120,7 @@ async fn llm_route(
     ticket: &mut Ticket,
 ) -> Response<Content> {
     let asked = parts.headers.clone();
+    ticket.handler = http_metrics::handler(&path, |path| operator::has(shared, path));
     // Before the lock: a browser sends no key with it.
     let mut answer = if let Some(answer) = shared.cors.preflight(&parts.method, &parts.headers) {
         answer

@@ -129,6 +129,14 @@ impl Collector {
         }
     }
 
+    /// Tokens that the body names for their log-probabilities: what makes it long to render.
+    pub fn names(&self) -> usize {
+        let prompts = self.prompts.iter().flat_map(|prompt| prompt.logprobs.iter().flatten()).map(Vec::len);
+        let choices =
+            self.choices.iter().flat_map(|choice| &choice.logprobs).map(|entry| entry.top.len() + 1);
+        prompts.chain(choices).sum()
+    }
+
     /// What is to be said of a prompt: members, each behind a comma. A chat has them beside its choices, a completion in
     /// each of the prompt's choices.
     fn put_prompt(&self, out: &mut BytesMut, prompt: u32) {

@@ -40,7 +40,7 @@ pub use error::{ErrorRow, UpstreamError, error_row, error_rows, fault_frame, par
 pub use event::{Chunk, Delta, Event, PromptTokens, RankedLogprob, TokenLogprob, ToolCallDelta, TopLogprob};
 pub use models::{ModelCard, render_model, render_models};
 pub use need::Need;
-pub use parse::{ParseError, check_encoding, parse};
+pub use parse::{ParseError, check_encoding, parse, route_name};
 pub use relabel::{FrameUsage, Relabel};
 pub use render::{RenderSpec, Renderer};
 pub use scan::{FrameInfo, scan_body, scan_frame};

@@ -193,7 +193,7 @@ impl<E: Executor> StepLoop<E> {
         }
         if request.started {
             for delta in open.iter_mut().filter_map(|(_, delta)| delta.take()) {
-                let _ = request.submission.events.try_send(Ok(Event::Delta(delta)));
+                request.submission.send(Event::Delta(delta));
             }
         }
         let numbers = open.into_iter().map(|(number, _)| number);
@@ -205,7 +205,7 @@ impl Pause {
     fn park(&mut self, submission: Submission, request_timeout: Duration) {
         self.drop_the_gone(Instant::now(), request_timeout);
         if self.parked.len() >= INBOX_MAX {
-            let _ = submission.events.try_send(Err(overloaded()));
+            submission.refuse(overloaded());
             return;
         }
         self.parked.push_back(submission);
@@ -217,7 +217,7 @@ impl Pause {
             let is_late = now >= parked.deadline;
             if is_late {
                 // Whoever left does not hear it.
-                let _ = parked.events.try_send(Err(too_slow(request_timeout)));
+                parked.refuse(too_slow(request_timeout));
             }
             !is_late && !parked.events.is_closed()
         });
@@ -248,17 +248,14 @@ impl Aborted {
 /// The events that end these choices of a request, and with them the request. The channel has room for all that the
 /// request can produce: a failed send is a client that left.
 fn say_aborted(submission: &Submission, choices: impl IntoIterator<Item = u32>, usage: Usage, started: bool) {
-    let send = |event| {
-        let _ = submission.events.try_send(Ok(event));
-    };
     if !started {
         let Usage { prompt_tokens, cached_tokens, .. } = usage;
-        send(Event::Started { prompt_tokens, cached_tokens });
+        submission.send(Event::Started { prompt_tokens, cached_tokens });
     }
     for choice in choices {
-        send(Event::Finished { choice, reason: FinishReason::Abort });
+        submission.send(Event::Finished { choice, reason: FinishReason::Abort });
     }
-    send(Event::Done { usage });
+    submission.send(Event::Done { usage });
 }
 
 /// What [`Engine::is_paused`] reads.

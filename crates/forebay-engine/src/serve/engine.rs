@@ -7,13 +7,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use forebay_flow::{Flow, Placed, PromptIds, Reply, ReplyForm, Stage};
+use forebay_flow::{Flow, Origin, Placed, PromptIds, Reply, ReplyForm, Stage};
 use forebay_grammar::{GrammarError, Grammars, Mask, Matcher};
 use forebay_kernels::{Isa, Pool};
 use forebay_observe::Layer;
 use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{StopMatcher, TextModel};
-use forebay_types::{Blame, Class, Code, Fault, ModelName, RequestId, Retry, TokenId, TokenizerId};
+use forebay_types::{
+    Blame, Class, Code, ConsumerName, Fault, ModelName, RequestId, Retry, TokenId, TokenizerId,
+};
 use forebay_wire::{
     Api, Ask, Constraint, Event, Generate, TokenizeInput, TokensCall, ToolChoice, render_tokens_calls,
 };
@@ -35,6 +37,7 @@ use super::start_error::StartError;
 use super::step_loop::{LoopState, StepLoop};
 use super::submission::{How, Submission};
 use super::template::with_template;
+use super::told::Told;
 use super::watchdog::Watchdog;
 use super::words::BadWords;
 use super::{KvSink, Sinks, hf_text, text, tokenizer_info};
@@ -315,23 +318,53 @@ impl Engine {
     async fn generate(&self, flow: Flow<Placed>) -> Result<Reply, Fault> {
         let called = Instant::now();
         let Flow { origin, stage } = flow;
-        let Ask::Generate(call) = stage.ask else {
+        let Placed { ask: Ask::Generate(call), ids, caller, held: _ } = stage else {
             return Err(Fault::internal("generate() was called with another ask"));
         };
+        let mut receiver = self.submit(&call, ids, &origin, caller.consumer, called).await?;
+        // The head is held until the first token is certain, so that a refusal is still an error with a status.
+        let first = receiver.recv().await.ok_or_else(stopped)??;
+        if let Told::Event(Event::Started { prompt_tokens, cached_tokens }) = &first {
+            let why = format!("{prompt_tokens} prompt tokens, {cached_tokens} from cache");
+            origin.trace.note(Layer::Engine, "prefill", called, why);
+        }
+        let form = if call.stream { ReplyForm::Sse } else { ReplyForm::Json };
+        let events = EventStream {
+            first: Some(first),
+            receiver,
+            tokenizer: self.text.tokenizer().clone(),
+            off_thread: self.off_thread.clone(),
+            trace: origin.trace.clone(),
+            begun: Instant::now(),
+        };
+        Ok(Reply::new(form, events.into_chunks()).rendered_as(|| self.answers.spec(&call)))
+    }
+
+    /// Hands a call to the step thread, and gives what it tells of it.
+    ///
+    /// Cancellation: dropping the receiver ends the request before the next step.
+    pub(super) async fn submit(
+        &self,
+        call: &Generate,
+        ids: PromptIds,
+        origin: &Origin,
+        tenant: ConsumerName,
+        called: Instant,
+    ) -> Result<mpsc::Receiver<Result<Told, Fault>>, Fault> {
         if let Some(need) = call.needs.first() {
             return Err(need.clone().into());
         }
-        let prompts = self.own_ids(&call, stage.ids).await?;
-        let asks = self.prompt_asks(&call, prompts)?;
-        self.check_ids(&call)?;
+        let prompts = self.own_ids(call, ids).await?;
+        let asks = self.prompt_asks(call, prompts)?;
+        self.check_ids(call)?;
         let allowed = call.sampling.allowed_token_ids.as_deref().map(|ids| Mask::of(ids, self.vocab_size));
         let bad_words = BadWords::new(&call.bad_words, self.text.tokenizer())
             .map_err(|error| Fault::from(error).param("bad_words"))?;
         let seed = call.sampling.seed.map_or_else(|| self.seeds.next(), Ok)?;
         let tokenizer = self.text.tokenizer();
         let prompt = asks.first().map_or(&[][..], |ask| &ask.ids);
-        let reading = self.forms.reading(&call, prompt, tokenizer)?;
-        let calls = reading.as_ref().and_then(|reading| reading.wanted_calls(&call, tokenizer));
+        let reading = self.forms.reading(call, prompt, tokenizer)?;
+        let calls = reading.as_ref().and_then(|reading| reading.wanted_calls(call, tokenizer));
         let constrained = match (calls, &call.constraint) {
             // Where there are only calls, `response_format` has nothing to say.
             (Some(calls), _) => Some(self.constrain("tools", move |g| g.compile_lark(calls)).await?),
@@ -348,7 +381,7 @@ impl Engine {
         let matcher = StopMatcher::new(&call.stop, call.include_stop_str_in_output)?;
         let model_ends: &[TokenId] = if call.ignore_eos { &[] } else { self.text.tokenizer().eog() };
         let end_tokens = model_ends.iter().chain(&call.stop_token_ids).copied().collect();
-        let (events, mut receiver) = mpsc::channel(Submission::events_max(&asks, call.n));
+        let (events, receiver) = mpsc::channel(Submission::events_max(&asks, call.n));
         let submission = Submission {
             id: origin.id.clone(),
             own_id: call.request_id.as_deref().map(RequestId::from),
@@ -376,7 +409,7 @@ impl Engine {
                 bad_words,
                 cache_salt: call.cache_salt.clone(),
                 priority: call.priority,
-                tenant: stage.caller.consumer.clone(),
+                tenant,
             }),
             arrived: called,
             deadline: called + self.request_timeout,
@@ -386,21 +419,7 @@ impl Engine {
             mpsc::error::TrySendError::Full(_) => overloaded(),
             mpsc::error::TrySendError::Closed(_) => stopped(),
         })?;
-        // The head is held until the first token is certain, so that a refusal is still an error with a status.
-        let first = receiver.recv().await.ok_or_else(stopped)??;
-        if let Event::Started { prompt_tokens, cached_tokens } = &first {
-            let why = format!("{prompt_tokens} prompt tokens, {cached_tokens} from cache");
-            origin.trace.note(Layer::Engine, "prefill", called, why);
-        }
-        let form = if call.stream { ReplyForm::Sse } else { ReplyForm::Json };
-        let events = EventStream {
-            first: Some(first),
-            receiver,
-            trace: origin.trace.clone(),
-            begun: Instant::now(),
-            ended: false,
-        };
-        Ok(Reply::new(form, Box::pin(events)).rendered_as(|| self.answers.spec(&call)))
+        Ok(receiver)
     }
 
     /// What a call would generate from, for vLLM's token-in token-out API.

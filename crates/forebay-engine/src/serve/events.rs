@@ -2,55 +2,61 @@
 
 use std::time::{Duration, Instant};
 
+use forebay_flow::ChunkStream;
 use forebay_observe::{Layer, Trace};
+use forebay_tokens::Tokenizer;
 use forebay_types::{Blame, Class, Code, Fault, Retry};
 use forebay_wire::{Chunk, Event};
 use tokio::sync::mpsc;
 
-/// The events of one request. Dropping it closes the channel, which is how the step loop learns that the client left.
+use super::off_thread::OffThread;
+use super::told::Told;
+
+/// Tokens that are named on an I/O thread: about 100 µs.
+const INLINE_NAMES_MAX: usize = 1000;
+
+/// What is told of one request. Dropping it closes the channel, which is how the step loop learns that the client left.
 pub(super) struct EventStream {
-    pub first: Option<Event>,
-    pub receiver: mpsc::Receiver<Result<Event, Fault>>,
+    pub first: Option<Told>,
+    pub receiver: mpsc::Receiver<Result<Told, Fault>>,
+    pub tokenizer: Tokenizer,
+    pub off_thread: OffThread,
     pub trace: Trace,
     pub begun: Instant,
-    pub ended: bool,
 }
 
-impl futures_util::Stream for EventStream {
-    type Item = Result<Chunk, Fault>;
+impl EventStream {
+    /// Chunks up to the last event or the first fault.
+    pub fn into_chunks(self) -> ChunkStream {
+        Box::pin(futures_util::stream::unfold(Some(self), |stream| async move {
+            let mut stream = stream?;
+            let item = stream.next().await;
+            let is_last = !matches!(&item, Ok(event) if !matches!(event, Event::Done { .. }));
+            Some((item.map(Chunk::Event), (!is_last).then_some(stream)))
+        }))
+    }
 
-    fn poll_next(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Self::Item>> {
-        use std::task::Poll;
-        if let Some(first) = self.first.take() {
-            return Poll::Ready(Some(Ok(Chunk::Event(first))));
-        }
-        let item = std::task::ready!(self.receiver.poll_recv(context));
-        match item {
-            Some(Ok(event)) => {
-                if let Event::Done { usage } = &event {
-                    self.ended = true;
-                    let why = format!("{} tokens", usage.completion_tokens);
-                    self.trace.note(Layer::Engine, "decode", self.begun, why);
-                }
-                Poll::Ready(Some(Ok(Chunk::Event(event))))
-            }
-            Some(Err(fault)) => {
-                self.ended = true;
-                Poll::Ready(Some(Err(fault)))
-            }
-            // The step thread is gone in the middle of an answer.
-            None if !self.ended => {
-                self.ended = true;
-                // Something has reached the client: the same request elsewhere would repeat it.
+    async fn next(&mut self) -> Result<Event, Fault> {
+        let told = match self.first.take() {
+            Some(told) => told,
+            None => self.receiver.recv().await.unwrap_or_else(|| {
+                // The step thread is gone in the middle of an answer. Something has reached the client: the same request
+                // elsewhere would repeat it.
                 let mut fault = stopped();
                 fault.class.retry = Retry::Never;
-                Poll::Ready(Some(Err(fault)))
-            }
-            None => Poll::Ready(None),
+                Err(fault)
+            })?,
+        };
+        let tokenizer = self.tokenizer.clone();
+        let event = match told.names() {
+            0..=INLINE_NAMES_MAX => told.into_event(&tokenizer),
+            _ => self.off_thread.run(move || Ok(told.into_event(&tokenizer))).await?,
+        };
+        if let Event::Done { usage } = &event {
+            let why = format!("{} tokens", usage.completion_tokens);
+            self.trace.note(Layer::Engine, "decode", self.begun, why);
         }
+        Ok(event)
     }
 }
 

@@ -30,6 +30,7 @@ mod submission;
 mod template;
 mod text;
 mod tokenizer_info;
+mod told;
 mod watchdog;
 mod words;
 

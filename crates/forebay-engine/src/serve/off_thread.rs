@@ -8,6 +8,7 @@ use tokio::sync::Semaphore;
 use super::layout::cores;
 
 /// A few of the threads for blocking work: half of the cores, as the others compute meanwhile.
+#[derive(Clone)]
 pub(super) struct OffThread(Arc<Semaphore>);
 
 impl OffThread {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use forebay_schedule::StepPlan;
 use forebay_tokens::Tokenizer;
 use forebay_types::TokenId;
-use forebay_wire::{PromptTokens, RankedLogprob, TokenLogprob, TopLogprob};
+use forebay_wire::{TokenLogprob, TopLogprob};
 
 use super::submission::{PromptAsk, Submission};
+use super::told::{ToldPrompt, What};
 use crate::sample::{Logprobs, Wanted, rank};
 
 /// Memory that the logits of prompt tokens may take in one step.
@@ -27,11 +28,14 @@ pub(super) struct PromptScores {
     entries: Vec<Score>,
     /// Entries there are or are being made.
     begun: usize,
+    /// All of them, once the prompt has its first token.
+    told: Option<Arc<Vec<Score>>>,
 }
 
-pub(super) struct Score {
-    logprobs: Logprobs,
-    rank: u32,
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Score {
+    pub logprobs: Logprobs,
+    pub rank: u32,
 }
 
 /// One row of logits that a prompt's next token is looked up in.
@@ -59,7 +63,8 @@ impl PromptScores {
     /// Of each prompt of a request; none where its log-probabilities are not wanted.
     pub fn of(submission: &Submission) -> Vec<Self> {
         let Some(top) = submission.how.prompt_scores() else { return Vec::new() };
-        let empty = |_: &PromptAsk| Self { wanted: Wanted::Top(top), entries: Vec::new(), begun: 0 };
+        let empty =
+            |_: &PromptAsk| Self { wanted: Wanted::Top(top), entries: Vec::new(), begun: 0, told: None };
         submission.prompts.iter().map(empty).collect()
     }
 
@@ -89,31 +94,10 @@ impl PromptScores {
         self.entries.extend(job.score.take());
     }
 
-    /// As vLLM's `prompt_logprobs`, with the `top` most likely of each.
-    fn ranked(&self, ids: &[TokenId], top: u32, tokenizer: &Tokenizer) -> Vec<Vec<RankedLogprob>> {
-        let entry = |(&token, score): (&TokenId, &Score)| {
-            let named = |token: TokenId, logprob, rank| {
-                let text = tokenizer.token_text(token).into_owned();
-                RankedLogprob { token, text, logprob, rank }
-            };
-            let others = score.logprobs.others.iter().take(top as usize).zip(1..);
-            let others = others.filter(|((id, _), _)| *id != token);
-            let own = named(token, score.logprobs.logprob, score.rank);
-            std::iter::once(own)
-                .chain(others.map(|(&(id, logprob), rank)| named(id, logprob, rank)))
-                .collect()
-        };
-        std::iter::once(Vec::new()).chain(ids.iter().skip(1).zip(&self.entries).map(entry)).collect()
-    }
-
-    /// As an echo's `logprobs`, with the `top` most likely of each.
-    pub fn echoed(&self, ids: &[TokenId], top: u32, tokenizer: &Tokenizer) -> Vec<TokenLogprob> {
-        let first = ids.first().map(|&id| TokenLogprob { logprob: None, ..entry(tokenizer, id, 0.0, &[]) });
-        let others = ids.iter().skip(1).zip(&self.entries).map(|(&id, score)| {
-            let others = &score.logprobs.others;
-            entry(tokenizer, id, score.logprobs.logprob, &others[..others.len().min(top as usize)])
-        });
-        first.into_iter().chain(others).collect()
+    /// What all choices of the prompt share. Nothing is added any more.
+    fn tell(&mut self) -> Arc<Vec<Score>> {
+        let entries = &mut self.entries;
+        self.told.get_or_insert_with(|| Arc::new(std::mem::take(entries))).clone()
     }
 }
 
@@ -135,16 +119,27 @@ pub(super) fn entry(
 }
 
 /// What the reply says of prompt `number`, beside its echo; `None` where nothing is asked for.
-pub(super) fn prompt_event(
+pub(super) fn told_prompt(
     submission: &Submission,
     number: usize,
-    scores: Option<&PromptScores>,
-    tokenizer: &Tokenizer,
-) -> Option<PromptTokens> {
+    scores: Option<&mut PromptScores>,
+) -> Option<ToldPrompt> {
     let how = &submission.how;
-    let ids = &submission.prompts[number].ids;
-    let ranked = |top| scores.map(|scores| scores.ranked(ids, top, tokenizer));
-    let logprobs = how.prompt_logprobs.and_then(ranked);
-    let ids = if how.token_ids { ids.to_vec() } else { Vec::new() };
-    (how.token_ids || logprobs.is_some()).then_some(PromptTokens { prompt: number as u32, ids, logprobs })
+    let scores = scores.zip(how.prompt_logprobs).map(|(scores, top)| (scores.tell(), top));
+    let what = What::Prompt { number: number as u32, with_ids: how.token_ids };
+    let ids = submission.prompts[number].ids.clone();
+    (how.token_ids || scores.is_some()).then_some(ToldPrompt { ids, scores, what })
+}
+
+/// The prompt as the beginning of `choice`; `None` where no echo is asked for.
+pub(super) fn told_echo(
+    submission: &Submission,
+    number: usize,
+    choice: u32,
+    scores: Option<&mut PromptScores>,
+) -> Option<ToldPrompt> {
+    let prompt = &submission.prompts[number];
+    let text = prompt.echo.clone()?;
+    let scores = scores.zip(submission.how.echo_logprobs).map(|(scores, top)| (scores.tell(), top));
+    Some(ToldPrompt { ids: prompt.ids.clone(), scores, what: What::Echo { choice, text } })
 }

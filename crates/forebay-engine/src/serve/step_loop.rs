@@ -15,7 +15,7 @@ use forebay_kv::KvEvent;
 use forebay_schedule::{AddError, NewSeq, Scheduler, SeqId};
 use forebay_tokens::Tokenizer;
 use forebay_types::{Fault, FinishReason, Retry, TokenId};
-use forebay_wire::{Delta, Event};
+use forebay_wire::Event;
 use tokio::sync::mpsc;
 
 use crate::exec::Executor;
@@ -30,8 +30,9 @@ use super::events::{stopped, too_slow};
 use super::load::LoadReport;
 use super::request::Request;
 use super::sampling::SampleJob;
-use super::scores::{ScoreJob, prompt_event};
+use super::scores::{ScoreJob, told_echo, told_prompt};
 use super::submission::Submission;
+use super::told::Told;
 use super::watchdog::{Heartbeat, StepShape};
 
 /// How long the loop sleeps where work waits but nothing can be planned: only a defect of the scheduler leads here,
@@ -313,8 +314,7 @@ impl<E: Executor> StepLoop<E> {
                 tracing::debug!(?error, "a request was refused");
             }
             let fault = Fault::from(error);
-            // The channel is empty and has room: a failed send is a client that has already left.
-            let _ = submission.events.try_send(Err(fault));
+            submission.refuse(fault);
             return;
         }
         self.state.requests.insert(id, Request::new(submission, seqs));
@@ -351,7 +351,7 @@ impl<E: Executor> StepLoop<E> {
                 self.scheduler.abort(seq);
             }
         }
-        let _ = request.submission.events.try_send(Err(fault));
+        request.submission.refuse(fault);
     }
 
     /// Gives every choice its token. Returns how many tokens were generated.
@@ -438,29 +438,19 @@ impl<E: Executor> StepLoop<E> {
         let prompt_tokens = request.submission.prompts[prompt].ids.len() as u32;
         let since = now.saturating_duration_since(request.submission.arrived);
         self.metrics.on_first_token(since, prompt_tokens, cached);
-        let scores = request.scores.get(prompt);
-        let about = first_of_prompt
-            .then(|| prompt_event(&request.submission, prompt, scores, &self.tokenizer))
-            .flatten();
-        let ask = &request.submission.prompts[prompt];
-        let echo = ask.echo.clone().map(|text| {
-            let echoed = request.submission.how.echo_logprobs.zip(scores);
-            let logprobs = echoed.map(|(top, scores)| scores.echoed(&ask.ids, top, &self.tokenizer));
-            Delta { choice: number, text, logprobs: logprobs.unwrap_or_default(), ..Delta::default() }
-        });
         if !request.started {
             request.started = true;
             let usage = request.usage();
-            let started =
-                Event::Started { prompt_tokens: usage.prompt_tokens, cached_tokens: usage.cached_tokens };
-            self.send(id, started);
+            let (prompt_tokens, cached_tokens) = (usage.prompt_tokens, usage.cached_tokens);
+            request.submission.send(Event::Started { prompt_tokens, cached_tokens });
         }
         tracing::trace!(request = id, choice = number, cached, first_of_prompt, "first token");
-        if let Some(about) = about {
-            self.send(id, Event::Prompt(about));
+        let Request { submission, scores, .. } = request;
+        if first_of_prompt && let Some(told) = told_prompt(submission, prompt, scores.get_mut(prompt)) {
+            submission.tell(Told::Prompt(told.into()));
         }
-        if let Some(echo) = echo {
-            self.send(id, Event::Delta(echo));
+        if let Some(told) = told_echo(submission, prompt, number, scores.get_mut(prompt)) {
+            submission.tell(Told::Prompt(told.into()));
         }
     }
 
@@ -475,15 +465,13 @@ impl<E: Executor> StepLoop<E> {
         let done = request.open == 0;
         self.send(id, Event::Finished { choice: number, reason });
         if done && let Some(request) = self.state.requests.remove(&id) {
-            let _ = request.submission.events.try_send(Ok(Event::Done { usage: request.usage() }));
+            request.submission.send(Event::Done { usage: request.usage() });
         }
     }
 
-    /// Sends to the client. The channel has room for all that a request can produce, so a failure is a client that
-    /// left: the next turn sees it.
     fn send(&self, id: u64, event: Event) {
         if let Some(request) = self.state.requests.get(&id) {
-            let _ = request.submission.events.try_send(Ok(event));
+            request.submission.send(event);
         }
     }
 

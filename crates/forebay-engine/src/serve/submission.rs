@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::constrain::Beginning;
 use super::reading::Reading;
+use super::told::Told;
 use super::words::BadWords;
 use crate::sample::Wanted;
 
@@ -27,7 +28,7 @@ pub(crate) struct Submission {
     pub deadline: Instant,
     /// Events go out here. Its capacity holds everything the request can produce, so that a slow reader never stops
     /// the step loop; a closed channel is a client that left.
-    pub events: mpsc::Sender<Result<Event, Fault>>,
+    pub events: mpsc::Sender<Result<Told, Fault>>,
 }
 
 pub(crate) struct PromptAsk {
@@ -81,6 +82,21 @@ impl How {
 }
 
 impl Submission {
+    /// Tells the client. The channel has room for all that the request can produce, so a failure is a client that left:
+    /// the next turn sees it.
+    pub fn tell(&self, told: Told) {
+        let _ = self.events.try_send(Ok(told));
+    }
+
+    pub fn send(&self, event: Event) {
+        self.tell(Told::Event(event));
+    }
+
+    /// Ends it with a fault.
+    pub fn refuse(&self, fault: Fault) {
+        let _ = self.events.try_send(Err(fault));
+    }
+
     /// Over all prompts.
     pub fn choices(&self) -> u32 {
         self.prompts.len() as u32 * self.n

@@ -145,19 +145,23 @@ fn greedy(prompt: &str) -> Generate {
     }
 }
 
+fn origin() -> Origin {
+    let now = Instant::now();
+    Origin {
+        id: "test".into(),
+        received: now,
+        peer: ([127, 0, 0, 1], 1).into(),
+        trace: Trace::new(TraceContext::from_header(None, [1; 24]), now),
+    }
+}
+
 impl Bench {
     async fn start(&self, call: Generate) -> Result<Reply, Fault> {
         self.call(Ask::Generate(Box::new(call))).await
     }
 
     async fn call(&self, ask: Ask) -> Result<Reply, Fault> {
-        let now = Instant::now();
-        let origin = Origin {
-            id: "test".into(),
-            received: now,
-            peer: ([127, 0, 0, 1], 1).into(),
-            trace: Trace::new(TraceContext::from_header(None, [1; 24]), now),
-        };
+        let origin = origin();
         let hold = Ledger::unlimited().try_hold(Duration::ZERO, 0).expect("no limits");
         let placed = Placed {
             caller: Caller { consumer: "anonymous".into(), models: None },

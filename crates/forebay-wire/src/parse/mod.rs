@@ -68,6 +68,23 @@ impl<'a> Route<'a> {
         })
     }
 
+    /// The path, with a placeholder for a name in it.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Chat => "/v1/chat/completions",
+            Self::Completions => "/v1/completions",
+            Self::Embeddings => "/v1/embeddings",
+            Self::RenderChat => "/v1/chat/completions/render",
+            Self::RenderCompletions => "/v1/completions/render",
+            Self::Tokens => "/inference/v1/generate",
+            Self::Tokenize => "/tokenize",
+            Self::Detokenize => "/detokenize",
+            Self::TokenizerInfo => "/tokenizer_info",
+            Self::Models => "/v1/models",
+            Self::Model(_) => "/v1/models/{model}",
+        }
+    }
+
     fn method(&self) -> Method {
         match self {
             Self::Chat
@@ -81,6 +98,11 @@ impl<'a> Route<'a> {
             Self::TokenizerInfo | Self::Models | Self::Model(_) => Method::GET,
         }
     }
+}
+
+/// What a path of the LLM API is called, for metrics: one of few names. `None` where there is nothing at it.
+pub fn route_name(path: &str) -> Option<&'static str> {
+    Route::find(path).map(|route| route.name())
 }
 
 /// Understands one request. Pure; any bytes give an `Ask` or an error, never a panic.

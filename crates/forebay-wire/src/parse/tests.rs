@@ -727,3 +727,23 @@ fn words_and_ids_that_hold_the_output() {
     check(r#","bad_words":["a"," "]"#, "bad_words[1]");
     check(r#","bad_words":[7]"#, "bad_words[0]");
 }
+
+#[test]
+fn routes_are_named_by_their_paths() {
+    for path in [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/chat/completions/render",
+        "/v1/completions/render",
+        "/inference/v1/generate",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
+        "/v1/models",
+    ] {
+        assert_eq!(route_name(path), Some(path));
+    }
+    assert_eq!(route_name("/v1/models/a/b"), Some("/v1/models/{model}"));
+    assert_eq!(route_name("/v1/chat"), None);
+}

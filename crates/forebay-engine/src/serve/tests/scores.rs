@@ -3,6 +3,7 @@
 use forebay_wire::{PromptTokens, RankedLogprob, TokenLogprob};
 
 use super::*;
+use crate::serve::told::{Told, ToldPrompt, What};
 
 fn prompt_events(events: &[Event]) -> Vec<PromptTokens> {
     let of = |event: &Event| if let Event::Prompt(prompt) = event { Some(prompt.clone()) } else { None };
@@ -176,4 +177,66 @@ async fn chosen_tokens_are_scored_instead_of_the_most_likely() {
     let unknown = Generate { logprobs: Some(1), logprob_token_ids: vec![9999], ..greedy("go") };
     let fault = bench.events(unknown).await.unwrap_err();
     assert_eq!((fault.class.code, fault.param.as_deref()), (Code::BadRequest, Some("logprob_token_ids")));
+}
+
+/// All that the step thread tells of a call.
+async fn told(bench: &Bench, call: &Generate) -> Vec<Told> {
+    let (origin, now) = (origin(), Instant::now());
+    let submitted = bench.engine.submit(call, PromptIds::none(), &origin, "anonymous".into(), now);
+    let mut receiver = submitted.await.unwrap();
+    let mut all = Vec::new();
+    while let Some(told) = receiver.recv().await {
+        all.push(told.unwrap());
+    }
+    all
+}
+
+#[tokio::test]
+async fn the_step_thread_hands_over_ids_and_numbers() {
+    let bench = bench(fake(), |c| c.prompt_logits_max = 4);
+    let call = Generate {
+        prompt: Prompt::Text(vec!["first prompt".into(), "a second one".into()]),
+        n: 2,
+        prompt_logprobs: Some(3),
+        echo: true,
+        logprobs: Some(2),
+        max_tokens: Some(3),
+        ..greedy("")
+    };
+    let mut prompts: Vec<ToldPrompt> = Vec::new();
+    for told in told(&bench, &call).await {
+        match told {
+            Told::Prompt(prompt) => prompts.push(*prompt),
+            Told::Event(Event::Prompt(prompt)) => panic!("named on the step thread: {prompt:?}"),
+            Told::Event(Event::Delta(delta)) => {
+                assert!(delta.logprobs.len() <= delta.tokens as usize, "of new tokens only: {delta:?}");
+            }
+            Told::Event(_) => {}
+        }
+    }
+    for number in 0..2u32 {
+        let is_its = |prompt: &&ToldPrompt| match prompt.what {
+            What::Prompt { number: its, .. } => its == number,
+            What::Echo { choice, .. } => choice / 2 == number,
+        };
+        let about: Vec<&ToldPrompt> = prompts.iter().filter(is_its).collect();
+        assert_eq!(about.len(), 3, "the prompt, and its echo in each choice");
+        let scores = |prompt: &ToldPrompt| prompt.scores.as_ref().unwrap().0.clone();
+        assert!(about.iter().all(|prompt| Arc::ptr_eq(&scores(prompt), &scores(about[0]))), "no copies");
+        assert_eq!((scores(about[0]).len(), about[0].ids.len()), (11, 12));
+    }
+}
+
+#[tokio::test]
+async fn many_names_are_the_same_as_few() {
+    let bench = bench(fake(), |_| {});
+    // 119 tokens with 20 others each are named off the I/O threads.
+    let prompt = "x y".repeat(40);
+    let call = Generate { prompt_logprobs: Some(20), max_tokens: Some(1), ..greedy(&prompt) };
+    let raw = told(&bench, &call).await;
+    assert!(raw.iter().any(|told| told.names() > 1000), "{raw:?}");
+    let tokenizer = bench.engine.text.tokenizer().clone();
+    let named: Vec<Event> = raw.into_iter().map(|told| told.into_event(&tokenizer)).collect();
+    assert_eq!(bench.events(call).await.unwrap(), named);
+    assert_eq!(prompt_events(&named)[0].logprobs.as_ref().unwrap().len(), 120);
 }
