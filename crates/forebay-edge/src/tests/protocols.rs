@@ -111,6 +111,14 @@ pub(super) async fn tls(
     cert: &CertificateDer<'static>,
     alpn: &[u8],
 ) -> tokio_rustls::client::TlsStream<TcpStream> {
+    tls_over(edge.connect().await, cert, alpn).await
+}
+
+pub(super) async fn tls_over<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    cert: &CertificateDer<'static>,
+    alpn: &[u8],
+) -> tokio_rustls::client::TlsStream<S> {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(cert.clone()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -122,7 +130,7 @@ pub(super) async fn tls(
     config.alpn_protocols = vec![alpn.to_vec()];
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     let name = ServerName::try_from("localhost").unwrap();
-    within(connector.connect(name, edge.connect().await)).await.unwrap()
+    within(connector.connect(name, stream)).await.unwrap()
 }
 
 #[tokio::test]

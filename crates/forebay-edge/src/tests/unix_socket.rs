@@ -2,6 +2,7 @@
 
 use tokio::net::UnixStream;
 
+use super::protocols::{Certified, certified, tls_over};
 use super::*;
 
 #[tokio::test]
@@ -37,6 +38,20 @@ async fn a_socket_answers_as_a_port_does() {
     within(unix.read_to_string(&mut answer)).await.unwrap();
     assert!(answer.contains("data: one") && answer.contains("[DONE]"), "{answer}");
     assert_eq!(edge.drained().await.cut, 0);
+}
+
+#[tokio::test]
+async fn a_socket_speaks_tls_where_the_port_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let Certified { env, config, cert } = certified();
+    let config = EdgeConfig { uds: Some(path.clone()), ..config };
+    let _edge = Running::start_in(config, Some(echo()), &env).await;
+    let mut stream = tls_over(UnixStream::connect(&path).await.unwrap(), &cert, b"http/1.1").await;
+    stream.write_all(get("/version").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    within(stream.read_to_string(&mut answer)).await.unwrap();
+    assert_eq!(status(&answer), 200);
 }
 
 #[test]
