@@ -11,13 +11,14 @@ import pytest
 from harness import MODEL, Metrics, Worker, eventually, get, status_of, user
 
 FIXTURE = Path(__file__).parents[2] / "crates/forebay-engine/tests/fixtures/vllm-metrics.json"
+FLAGS = ("--show-hidden-metrics-for-version", "0.31")
 # Nothing of the kind is here: crates/forebay-engine/src/metrics/tests.rs has the reasons.
 NOT_HERE = ("external_prefix_cache", "mm_cache", "estimated_")
 
 
 @pytest.fixture(scope="module")
 def worker(start_for_module) -> Worker:
-    return start_for_module(Worker, "--served-model-name", MODEL, "--threads", "1", "--max-model-len", "4096")
+    return start_for_module(Worker, "--served-model-name", MODEL, "--threads", "1", "--max-model-len", "4096", *FLAGS)
 
 
 def scrape(worker: Worker) -> Metrics:
@@ -83,3 +84,13 @@ def test_a_worker_says_that_its_model_is_loaded(worker):
     assert metrics.value("forebay_engine_loads_total", model_name=MODEL, outcome="ok") == 1
     assert metrics.value("forebay_engine_loads_total", outcome="failed") == 0
     assert metrics.value("forebay_engine_load_seconds", model_name=MODEL) > 0
+
+
+def test_former_names_are_there_on_request(worker, server):
+    metrics = scrape(worker)
+    for name, former in [
+        ("vllm:inter_token_latency_seconds_count", "vllm:time_per_output_token_seconds_count"),
+        ("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total"),
+    ]:
+        assert metrics.value(former) == metrics.value(name)
+        assert former not in server.metrics().names()

@@ -224,6 +224,9 @@ fn slots(
     }
     let store = Arc::new(model::store(env)?);
     let metrics = Arc::new(EngineMetrics::register(registry).map_err(BuildError::from)?);
+    if config.engine.iter().any(|engine| engine.show_hidden_metrics) {
+        EngineMetrics::show_former_names(registry);
+    }
     let slot = |(nth, engine): (usize, &EngineConfig)| {
         let name = model::name(engine).map_err(ModelError::from)?;
         let forget = {

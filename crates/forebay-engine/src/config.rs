@@ -65,6 +65,8 @@ pub struct EngineConfig {
     pub return_tokens_as_token_ids: bool,
     /// Answer `GET /tokenizer_info`, which shows the chat template and what the tokenizer's configuration says.
     pub enable_tokenizer_info_endpoint: bool,
+    /// Tell metrics that vLLM has renamed under their former names too, like `vllm:gpu_cache_usage_perc`: for old dashboards. One engine that says so decides for all.
+    pub show_hidden_metrics: bool,
     /// Compute threads; the machine's cores where absent.
     pub threads: Option<u32>,
     /// Ranks that compute each layer together; the model's attention heads must divide by it. Results don't depend on it.
@@ -229,6 +231,7 @@ impl Default for EngineConfig {
             enable_force_include_usage: false,
             return_tokens_as_token_ids: false,
             enable_tokenizer_info_endpoint: false,
+            show_hidden_metrics: false,
             threads: None,
             tensor_parallel_size: 1,
             pipeline_parallel_size: 1,

@@ -34,6 +34,14 @@ const SOURCES: [&str; 3] = ["local_compute", "local_cache_hit", "external_kv_tra
 /// What memory the cached ones were in. Here all of it is what vLLM calls the device's.
 const TIERS: [&str; 5] = ["device", "host", "p2p", "disk", "external_unspecified"];
 
+/// Names that vLLM once had for what has another name now, or had `gpu` in it.
+const FORMER_NAMES: [(&str, &str); 4] = [
+    ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+    ("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total"),
+    ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"),
+    ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
+];
+
 /// Families shared by all engines of the process; [`EngineMetrics::for_model`] gives one engine its series.
 #[derive(Clone)]
 pub struct EngineMetrics {
@@ -144,6 +152,13 @@ impl EngineMetrics {
         })
     }
 
+    /// Renders what vLLM has renamed under its former names, too: for old dashboards.
+    pub fn show_former_names(registry: &Registry) {
+        for (name, former) in FORMER_NAMES {
+            registry.alias(name, former);
+        }
+    }
+
     /// Loads of models, for whoever does them.
     pub fn loads(&self) -> &LoadMetrics {
         &self.operations.loads
@@ -157,8 +172,9 @@ impl EngineMetrics {
 
     /// The series of one engine that has no KV cache, and takes texts of `model_len` tokens.
     pub fn for_encoder(&self, model: &str, model_len: u32) -> ModelMetrics {
-        self.operations.begin_encoder(model);
-        self.series(model, model_len)
+        let mut series = self.series(model, model_len);
+        series.embedding = Some(self.operations.embedding(model));
+        series
     }
 }
 

@@ -3,6 +3,7 @@
 //! Names follow the field (`vllm:*` for the engine, `forebay_<layer>_*` for the rest). Labels are bounded by
 //! configuration (models, replicas, consumers), never by what a client sends.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -29,6 +30,8 @@ pub struct MetricError(#[from] prometheus::Error);
 pub struct Registry {
     prometheus: prometheus::Registry,
     families: Arc<Mutex<Vec<Family>>>,
+    /// Names of families, and further names that they have.
+    aliases: Arc<Mutex<BTreeSet<(String, String)>>>,
 }
 
 /// One registered family, for the generated reference.
@@ -125,9 +128,22 @@ impl Registry {
         self.add(Summaries::new(name, help, labels))
     }
 
+    /// Renders the family `name` a second time, under another name: for dashboards that know it by that.
+    pub fn alias(&self, name: &str, other: &str) {
+        self.aliases.lock().insert((name.to_owned(), other.to_owned()));
+    }
+
     /// Prometheus text format 0.0.4.
     pub fn render(&self) -> String {
-        text::render(&self.prometheus.gather())
+        let mut families = self.prometheus.gather();
+        for (name, other) in &*self.aliases.lock() {
+            let copy = families.iter().find(|family| family.name() == name).cloned();
+            families.extend(copy.map(|mut family| {
+                family.set_name(other.clone());
+                family
+            }));
+        }
+        text::render(&families)
     }
 
     /// `content-type` of [`Registry::render`].
@@ -154,6 +170,21 @@ mod tests {
             registry.render(),
             "# HELP vllm:prompt_tokens_total Prompt tokens.\n# TYPE vllm:prompt_tokens_total counter\n\
              vllm:prompt_tokens_total{model_name=\"m\"} 3\n"
+        );
+    }
+
+    #[test]
+    fn a_family_can_have_a_second_name() {
+        let registry = Registry::new();
+        registry.counter("new_total", "New.").expect("registers once").inc_by(3);
+        registry.alias("new_total", "old_total");
+        registry.alias("new_total", "old_total");
+        registry.alias("unknown_total", "older_total");
+        let text = registry.render();
+        assert_eq!(
+            text,
+            "# HELP new_total New.\n# TYPE new_total counter\nnew_total 3\n\
+             # HELP old_total New.\n# TYPE old_total counter\nold_total 3\n"
         );
     }
 

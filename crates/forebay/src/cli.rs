@@ -158,6 +158,9 @@ pub(crate) struct Worker {
     /// Answer GET /tokenizer_info, which shows the chat template
     #[arg(long)]
     pub enable_tokenizer_info_endpoint: bool,
+    /// Tell metrics under former names too, whichever version is given: those that vLLM has renamed
+    #[arg(long, value_name = "VERSION")]
+    pub show_hidden_metrics_for_version: Option<String>,
     /// Compute threads; the machine's cores where absent
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,

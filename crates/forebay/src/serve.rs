@@ -56,6 +56,7 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         enable_force_include_usage: args.enable_force_include_usage,
         return_tokens_as_token_ids: args.return_tokens_as_token_ids,
         enable_tokenizer_info_endpoint: args.enable_tokenizer_info_endpoint,
+        show_hidden_metrics: args.show_hidden_metrics_for_version.is_some(),
         threads: args.threads,
         tensor_parallel_size: args.tensor_parallel_size.unwrap_or(defaults.tensor_parallel_size),
         pipeline_parallel_size: args.pipeline_parallel_size.unwrap_or(defaults.pipeline_parallel_size),

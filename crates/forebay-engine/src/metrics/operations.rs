@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use forebay_grammar::GrammarError;
-use forebay_observe::metrics::{GaugeVec, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts};
+use forebay_observe::metrics::{
+    GaugeVec, Histogram, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+};
 use forebay_observe::{MetricError, Registry};
 
 use super::LABELS;
@@ -18,8 +20,8 @@ pub(super) struct Operations {
     alive: IntGaugeVec,
     failed_steps: IntCounterVec,
     constraints: IntCounterVec,
-    pub batch_texts: HistogramVec,
-    pub queued_tokens: IntGaugeVec,
+    batch_texts: HistogramVec,
+    queued_tokens: IntGaugeVec,
     pub stuck: IntCounterVec,
 }
 
@@ -110,9 +112,12 @@ impl Operations {
         self.failed_steps.with_label_values(&[model, "0", failure.as_str()]).inc();
     }
 
-    pub fn begin_encoder(&self, model: &str) {
-        self.batch_texts.with_label_values(&[model, "0"]);
-        self.queued_tokens.with_label_values(&[model, "0"]);
+    /// What only an embedding engine has.
+    pub fn embedding(&self, model: &str) -> EmbeddingSeries {
+        EmbeddingSeries {
+            batch_texts: self.batch_texts.with_label_values(&[model, "0"]),
+            queued_tokens: self.queued_tokens.with_label_values(&[model, "0"]),
+        }
     }
 
     /// Series exist before their first event.
@@ -121,6 +126,11 @@ impl Operations {
             self.failed_steps.with_label_values(&[model, "0", failure.as_str()]);
         }
     }
+}
+
+pub(super) struct EmbeddingSeries {
+    pub batch_texts: Histogram,
+    pub queued_tokens: IntGauge,
 }
 
 pub(super) struct Alive(IntGauge);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use forebay_observe::metrics::{Gauge, Histogram, IntCounter, IntGauge};
 use forebay_types::FinishReason;
 
-use super::operations::{Alive, ConstraintMetrics, StepFailure};
+use super::operations::{Alive, ConstraintMetrics, EmbeddingSeries, StepFailure};
 use super::{Counters, EngineMetrics, FINISHED, Histograms, SOURCES, TIERS, TokenHistograms};
 
 /// The queue limit that a request hit.
@@ -37,6 +37,7 @@ pub struct ModelMetrics {
     histograms: Histograms<Histogram>,
     token_histograms: TokenHistograms<Histogram>,
     constraints: ConstraintMetrics,
+    pub(super) embedding: Option<EmbeddingSeries>,
     families: EngineMetrics,
     _alive: Alive,
 }
@@ -140,6 +141,7 @@ impl EngineMetrics {
             histograms: self.histograms.map(|family| family.with_label_values(&labels)),
             token_histograms: self.token_histograms.fit(&labels, model_len),
             constraints: self.operations.constraints(model),
+            embedding: None,
             _alive: self.operations.alive(model),
             families: self.clone(),
         }
@@ -182,14 +184,16 @@ impl ModelMetrics {
 
     /// Of an embedding engine: `texts` are computed together.
     pub fn on_batch(&self, texts: usize) {
-        let labels = [self.model.as_str(), "0"];
-        self.families.operations.batch_texts.with_label_values(&labels).observe(texts as f64);
+        if let Some(embedding) = &self.embedding {
+            embedding.batch_texts.observe(texts as f64);
+        }
     }
 
     /// Of an embedding engine: the tokens of what is not computed yet.
     pub fn on_queue(&self, tokens: u64) {
-        let labels = [self.model.as_str(), "0"];
-        self.families.operations.queued_tokens.with_label_values(&labels).set(tokens as i64);
+        if let Some(embedding) = &self.embedding {
+            embedding.queued_tokens.set(tokens as i64);
+        }
     }
 
     /// A prompt counts whole, cached or not, when its prefill is done: what vLLM counts, so that cached ÷ all is the
@@ -253,6 +257,7 @@ impl ModelMetrics {
 impl Drop for ModelMetrics {
     fn drop(&mut self) {
         self.on_step(&StepRecord::default());
+        self.on_queue(0);
         self.families.cache_info.remove(&self.model);
     }
 }

@@ -235,3 +235,25 @@ fn the_most_that_a_choice_wrote_is_the_requests() {
     assert_eq!(series("vllm:request_params_n_sum").as_deref(), Some("3"));
     assert_eq!(series("vllm:request_params_n_count").as_deref(), Some("2"));
 }
+
+#[test]
+fn former_names_have_the_same_values_where_they_are_asked_for() {
+    let registry = Registry::new();
+    let metrics = EngineMetrics::register(&registry).expect("registers once");
+    let model = metrics.for_model("m", &kv(100));
+    model.on_step(&StepRecord { kv_usage: 0.25, prefix_hits: 6, ..StepRecord::default() });
+    let labels = "{engine=\"0\",model_name=\"m\"}";
+    let former = [
+        ("vllm:gpu_cache_usage_perc", "0.25"),
+        ("vllm:gpu_prefix_cache_queries_total", "0"),
+        ("vllm:gpu_prefix_cache_hits_total", "6"),
+        ("vllm:time_per_output_token_seconds_count", "0"),
+    ];
+    for (name, _) in former {
+        assert_eq!(value(&registry, &format!("{name}{labels}")), None, "{name}");
+    }
+    EngineMetrics::show_former_names(&registry);
+    for (name, expect) in former {
+        assert_eq!(value(&registry, &format!("{name}{labels}")).as_deref(), Some(expect), "{name}");
+    }
+}

@@ -280,7 +280,6 @@ pub(super) static GROUPS: &[Group] = &[
     ),
     idle("blocks are not sampled", "--kv-cache-metrics", "--kv-cache-metrics-sample"),
     idle("there are no such numbers", "--enable-mfu-metrics", "--per-request-spec-decode-metrics"),
-    idle("no number is hidden", "", "--show-hidden-metrics-for-version"),
     refused("buckets are vLLM's own", "", "--custom-histogram-buckets"),
     refused(
         "traces are not exported; /api/requests of the admin port has them",
