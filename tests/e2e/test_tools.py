@@ -123,6 +123,18 @@ def test_auto_gives_text_or_calls(sdk):
         assert choice.message.content or choice.message.tool_calls
 
 
+def test_strict_functions_are_called_as_their_schemas_say(sdk):
+    """Under `auto` the model may write text, or a call that fits."""
+    strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    ask = user('Write nothing but <tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "unit": "kelvin"}}\n</tool_call>')
+    for seed in range(6):
+        choice = say(sdk, ask, tools=strict, temperature=0.7, seed=seed).choices[0]
+        calls = choice.message.tool_calls or []
+        assert choice.message.content or calls
+        # One that was cut may stand last.
+        assert all(fits(call) for call in (calls[:-1] if choice.finish_reason == "length" else calls)), calls
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [

@@ -11,6 +11,16 @@ pub struct Function {
     pub name: String,
     /// A JSON schema of the arguments; none is no arguments.
     pub parameters: Option<Map<String, Value>>,
+    /// Held to the schema also where the model itself decides to call.
+    pub strict: bool,
+}
+
+impl Function {
+    /// With any object as arguments.
+    fn loose(&self) -> Self {
+        let any = Map::from_iter([("additionalProperties".to_owned(), true.into())]);
+        Self { parameters: Some(any), ..self.clone() }
+    }
 }
 
 impl CallStyle {
@@ -24,22 +34,56 @@ impl CallStyle {
         many: bool,
         control: impl Fn(&'static str) -> Option<u32>,
     ) -> String {
-        let tag = |tag| control(tag).map_or_else(|| literal(tag), |id| format!("<[{id}]>"));
-        let (start, call, key) = match self {
+        let (start, call) = match self {
             Self::Hermes => {
-                let call = format!("{} \"\\n\" object \"\\n\" {}", tag(CALL), tag(CALL_END));
-                (if many { "call (\"\\n\" call)*" } else { "call" }, call, "arguments")
+                (if many { "call (\"\\n\" call)*" } else { "call" }, tagged(&tag(&control, CALL), &control))
             }
-            Self::Llama3Json => {
-                (if many { "call (\"; \" call)*" } else { "call" }, "object".to_owned(), "parameters")
-            }
+            Self::Llama3Json => (if many { "call (\"; \" call)*" } else { "call" }, "object".to_owned()),
             Self::Json => {
                 let start = if many { "call | \"[\" call (\", \" call)* \"]\"" } else { "call" };
-                (start, "object".to_owned(), "arguments")
+                (start, "object".to_owned())
             }
         };
+        format!("start: {start}\ncall: {call}\n{}", self.objects(functions))
+    }
+
+    /// A grammar of any text, at whose end may be calls as in [`grammar`](Self::grammar): those of strict functions fit
+    /// their schemas. `None` where no tag tells a call from a text that only looks like one.
+    pub fn grammar_behind_text(
+        self,
+        functions: &[Function],
+        many: bool,
+        control: impl Fn(&'static str) -> Option<u32>,
+    ) -> Option<String> {
+        if self != Self::Hermes {
+            return None;
+        }
+        let more = if many { " (\"\\n\" call)*" } else { "" };
+        let call = tagged(&tag(&control, CALL), &control);
+        let begin = match control(CALL) {
+            // No text spells it.
+            Some(_) => "TEXT? call".to_owned(),
+            // Up to the first tag. Lazy, so that from there on it is no longer text.
+            None => "first".to_owned(),
+        };
+        let first = match control(CALL) {
+            Some(_) => String::new(),
+            None => {
+                let upto = format!("upto[lazy]: /(.|\\n)*{CALL}/\n");
+                format!("first: {}\n{upto}", tagged("upto", &control))
+            }
+        };
+        let functions: Vec<Function> =
+            functions.iter().map(|f| if f.strict { f.clone() } else { f.loose() }).collect();
+        let objects = self.objects(&functions);
+        Some(format!("start: TEXT? | {begin}{more}\nTEXT: /(.|\\n)+/\n{first}call: {call}\n{objects}"))
+    }
+
+    /// The rule `object`: a call of one of these functions.
+    fn objects(self, functions: &[Function]) -> String {
+        let key = if self == Self::Llama3Json { "parameters" } else { "arguments" };
         let names: Vec<String> = (0..functions.len()).map(|n| format!("f{n}")).collect();
-        let mut grammar = format!("start: {start}\ncall: {call}\nobject: {}\n", names.join(" | "));
+        let mut grammar = format!("object: {}\n", names.join(" | "));
         for (rule, function) in names.iter().zip(functions) {
             let name = json!(function.name);
             let begin = literal(&format!("{{\"name\": {name}, \"{key}\": "));
@@ -48,6 +92,15 @@ impl CallStyle {
         }
         grammar
     }
+}
+
+fn tag(control: &impl Fn(&'static str) -> Option<u32>, tag: &'static str) -> String {
+    control(tag).map_or_else(|| literal(tag), |id| format!("<[{id}]>"))
+}
+
+/// A call behind what begins it.
+fn tagged(begin: &str, control: &impl Fn(&'static str) -> Option<u32>) -> String {
+    format!("{begin} \"\\n\" object \"\\n\" {}", tag(control, CALL_END))
 }
 
 fn literal(text: &str) -> String {
@@ -79,8 +132,8 @@ mod tests {
     fn grammars() {
         let parameters = json!({"properties": {"a": {"type": "integer"}}});
         let functions = [
-            Function { name: "f".into(), parameters: parameters.as_object().cloned() },
-            Function { name: "g".into(), parameters: None },
+            Function { name: "f".into(), parameters: parameters.as_object().cloned(), strict: true },
+            Function { name: "g".into(), parameters: None, strict: false },
         ];
         let grammar = CallStyle::Hermes.grammar(&functions, true, |tag| (tag == "</tool_call>").then_some(7));
         let style =
@@ -106,5 +159,35 @@ mod tests {
             Some(r#"start: call | "[" call (", " call)* "]""#)
         );
         assert_eq!(starts(CallStyle::Json, false).as_deref(), Some("start: call"));
+    }
+
+    #[test]
+    fn grammars_behind_text() {
+        let functions = [
+            Function { name: "f".into(), parameters: None, strict: true },
+            Function { name: "g".into(), parameters: None, strict: false },
+        ];
+        let lines = |many, id| {
+            let grammar = CallStyle::Hermes.grammar_behind_text(&functions, many, |_| id).unwrap_or_default();
+            grammar.lines().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let plain = lines(true, None);
+        let expect = [
+            r#"start: TEXT? | first ("\n" call)*"#,
+            r#"TEXT: /(.|\n)+/"#,
+            r#"first: upto "\n" object "\n" "</tool_call>""#,
+            r#"upto[lazy]: /(.|\n)*<tool_call>/"#,
+            r#"call: "<tool_call>" "\n" object "\n" "</tool_call>""#,
+            "object: f0 | f1",
+        ];
+        assert_eq!(plain[..6], expect);
+        assert!(plain[7].contains(r#""additionalProperties":false"#), "{}", plain[7]);
+        assert!(plain[9].contains(r#""additionalProperties":true"#), "{}", plain[9]);
+        let expect =
+            ["start: TEXT? | TEXT? call", r#"TEXT: /(.|\n)+/"#, r#"call: <[7]> "\n" object "\n" <[7]>"#];
+        assert_eq!(lines(false, Some(7))[..3], expect);
+        for style in [CallStyle::Llama3Json, CallStyle::Json] {
+            assert_eq!(style.grammar_behind_text(&functions, true, |_| None), None);
+        }
     }
 }

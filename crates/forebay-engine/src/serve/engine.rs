@@ -364,7 +364,7 @@ impl Engine {
         let tokenizer = self.text.tokenizer();
         let prompt = asks.first().map_or(&[][..], |ask| &ask.ids);
         let reading = self.forms.reading(call, prompt, tokenizer)?;
-        let calls = reading.as_ref().and_then(|reading| reading.wanted_calls(call, tokenizer));
+        let calls = reading.as_ref().and_then(|reading| reading.grammar(call, tokenizer));
         let constrained = match (calls, &call.constraint) {
             // Where there are only calls, `response_format` has nothing to say.
             (Some(calls), _) => Some(self.constrain("tools", move |g| g.compile_lark(calls)).await?),

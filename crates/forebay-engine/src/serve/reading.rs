@@ -124,18 +124,29 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
-    /// The grammar of the calls that the client wants, where it wants any whatever the model would rather do.
-    pub fn wanted_calls(&self, call: &Generate, tokenizer: &Tokenizer) -> Option<String> {
+    /// The grammar of the output, where the client holds its calls to one: those that it wants whatever the model would rather
+    /// do, and those of strict functions.
+    pub fn grammar(&self, call: &Generate, tokenizer: &Tokenizer) -> Option<String> {
         let style = self.calls?;
         let Prompt::Chat { tools: Some(Value::Array(tools)), .. } = &call.prompt else { return None };
         let functions = tools.iter().filter_map(function);
-        let (functions, many): (Vec<Function>, bool) = match &call.tool_choice {
-            ToolChoice::Required => (functions.collect(), self.parallel),
-            ToolChoice::Function(name) => (functions.filter(|f| f.name == *name).take(1).collect(), false),
-            ToolChoice::Auto | ToolChoice::None => return None,
-        };
         let control = |tag: &str| tokenizer.id_of(tag).filter(|&id| tokenizer.is_special(id));
-        Some(style.grammar(&functions, many, control))
+        match &call.tool_choice {
+            ToolChoice::Required => {
+                Some(style.grammar(&functions.collect::<Vec<_>>(), self.parallel, control))
+            }
+            ToolChoice::Function(name) => {
+                let named: Vec<Function> = functions.filter(|f| f.name == *name).take(1).collect();
+                Some(style.grammar(&named, false, control))
+            }
+            // Another constraint is on all of the output, calls or not.
+            ToolChoice::Auto if call.constraint.is_none() => {
+                let functions: Vec<Function> = functions.collect();
+                let strict = functions.iter().any(|function| function.strict);
+                if strict { style.grammar_behind_text(&functions, self.parallel, control) } else { None }
+            }
+            ToolChoice::Auto | ToolChoice::None => None,
+        }
     }
 
     pub fn choice(&self, number: u32) -> Reader {
@@ -146,7 +157,9 @@ impl Reading {
 fn function(tool: &Value) -> Option<Function> {
     let function = tool.get("function")?;
     let name = function.get("name")?.as_str()?.to_owned();
-    Some(Function { name, parameters: function.get("parameters").and_then(Value::as_object).cloned() })
+    let parameters = function.get("parameters").and_then(Value::as_object).cloned();
+    let strict = function.get("strict").and_then(Value::as_bool).unwrap_or(false);
+    Some(Function { name, parameters, strict })
 }
 
 /// Reads the output of one choice.

@@ -222,6 +222,41 @@ async fn a_call_that_is_wanted_comes_whatever_the_model_would_say() {
     }
 }
 
+/// Whether it calls is the model's to say; what it calls fits, where the function is strict.
+#[tokio::test]
+async fn strict_functions_are_called_as_their_schemas_say() {
+    let strict = |name: &str| {
+        let mut tools = tools();
+        for tool in tools.as_array_mut().unwrap() {
+            tool["function"]["strict"] = (tool["function"]["name"] == name).into();
+        }
+        Generate { parallel_tool_calls: false, ..chat(tools) }
+    };
+    let too_much = CALL.replace("1}", "500}");
+    for tags in [&[][..], &["<tool_call>", "</tool_call>"]] {
+        for before in ["", "I < will.\n"] {
+            let bench = model(None, tags, ANSWER, &format!("{before}{too_much}"), EngineConfig::default());
+            // Nobody asked for more, or not of this function.
+            for free in [chat(tools()), strict("g")] {
+                let (all, _) = said(&bench.events(free).await.unwrap(), 0);
+                assert_eq!((&*all.text, calls(&all)), (before, vec![r#"f {"a": 500}"#.to_owned()]));
+            }
+            let events = bench.events(strict("f")).await.unwrap();
+            let (all, _) = said(&events, 0);
+            assert_eq!((&*all.text, all.tool_calls.len()), (before, 1), "{all:?}");
+            let arguments: Value = serde_json::from_str(&all.tool_calls[0].arguments).unwrap();
+            assert!(arguments["a"].as_u64().is_some_and(|a| a < 100), "{arguments}");
+            assert_eq!(reason(&events, 0), Some(FinishReason::ToolCalls));
+        }
+        let text = "No, not a <tool-call> today.\n";
+        let bench = model(None, tags, ANSWER, text, EngineConfig::default());
+        assert_eq!(text_of(&bench.events(strict("f")).await.unwrap()), text);
+        // A constraint of the whole text goes before.
+        let held = Generate { constraint: Some(Constraint::Choice(vec!["yes".into()])), ..strict("f") };
+        assert_eq!(text_of(&bench.events(held).await.unwrap()), "yes");
+    }
+}
+
 #[tokio::test]
 async fn a_schema_that_can_not_be_compiled_is_the_clients_mistake() {
     let bench = plain("x");
