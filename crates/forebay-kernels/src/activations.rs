@@ -1,4 +1,4 @@
-//! The right-hand side of a matrix product: rows of activations, as f32 and quantised to eight bits.
+//! The right-hand side of a matrix product: rows of activations, as f32, as bf16 and quantised to eight bits.
 
 use crate::buffer::SharedMut;
 use crate::matrix::{GROUP, Matrix};
@@ -31,15 +31,25 @@ pub struct Activations {
     groups: usize,
     blocks: Vec<XBlock>,
     values: Vec<f32>,
+    /// Two bf16 to a word, the first in the low half; a zero beside an odd last column.
+    pairs: Vec<u32>,
     has: Has,
 }
+
+/// Activations that a thread rounds at a time, about 5 µs.
+const ROUND_CHUNK: usize = 16 << 10;
 
 /// Which forms are filled in.
 #[derive(Debug, Clone, Copy, Default)]
 struct Has {
     quantized: bool,
     float: bool,
+    bf16: bool,
 }
+
+/// The smallest activation in bf16, 2^-56, as f32. What is below becomes zero, lest a sum be subnormal: see
+/// `matrix::pack`.
+const BF16_MIN: u32 = (127 - 56) << 23;
 
 impl Activations {
     pub fn new() -> Self {
@@ -54,14 +64,14 @@ impl Activations {
         self.cols
     }
 
-    /// Takes `x: [rows, cols]` in both forms, for matrices of any type.
+    /// Takes `x: [rows, cols]` in all forms, for matrices of any type.
     ///
     /// A quantised block with an infinity or a NaN in it makes the products of its row NaN.
     ///
     /// # Panics
     /// If `x` hasn't `rows · cols` values.
     pub fn quantize(&mut self, pool: &Pool, isa: Isa, x: &[f32], rows: usize, cols: usize) {
-        self.fill(pool, isa, x, rows, cols, Has { quantized: true, float: true });
+        self.fill(pool, isa, x, rows, cols, Has { quantized: true, float: true, bf16: true });
     }
 
     /// Takes `x: [rows, w.cols()]` in the forms that `w` needs, and in no other. Matrices that use the same
@@ -72,7 +82,7 @@ impl Activations {
     pub fn prepare(&mut self, pool: &Pool, w: &Matrix, x: &[f32]) {
         let cols = w.cols();
         assert!(x.len().is_multiple_of(cols), "whole rows");
-        let has = Has { quantized: w.has_quantized(), float: w.has_float() };
+        let has = Has { quantized: w.has_quantized(), float: w.has_float(), bf16: w.has_bf16() };
         self.fill(pool, w.isa(), x, x.len() / cols, cols, has);
     }
 
@@ -82,6 +92,9 @@ impl Activations {
         if has.float {
             self.values.clear();
             self.values.extend_from_slice(x);
+        }
+        if has.bf16 {
+            self.round(pool, isa, x);
         }
         if !has.quantized || rows == 0 || cols == 0 {
             return;
@@ -105,6 +118,32 @@ impl Activations {
         });
     }
 
+    fn round(&mut self, pool: &Pool, isa: Isa, x: &[f32]) {
+        let (cols, stride) = (self.cols, self.cols.div_ceil(2));
+        if stride == 0 {
+            return;
+        }
+        // Grown only, like the blocks.
+        if self.pairs.len() < self.rows * stride {
+            self.pairs.resize(self.rows * stride, 0);
+        }
+        let rows_per_chunk = (ROUND_CHUNK / cols).max(1);
+        pool.run_rows(&mut self.pairs[..self.rows * stride], stride, rows_per_chunk, &|first, out| {
+            let x = x[first * cols..].chunks_exact(cols);
+            for (out, x) in out.chunks_exact_mut(stride).zip(x) {
+                isa.run(RoundRow { x, out });
+            }
+        });
+    }
+
+    /// The row in pairs of bf16.
+    #[inline(always)]
+    pub(crate) fn bf16_row(&self, row: usize) -> &[u32] {
+        debug_assert!(self.has.bf16, "not prepared for bf16");
+        let stride = self.cols.div_ceil(2);
+        &self.pairs[row * stride..(row + 1) * stride]
+    }
+
     /// The quantised row, one block per 32 columns.
     #[inline(always)]
     pub(crate) fn quantized_row(&self, row: usize) -> &[XBlock] {
@@ -122,12 +161,45 @@ impl Activations {
         self.cols == w.cols()
             && (self.has.quantized || !w.has_quantized())
             && (self.has.float || !w.has_float())
+            && (self.has.bf16 || !w.has_bf16())
     }
 
     /// Bytes that one quantised row takes; the kernels cut rows so that they stay in the L2 cache.
     pub(crate) fn quantized_row_bytes(&self) -> usize {
         self.groups * size_of::<XBlock>()
     }
+}
+
+struct RoundRow<'a> {
+    x: &'a [f32],
+    out: &'a mut [u32],
+}
+
+impl WithSimd for RoundRow<'_> {
+    type Output = ();
+
+    /// Integer arithmetic, which the compiler makes vectors of.
+    #[inline(always)]
+    fn with<S: Simd>(self, _: S) {
+        let (pairs, rest) = self.x.as_chunks::<2>();
+        for (out, x) in self.out.iter_mut().zip(pairs) {
+            *out = round_bf16(x[0]) | round_bf16(x[1]) << 16;
+        }
+        if let (Some(out), &[x]) = (self.out.get_mut(pairs.len()), rest) {
+            *out = round_bf16(x);
+        }
+    }
+}
+
+/// The nearest bf16, ties to even, in the low half.
+#[inline(always)]
+fn round_bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let size = bits & !(1 << 31);
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 1 << 6;
+    let kept = if size > f32::INFINITY.to_bits() { quiet } else { rounded };
+    if size < BF16_MIN { 0 } else { kept }
 }
 
 struct QuantizeRow<'a> {
@@ -212,6 +284,34 @@ mod tests {
             }
             assert_eq!(blocks, quantize(Isa::Scalar, &x), "{isa}");
         }
+    }
+
+    #[test]
+    fn bf16_rounds_to_nearest_even_and_keeps_what_is_no_number() {
+        let pool = Pool::new(2);
+        let mut random = crate::fixtures::Random(5);
+        let mut x = vec![0.0, -0.0, 1.0, 1.003_906_2, 1.011_718_8, 3.4e38, f32::MAX, f32::MIN, f32::INFINITY, 1e-16];
+        x.extend(random.floats(40_001));
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+            for cols in [1, 2, 3, x.len()] {
+                let x = &x[..x.len() / cols * cols];
+                let mut a = Activations::new();
+                a.quantize(&pool, isa, x, x.len() / cols, cols);
+                let rows = (0..a.rows()).flat_map(|row| {
+                    let halves = a.bf16_row(row).iter().flat_map(|&pair| [pair as u16, (pair >> 16) as u16]);
+                    halves.take(cols)
+                });
+                for (got, &x) in rows.zip(x) {
+                    let expect = if x == 0.0 { 0 } else { half::bf16::from_f32(x).to_bits() };
+                    assert_eq!(got, expect, "{x} {isa} {cols}");
+                }
+            }
+        }
+        for (x, expect) in [(f32::NAN, true), (f32::from_bits(0x7f80_0001), true), (f32::NEG_INFINITY, false)] {
+            let found = half::bf16::from_bits(round_bf16(x) as u16);
+            assert_eq!((found.is_nan(), found.is_infinite()), (expect, !expect));
+        }
+        assert_eq!((round_bf16(1e-17), round_bf16(-1e-40)), (0, 0));
     }
 
     #[test]

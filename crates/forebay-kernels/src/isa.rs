@@ -45,6 +45,19 @@ impl Isa {
         }
     }
 
+    /// As [`Self::run`], for kernels that use [`crate::simd::Simd::dot_bf16`]: with the instruction that does it,
+    /// where the CPU has that.
+    #[inline]
+    pub(crate) fn run_bf16<K: WithSimd>(self, kernel: K) -> K::Output {
+        #[cfg(target_arch = "x86_64")]
+        if self == Self::Avx512Vnni
+            && let Some(simd) = crate::simd::Avx512::detect_bf16()
+        {
+            return simd.enter(kernel);
+        }
+        self.run(kernel)
+    }
+
     /// Runs a kernel compiled for this instruction set, or portably where the CPU lacks it.
     #[inline]
     pub(crate) fn run<K: WithSimd>(self, kernel: K) -> K::Output {

@@ -1,4 +1,4 @@
-//! Micro-tiles of float weights: stored as they are, multiplied in f32.
+//! Micro-tiles of f32 and f16 weights: stored as they are, multiplied in f32.
 
 use std::marker::PhantomData;
 
@@ -15,7 +15,6 @@ pub(super) trait Element {
 
 pub(super) struct F32;
 pub(super) struct F16;
-pub(super) struct Bf16;
 
 impl Element for F32 {
     const BYTES: usize = TILE * 4;
@@ -30,14 +29,6 @@ impl Element for F16 {
     #[inline(always)]
     fn load<S: Simd>(s: S, weights: &[u8]) -> [S::F; 2] {
         [s.load_f16(at(weights, 0)), s.load_f16(at(weights, 32))]
-    }
-}
-
-impl Element for Bf16 {
-    const BYTES: usize = TILE * 2;
-    #[inline(always)]
-    fn load<S: Simd>(s: S, weights: &[u8]) -> [S::F; 2] {
-        [s.load_bf16(at(weights, 0)), s.load_bf16(at(weights, 32))]
     }
 }
 
@@ -78,6 +69,12 @@ fn micro<S: Simd, E: Element, const N: usize>(s: S, to: &Block<'_>, weights: &[u
             }
         }
     }
+    store(s, to, acc, tile, row);
+}
+
+/// Writes what a micro-tile has added up.
+#[inline(always)]
+pub(super) fn store<S: Simd, const N: usize>(s: S, to: &Block<'_>, acc: [[S::F; 2]; N], tile: usize, row: usize) {
     for (n, acc) in acc.iter().enumerate() {
         let mut out = [0.0; TILE];
         let (halves, _) = out.as_chunks_mut::<LANES>();

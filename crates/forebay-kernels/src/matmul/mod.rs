@@ -4,6 +4,7 @@
 //! columns, first to last, whatever the number of rows or threads, so that a token's logits don't depend on
 //! what else is in the batch.
 
+mod bf16;
 mod float;
 mod quant;
 
@@ -26,7 +27,7 @@ const PARALLEL_BYTES: usize = if cfg!(test) { 4 << 10 } else { 256 << 10 };
 /// `y[r][o] = Σ_c x[r][c] · w[o][c]`, with `y: [x.rows(), w.rows()]`.
 ///
 /// A row of `y` has the same bits whatever the other rows of `x`, the number of threads, and the instruction
-/// set. Quantised weights see eight-bit activations, float weights f32. Runs to its end; allocates nothing.
+/// set. Quantised weights see eight-bit activations, bf16 weights bf16 ones, f16 and f32 weights f32 ones. Runs to its end; allocates nothing.
 ///
 /// # Panics
 /// If the shapes don't agree, or `x` was prepared for another type of weights.
@@ -127,7 +128,7 @@ fn run(isa: Isa, block: &Block<'_>) {
     match block.segment.ty {
         TensorType::F32 => isa.run(float::Kernel::<float::F32>::new(block)),
         TensorType::F16 => isa.run(float::Kernel::<float::F16>::new(block)),
-        TensorType::BF16 => isa.run(float::Kernel::<float::Bf16>::new(block)),
+        TensorType::BF16 => isa.run_bf16(bf16::Kernel { block }),
         TensorType::Q4_0 => isa.run(quant::Kernel::<Q4_0>::new(block)),
         TensorType::Q4_1 => isa.run(quant::Kernel::<Q4_1>::new(block)),
         TensorType::Q5_0 => isa.run(quant::Kernel::<Q5_0>::new(block)),

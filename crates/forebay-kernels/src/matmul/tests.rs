@@ -36,7 +36,11 @@ fn agrees_with_the_dequantised_weights() {
         for (rows, cols, tokens) in [(1, 256, 1), (33, 512, 7), (96, 256, 13), (70, 768, 4)] {
             let mut random = Random(rows as u64);
             let data = random.tensor(ty, rows, cols);
-            let x = random.floats(tokens * cols);
+            let mut x = random.floats(tokens * cols);
+            if ty == TensorType::BF16 {
+                // Which rounds them.
+                x.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+            }
             let w = weights(ty, &data, cols);
             let expect: Vec<f64> = x
                 .chunks_exact(cols)
@@ -146,6 +150,43 @@ fn float_weights_need_no_round_number_of_columns() {
     for (i, y) in y.iter().enumerate() {
         let expect: f32 = x[i / rows * cols..][..cols].iter().zip(&w[i % rows]).map(|(a, b)| a * b).sum();
         assert!((y - expect).abs() < 1e-5);
+    }
+}
+
+/// Sizes from the smallest to the largest, whose sums cancel, overflow and vanish: each instruction set, and
+/// AVX-512 without its instruction for bf16, has the bits of the portable code.
+#[test]
+fn bf16_products_have_the_same_bits_at_any_size() {
+    let pool = Pool::new(1);
+    let mut random = Random(11);
+    for cols in [1, 2, 7, 64] {
+        let mut wild = |count: usize, smallest: i32| -> Vec<f32> {
+            let size = |unit: f32| (smallest as f32 + unit * (128 - smallest) as f32).exp2();
+            (0..count).map(|_| size(random.unit().abs()) * random.unit().signum()).collect()
+        };
+        for smallest in [-148, -60, 0] {
+            let data: Vec<u8> =
+                wild(50 * cols, smallest).iter().flat_map(|&w| half::bf16::from_f32(w).to_le_bytes()).collect();
+            let x = wild(9 * cols, smallest);
+            let part = Part { ty: TensorType::BF16, rows: 50, data: &data };
+            let numbers = |y: Vec<f32>| bits(&y.iter().map(|y| if y.is_nan() { f32::NAN } else { *y }).collect::<Vec<_>>());
+            let expect = numbers(product(&pool, Isa::Scalar, &[part], cols, &x));
+            for isa in isas() {
+                assert!(numbers(product(&pool, isa, &[part], cols, &x)) == expect, "{isa} {cols} from 2^{smallest}");
+            }
+            #[cfg(target_arch = "x86_64")]
+            if let Some(avx512) = crate::simd::Avx512::detect() {
+                let w = Matrix::pack(&[part], cols, Isa::Avx512Vnni, &pool).unwrap();
+                let mut a = Activations::new();
+                a.prepare(&pool, &w, &x);
+                let mut y = vec![f32::NAN; 9 * 50];
+                let to = SharedMut::new(&mut y);
+                let segment = &w.segments()[0];
+                let block = Block { segment, tiles: 0..segment.tiles(), x: &a, rows: 0..9, y: to, stride: 50 };
+                avx512.enter(bf16::Kernel { block: &block });
+                assert!(numbers(y) == expect, "without bf16: {cols} from 2^{smallest}");
+            }
+        }
     }
 }
 

@@ -9,7 +9,8 @@
 //! | minima | 0 / 64 / 128 | f16 or f32 of the 32 rows                                                      |
 //!
 //! so that sixteen output rows share a vector, one broadcast of four activations feeds a `VPDPBUSD`, and decoding
-//! reads memory strictly forward. A float tile is `[k][32 rows]`. Codes are unsigned; a type with an offset takes
+//! reads memory strictly forward. A tile of f32 or f16 is `[k][32 rows]`, of bf16 `[k / 2][32 rows][2 k]`: pairs for
+//! VDPBF16PS, an odd last column with a zero beside it. Codes are unsigned; a type with an offset takes
 //! it off the integer sum, exactly.
 
 mod pack;
@@ -200,6 +201,10 @@ impl Matrix {
     }
 
     pub(crate) fn has_float(&self) -> bool {
-        self.segments.iter().any(|segment| !segment.ty.is_quantized())
+        self.segments.iter().any(|segment| matches!(segment.ty, TensorType::F32 | TensorType::F16))
+    }
+
+    pub(crate) fn has_bf16(&self) -> bool {
+        self.segments.iter().any(|segment| segment.ty == TensorType::BF16)
     }
 }

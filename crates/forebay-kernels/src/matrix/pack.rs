@@ -19,6 +19,7 @@ pub(super) fn segment(
     let layout = layout(ty);
     let tile_bytes = match layout {
         Some(layout) => cols / GROUP * layout.block_bytes(),
+        None if ty == TensorType::BF16 => cols.div_ceil(2) * TILE * 4,
         None => cols * TILE * ty.block_bytes(),
     };
     let bytes = rows.div_ceil(TILE).saturating_mul(tile_bytes);
@@ -30,6 +31,7 @@ pub(super) fn segment(
         let rows = &source[tile * TILE..((tile + 1) * TILE).min(source.len())];
         match layout {
             Some(layout) => quantized_tile(ty, layout, rows, out),
+            None if ty == TensorType::BF16 => bf16_tile(rows, out),
             None => float_tile(ty.block_bytes(), rows, out),
         }
     });
@@ -83,6 +85,22 @@ fn float_tile(width: usize, rows: &[&[u8]], out: &mut [u8]) {
     for (k, out) in out.chunks_exact_mut(TILE * width).enumerate() {
         for (out, row) in out.chunks_exact_mut(width).zip(rows) {
             out.copy_from_slice(&row[k * width..(k + 1) * width]);
+        }
+    }
+}
+
+/// The smallest weight, 2^-50. A product with an activation of at least [`crate::activations::BF16_MIN`] is a
+/// multiple of 2^-120, and so is every sum of such: none is subnormal, which VDPBF16PS alone would take for zero.
+const BF16_MIN: u16 = (127 - 50) << 7;
+
+fn bf16_tile(rows: &[&[u8]], out: &mut [u8]) {
+    for (pair, out) in out.chunks_exact_mut(TILE * 4).enumerate() {
+        for (out, row) in out.as_chunks_mut::<4>().0.iter_mut().zip(rows) {
+            let weights = row[pair * 4..].as_chunks::<2>().0;
+            for (out, &weight) in out.as_chunks_mut::<2>().0.iter_mut().zip(weights) {
+                let size = u16::from_le_bytes(weight) & 0x7fff;
+                *out = if size < BF16_MIN { [0; 2] } else { weight };
+            }
         }
     }
 }

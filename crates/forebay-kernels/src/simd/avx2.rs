@@ -71,14 +71,6 @@ impl Simd for Avx2 {
                 _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().add(16).cast())),
             ]
         }
-        fn load_bf16(self, x: &[u8; 32]) -> F {{
-            let lo = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
-            let hi = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(16).cast()));
-            [
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(lo)),
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(hi)),
-            ]
-        }}
         fn store_f16(self, to: &mut [u8; 32], x: F) {{
             _mm_storeu_si128(to.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[0]));
             _mm_storeu_si128(to.as_mut_ptr().add(16).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[1]));
@@ -139,6 +131,20 @@ impl Simd for Avx2 {
             [
                 _mm256_add_epi32(acc[0], _mm256_madd_epi16(pairs[0], ones)),
                 _mm256_add_epi32(acc[1], _mm256_madd_epi16(pairs[1], ones)),
+            ]
+        }}
+        fn dot_bf16(self, acc: F, w: I, x: u32) -> F {{
+            let high = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+            let x = _mm256_set1_epi32(x.cast_signed());
+            let x = [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)),
+                _mm256_castsi256_ps(_mm256_and_si256(x, high)),
+            ];
+            let w0 = w.map(|w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w)));
+            let w1 = w.map(|w| _mm256_castsi256_ps(_mm256_and_si256(w, high)));
+            [
+                _mm256_fmadd_ps(w0[0], x[0], _mm256_fmadd_ps(w1[0], x[1], acc[0])),
+                _mm256_fmadd_ps(w0[1], x[0], _mm256_fmadd_ps(w1[1], x[1], acc[1])),
             ]
         }}
         fn prefetch(self, p: *const u8) { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }

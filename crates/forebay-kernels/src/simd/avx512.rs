@@ -1,12 +1,30 @@
-//! AVX-512 with VNNI: one register per vector.
+//! AVX-512 with VNNI: one register per vector. With or without BF16, which Zen 4, Cooper Lake and Sapphire Rapids
+//! brought.
 
 use std::arch::x86_64::*;
 
 use super::{LANES, Simd, WithSimd};
 
-/// Proof that this CPU has the features of [`Avx512::enter`].
+/// Proof that this CPU has the features of [`Avx512::enter`], and AVX512_BF16 if `BF16`.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const BF16: bool = false>(());
+
+impl Avx512<true> {
+    #[inline]
+    pub(crate) fn detect_bf16() -> Option<Self> {
+        (Avx512::detect().is_some() && is_x86_feature_detected!("avx512bf16")).then_some(Self(()))
+    }
+
+    #[inline]
+    pub(crate) fn enter<K: WithSimd>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma,f16c")]
+        fn inner<K: WithSimd>(simd: Avx512<true>, kernel: K) -> K::Output {
+            kernel.with(simd)
+        }
+        // SAFETY: `self` exists only where `detect_bf16` found these features.
+        unsafe { inner(self, kernel) }
+    }
+}
 
 impl Avx512 {
     #[inline]
@@ -44,7 +62,7 @@ macro_rules! ops {
     )*};
 }
 
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     type F = __m512;
     type I = __m512i;
     type B = __m512i;
@@ -62,9 +80,6 @@ impl Simd for Avx512 {
         fn store(self, to: &mut [f32; LANES], x: __m512) { _mm512_storeu_ps(to.as_mut_ptr(), x) }
         fn load_f32(self, x: &[u8; 64]) -> __m512 { _mm512_loadu_ps(x.as_ptr().cast()) }
         fn load_f16(self, x: &[u8; 32]) -> __m512 { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
-        fn load_bf16(self, x: &[u8; 32]) -> __m512 {
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()))))
-        }
         fn store_f16(self, to: &mut [u8; 32], x: __m512) {
             _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))
         }
@@ -93,6 +108,18 @@ impl Simd for Avx512 {
         fn dot_full(self, acc: __m512i, w: __m512i, x: i32) -> __m512i {
             _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x))
         }
+        fn dot_bf16(self, acc: __m512, w: __m512i, x: u32) -> __m512 {{
+            let x = _mm512_set1_epi32(x.cast_signed());
+            if BF16 {
+                let pairs = |x: __m512i| std::mem::transmute::<__m512i, __m512bh>(x);
+                _mm512_dpbf16_ps(acc, pairs(w), pairs(x))
+            } else {
+                let first = |x: __m512i| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x));
+                let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+                let second = |x: __m512i| _mm512_castsi512_ps(_mm512_and_si512(x, high));
+                _mm512_fmadd_ps(first(w), first(x), _mm512_fmadd_ps(second(w), second(x), acc))
+            }
+        }}
         fn prefetch(self, p: *const u8) { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 }

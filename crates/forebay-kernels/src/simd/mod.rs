@@ -55,8 +55,6 @@ pub(crate) trait Simd: Copy {
     fn load_f32(self, x: &[u8; 64]) -> Self::F;
     /// Little-endian f16, at any address; exact.
     fn load_f16(self, x: &[u8; 32]) -> Self::F;
-    /// Little-endian bf16, at any address; exact.
-    fn load_bf16(self, x: &[u8; 32]) -> Self::F;
     /// Rounds to little-endian f16, ties to even.
     fn store_f16(self, to: &mut [u8; 32], x: Self::F);
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -87,6 +85,10 @@ pub(crate) trait Simd: Copy {
     fn dot(self, acc: Self::I, w: Self::B, x: i32) -> Self::I;
     /// The same for any `w`, which stand for `w - 128`; see [`Self::DOT_FULL_IS_OFFSET`]. `x` may not be -128.
     fn dot_full(self, acc: Self::I, w: Self::B, x: i32) -> Self::I;
+
+    /// Lane `i` gets `fma(w[2i], x[0], fma(w[2i+1], x[1], acc))`, the second pair of bf16 first: what VDPBF16PS
+    /// does. Exact like [`Self::fma`] as long as nothing is or becomes subnormal; VDPBF16PS takes that for zero.
+    fn dot_bf16(self, acc: Self::F, w: Self::B, x: u32) -> Self::F;
 
     /// Asks for the cache line at `p`. Any address is fine.
     fn prefetch(self, p: *const u8);

@@ -47,10 +47,6 @@ impl Simd for Scalar {
         lanes!(i => half::f16::from_le_bytes([x[2 * i], x[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
-    fn load_bf16(self, x: &[u8; 32]) -> Self::F {
-        lanes!(i => half::bf16::from_le_bytes([x[2 * i], x[2 * i + 1]]).to_f32())
-    }
-    #[inline(always)]
     fn store_f16(self, to: &mut [u8; 32], x: Self::F) {
         for (to, x) in to.as_chunks_mut::<2>().0.iter_mut().zip(x) {
             *to = half::f16::from_f32(x).to_le_bytes();
@@ -129,6 +125,15 @@ impl Simd for Scalar {
     #[inline(always)]
     fn dot_full(self, acc: Self::I, w: Self::B, x: i32) -> Self::I {
         self.dot(acc, w, x)
+    }
+    #[inline(always)]
+    fn dot_bf16(self, acc: Self::F, w: Self::B, x: u32) -> Self::F {
+        let pair = |x: u32| [f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000)];
+        let x = pair(x);
+        lanes!(i => {
+            let w = pair(u32::from_le_bytes([w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]]));
+            w[0].mul_add(x[0], w[1].mul_add(x[1], acc[i]))
+        })
     }
     #[inline(always)]
     fn prefetch(self, _p: *const u8) {}
