@@ -169,7 +169,9 @@ fn main() {
     if wanted.is_empty() {
         // No K-quants: 576 columns are no whole number of their blocks.
         for ty in [TensorType::Q4_0, TensorType::Q5_0, TensorType::Q5_1, TensorType::Q8_0, TensorType::BF16] {
-            linear(ty, Isa::detect(), 1, &[1, 32]);
+            for threads in [1, 2] {
+                linear(ty, Isa::detect(), threads, &[1, 8, 32]);
+            }
         }
     }
     small(32);
