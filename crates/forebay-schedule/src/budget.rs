@@ -19,8 +19,8 @@ const PROMPT_SHARE: f64 = 0.75;
 /// Always allowed: this part of `itl_slo`.
 const SLO_FLOOR: f64 = 0.125;
 
-/// Prefill beside decodes is cut to multiples of this: whole tiles compute faster, and blocks end with them.
-const PREFILL_MULTIPLE: u32 = 16;
+/// Prefill beside decodes is cut to multiples of this: odd rows of a micro-tile compute no faster than whole ones.
+const PREFILL_MULTIPLE: u32 = 4;
 
 /// What is left of a step for prefill.
 #[derive(Debug, Clone, Copy, Default)]

@@ -60,7 +60,7 @@ impl Default for SchedulerConfig {
             model_len_max: 4096,
             prefix_cache: true,
             kv_events: false,
-            chunk_tokens_min: 32,
+            chunk_tokens_min: 4,
             chunk_tokens_max: u32::MAX,
             prompt_logits_max: 256,
             itl_slo: None,

@@ -21,8 +21,8 @@ struct Machine {
     noise: f64,
 }
 
-/// SmolLM2 135M on two cores, about: 3 ms for one decode, 2500 tokens of prefill a second at first.
-const SMALL: Machine = Machine { step: 2.3, decode: 0.7, token: 0.38, context: 0.04, row: 0.8, noise: 0.0 };
+/// SmolLM2 135M on two cores, about: 3 ms for one decode, 2500 tokens of prefill a second at first, 300 at context 7000.
+const SMALL: Machine = Machine { step: 2.3, decode: 0.7, token: 0.38, context: 0.4, row: 0.8, noise: 0.0 };
 /// A model fifty times as large on more cores.
 const LARGE: Machine = Machine { step: 90.0, decode: 6.0, token: 5.0, context: 0.05, row: 1.0, noise: 0.0 };
 /// A model of that size on an accelerator: a step costs much, a token next to nothing.
@@ -160,8 +160,8 @@ fn the_long_prompt_gets_on_beside_decodes() {
         let (ttft, alone) = (run(machine, Some(200), decodes).ttft, ttft_alone(machine));
         assert!(ttft <= times * alone, "{machine:?}, {decodes}: {ttft:.2} s, alone {alone:.2} s");
     }
-    check(SMALL, 1, 1.5);
-    check(SMALL, 4, 1.7);
+    check(SMALL, 1, 1.7);
+    check(SMALL, 4, 2.0);
     check(SMALL, 32, 3.2);
     check(LARGE, 4, 1.8);
     check(LARGE, 32, 3.0);
@@ -180,7 +180,7 @@ fn without_a_bound_everybody_waits_for_what_fits_by_tokens() {
 #[test]
 fn prefill_goes_on_under_a_bound_that_can_not_be_kept() {
     let seen = run(SMALL, Some(1), 4);
-    assert_eq!(seen.beside.len(), 8000 / 32, "the smallest chunks there are");
+    assert_eq!(seen.beside.len(), 8000 / config(None).chunk_tokens_min as usize, "the smallest chunks there are");
 }
 
 /// The more prompts wait, the more of a step they get, up to the bound.

@@ -3,7 +3,6 @@
 //! VDPBF16PS multiplies twice as many numbers at a time as an f32 FMA. The product of two bf16 is exact in f32, so
 //! that it rounds as often as two FMAs do, and instruction sets without it do just these.
 
-use super::float::store;
 use super::{Block, for_micro_tiles};
 use crate::matrix::TILE;
 use crate::simd::{Simd, WithSimd};
@@ -39,5 +38,7 @@ fn micro<S: Simd, const N: usize>(s: S, to: &Block<'_>, weights: &[u8], tile: us
             }
         }
     }
-    store(s, to, acc, tile, row);
+    for (n, acc) in acc.iter().enumerate() {
+        to.store(s, row + n, tile, acc);
+    }
 }

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use super::{Block, for_micro_tiles};
 use crate::matrix::TILE;
-use crate::simd::{LANES, Simd, WithSimd};
+use crate::simd::{Simd, WithSimd};
 
 /// A storage format of sixteen-lane vectors.
 pub(super) trait Element {
@@ -69,18 +69,8 @@ fn micro<S: Simd, E: Element, const N: usize>(s: S, to: &Block<'_>, weights: &[u
             }
         }
     }
-    store(s, to, acc, tile, row);
-}
-
-/// Writes what a micro-tile has added up.
-#[inline(always)]
-pub(super) fn store<S: Simd, const N: usize>(s: S, to: &Block<'_>, acc: [[S::F; 2]; N], tile: usize, row: usize) {
     for (n, acc) in acc.iter().enumerate() {
-        let mut out = [0.0; TILE];
-        let (halves, _) = out.as_chunks_mut::<LANES>();
-        s.store(&mut halves[0], acc[0]);
-        s.store(&mut halves[1], acc[1]);
-        to.store(row + n, tile, &out);
+        to.store(s, row + n, tile, acc);
     }
 }
 

@@ -13,6 +13,7 @@ use std::ops::Range;
 use crate::activations::Activations;
 use crate::buffer::SharedMut;
 use crate::matrix::{Matrix, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Segment, TILE};
+use crate::simd::{LANES, Simd};
 use crate::{Isa, Pool, TensorType};
 
 /// Activations of a chunk stay below this, so that they stay in the L2 cache (1 MiB and more) while the tiles of
@@ -114,13 +115,22 @@ struct Block<'a> {
 impl Block<'_> {
     /// Writes the 32 outputs of a tile for one row, or fewer in the last tile.
     #[inline(always)]
-    fn store(&self, row: usize, tile: usize, values: &[f32; TILE]) {
+    fn store<S: Simd>(&self, s: S, row: usize, tile: usize, values: &[S::F; 2]) {
         let col = tile * TILE;
         let width = TILE.min(self.segment.rows - col);
         let at = row * self.stride + self.segment.first_row + col;
         // SAFETY: by the promise of whoever made the block; `row` and `tile` are in its ranges.
         let out = unsafe { self.y.slice(at, width) };
-        out.copy_from_slice(&values[..width]);
+        // Straight from the registers where that can be: a copy of so few bytes is a call all the same.
+        let mut part = [[0.0; LANES]; 2];
+        let whole = width == TILE;
+        let to = if whole { out.as_chunks_mut().0 } else { &mut part[..] };
+        for (to, &values) in to.iter_mut().zip(values) {
+            s.store(to, values);
+        }
+        if !whole {
+            out.copy_from_slice(&part.as_flattened()[..width]);
+        }
     }
 }
 

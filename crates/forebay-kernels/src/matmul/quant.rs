@@ -7,8 +7,8 @@ use std::marker::PhantomData;
 
 use super::{Block, for_micro_tiles};
 use crate::activations::XBlock;
-use crate::matrix::{Quant, TILE};
-use crate::simd::{LANES, Simd, WithSimd};
+use crate::matrix::Quant;
+use crate::simd::{Simd, WithSimd};
 
 /// How far ahead of a lone row the weights are asked for: the hardware prefetcher stops at page borders and
 /// starts anew with every tile.
@@ -70,11 +70,7 @@ fn micro<S: Simd, Q: Quant, const N: usize>(s: S, to: &Block<'_>, weights: &[u8]
         }
     }
     for (n, acc) in acc.iter().enumerate() {
-        let mut out = [0.0; TILE];
-        let (halves, _) = out.as_chunks_mut::<LANES>();
-        s.store(&mut halves[0], acc[0]);
-        s.store(&mut halves[1], acc[1]);
-        to.store(row + n, tile, &out);
+        to.store(s, row + n, tile, acc);
     }
 }
 
