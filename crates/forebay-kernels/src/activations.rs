@@ -290,7 +290,8 @@ mod tests {
     fn bf16_rounds_to_nearest_even_and_keeps_what_is_no_number() {
         let pool = Pool::new(2);
         let mut random = crate::fixtures::Random(5);
-        let mut x = vec![0.0, -0.0, 1.0, 1.003_906_2, 1.011_718_8, 3.4e38, f32::MAX, f32::MIN, f32::INFINITY, 1e-16];
+        let mut x =
+            vec![0.0, -0.0, 1.0, 1.003_906_2, 1.011_718_8, 3.4e38, f32::MAX, f32::MIN, f32::INFINITY, 1e-16];
         x.extend(random.floats(40_001));
         for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
             for cols in [1, 2, 3, x.len()] {
@@ -307,7 +308,8 @@ mod tests {
                 }
             }
         }
-        for (x, expect) in [(f32::NAN, true), (f32::from_bits(0x7f80_0001), true), (f32::NEG_INFINITY, false)] {
+        for (x, expect) in [(f32::NAN, true), (f32::from_bits(0x7f80_0001), true), (f32::NEG_INFINITY, false)]
+        {
             let found = half::bf16::from_bits(round_bf16(x) as u16);
             assert_eq!((found.is_nan(), found.is_infinite()), (expect, !expect));
         }

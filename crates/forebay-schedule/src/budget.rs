@@ -4,7 +4,8 @@
 //! want computing. So a prompt slows those who decode down by less than half, and is slowed down by them about twice; when
 //! many prompts want computing, they get more of each step, or decoding would wait for prompts all the same, as new
 //! sequences, and in smaller batches. Where decodes take next to nothing, half of that would be a handful of tokens per
-//! pass: an eighth of `itl_slo` is always allowed. `itl_slo` itself is the limit, for chunks above `chunk_tokens_min`.
+//! pass: an eighth of `itl_slo` is always allowed. `itl_slo` itself is the limit, but where the decodes alone come near it or are
+//! above: prompts get half as long as they then, or would wait for ever. And never fewer than `chunk_tokens_min` tokens.
 //!
 //! Time, not tokens: a token late in a long prompt takes a multiple of an early one, and chunks that shrink as it goes
 //! on keep the pauses of those who decode even.
@@ -18,6 +19,9 @@ const PROMPT_SHARE: f64 = 0.75;
 
 /// Always allowed: this part of `itl_slo`.
 const SLO_FLOOR: f64 = 0.125;
+
+/// Always allowed: this part of what the decodes take.
+const DECODES_FLOOR: f64 = 0.5;
 
 /// Prefill beside decodes is cut to multiples of this: odd rows of a micro-tile compute no faster than whole ones.
 const PREFILL_MULTIPLE: u32 = 4;
@@ -89,7 +93,8 @@ impl Scheduler {
         let places = (config.running_max as usize).saturating_sub(self.running.len());
         let prompts = prefills as usize + self.waiting.len().min(places);
         let share = PROMPT_SHARE * prompts as f64;
-        let seconds = (alone * share).max(slo * SLO_FLOOR - alone).min(slo - alone);
+        let wanted = (alone * share).max(slo * SLO_FLOOR - alone);
+        let seconds = wanted.min((slo - alone).max(alone * DECODES_FLOOR));
         PrefillBudget { tokens, seconds: Some(seconds), floor: config.chunk_tokens_min }
     }
 }

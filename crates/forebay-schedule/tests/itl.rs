@@ -163,8 +163,8 @@ fn the_long_prompt_gets_on_beside_decodes() {
     check(SMALL, 1, 1.7);
     check(SMALL, 4, 2.0);
     check(SMALL, 32, 3.2);
-    check(LARGE, 4, 1.8);
-    check(LARGE, 32, 3.0);
+    check(LARGE, 4, 3.0);
+    check(LARGE, 32, 4.6);
     check(FAST, 4, 1.2);
     check(FAST, 32, 1.4);
 }
@@ -180,7 +180,12 @@ fn without_a_bound_everybody_waits_for_what_fits_by_tokens() {
 #[test]
 fn prefill_goes_on_under_a_bound_that_can_not_be_kept() {
     let seen = run(SMALL, Some(1), 4);
-    assert_eq!(seen.beside.len(), 8000 / config(None).chunk_tokens_min as usize, "the smallest chunks there are");
+    // Half as long as the decodes, and at last the smallest chunks there are.
+    let (steps, smallest) = (seen.beside.len(), config(None).chunk_tokens_min as usize);
+    assert!((8000 / 32..=8000 / smallest).contains(&steps), "{steps} steps");
+    let longest = quantile(&seen.beside, 1.0);
+    // 32 tokens would take 0.12 s at the end.
+    assert!(longest < 0.04, "{longest}");
 }
 
 /// The more prompts wait, the more of a step they get, up to the bound.

@@ -165,14 +165,21 @@ fn bf16_products_have_the_same_bits_at_any_size() {
             (0..count).map(|_| size(random.unit().abs()) * random.unit().signum()).collect()
         };
         for smallest in [-148, -60, 0] {
-            let data: Vec<u8> =
-                wild(50 * cols, smallest).iter().flat_map(|&w| half::bf16::from_f32(w).to_le_bytes()).collect();
+            let data: Vec<u8> = wild(50 * cols, smallest)
+                .iter()
+                .flat_map(|&w| half::bf16::from_f32(w).to_le_bytes())
+                .collect();
             let x = wild(9 * cols, smallest);
             let part = Part { ty: TensorType::BF16, rows: 50, data: &data };
-            let numbers = |y: Vec<f32>| bits(&y.iter().map(|y| if y.is_nan() { f32::NAN } else { *y }).collect::<Vec<_>>());
+            let numbers = |y: Vec<f32>| {
+                bits(&y.iter().map(|y| if y.is_nan() { f32::NAN } else { *y }).collect::<Vec<_>>())
+            };
             let expect = numbers(product(&pool, Isa::Scalar, &[part], cols, &x));
             for isa in isas() {
-                assert!(numbers(product(&pool, isa, &[part], cols, &x)) == expect, "{isa} {cols} from 2^{smallest}");
+                assert!(
+                    numbers(product(&pool, isa, &[part], cols, &x)) == expect,
+                    "{isa} {cols} from 2^{smallest}"
+                );
             }
             #[cfg(target_arch = "x86_64")]
             if let Some(avx512) = crate::simd::Avx512::detect() {
@@ -182,7 +189,8 @@ fn bf16_products_have_the_same_bits_at_any_size() {
                 let mut y = vec![f32::NAN; 9 * 50];
                 let to = SharedMut::new(&mut y);
                 let segment = &w.segments()[0];
-                let block = Block { segment, tiles: 0..segment.tiles(), x: &a, rows: 0..9, y: to, stride: 50 };
+                let block =
+                    Block { segment, tiles: 0..segment.tiles(), x: &a, rows: 0..9, y: to, stride: 50 };
                 avx512.enter(bf16::Kernel { block: &block });
                 assert!(numbers(y) == expect, "without bf16: {cols} from 2^{smallest}");
             }
