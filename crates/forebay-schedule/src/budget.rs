@@ -4,7 +4,7 @@
 //! want computing. So a prompt slows those who decode down by less than half, and is slowed down by them about twice; when
 //! many prompts want computing, they get more of each step, or decoding would wait for prompts all the same, as new
 //! sequences, and in smaller batches. Where decodes take next to nothing, half of that would be a handful of tokens per
-//! pass: an eighth of `itl_slo` is always allowed. `itl_slo` itself is the limit, but where the decodes alone come near it or are
+//! pass: a sixth of `itl_slo` is always allowed. `itl_slo` itself is the limit, but where the decodes alone come near it or are
 //! above: prompts get half as long as they then, or would wait for ever. And never fewer than `chunk_tokens_min` tokens.
 //!
 //! Time, not tokens: a token late in a long prompt takes a multiple of an early one, and chunks that shrink as it goes
@@ -18,7 +18,7 @@ use crate::pace::{Load, Pace};
 const PROMPT_SHARE: f64 = 0.75;
 
 /// Always allowed: this part of `itl_slo`.
-const SLO_FLOOR: f64 = 0.125;
+const SLO_FLOOR: f64 = 1.0 / 6.0;
 
 /// Always allowed: this part of what the decodes take.
 const DECODES_FLOOR: f64 = 0.5;

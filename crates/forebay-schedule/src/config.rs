@@ -35,7 +35,7 @@ pub struct SchedulerConfig {
     pub prompt_logits_max: u32,
     /// The most that a step may take in which sequences decode: prefill beside them is cut to fit, by what earlier steps
     /// took, but not below `chunk_tokens_min` or half of what the decodes take. Where one prompt waits, steps keep well below it: 1.75 times what the
-    /// decodes take, or an eighth of this. `None`: only `step_tokens_max` bounds them.
+    /// decodes take, or a sixth of this. `None`: only `step_tokens_max` bounds them.
     pub itl_slo: Option<Duration>,
     /// Thousandths of the blocks that admission leaves free for those who decode already.
     pub watermark_permille: u32,
