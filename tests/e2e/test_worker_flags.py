@@ -124,9 +124,11 @@ def test_a_unix_socket(start, tmp_path):
         (["--max-model-len", "-2"], "--max-model-len"),
         (["--max-num-batched-tokens", "many"], "expected a number like"),
         (["--generation-config", "/no/such/file"], "`--generation-config vllm` leaves them out"),
+        (["--uds", "/tmp/" + "x" * 120], "`--uds`: the path has 125 bytes"),
         (["--served-model-name", "a", "a"], "`--served-model-name`: `a` stands here twice"),
     ],
 )
 def test_mistakes_are_told(flags, expect):
     refused = forebay("worker", "--model", str(model_file()), *flags)
     assert refused.returncode != 0 and expect in refused.stderr, refused.stderr
+    assert "model loaded" not in refused.stderr, "told before the long part of the start"

@@ -260,6 +260,9 @@ fn slots(
 
 async fn preflight(config: &Config) -> Result<(), StartError> {
     if let Some(edge) = &config.edge {
+        if let Some(problem) = edge.problems().into_iter().next() {
+            return Err(forebay_edge::BindError::from(problem).into());
+        }
         for address in edge.listen.iter() {
             listen(&address.to_string(), "edge.listen").await?;
         }

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use driver::{Driver, dequantised, greedy, kl_divergence, log_softmax};
+use driver::{Driver, dequantised, greedy, in_bf16, kl_divergence, log_softmax};
 use forebay_engine::model::ModelFile;
 use forebay_kernels::Isa;
 
@@ -148,6 +148,20 @@ fn dequantised_agrees_with_transformers_and_llama_cpp() {
         assert!(found.kl < 1e-5, "{}", found.kl);
         assert!(found.top1 >= 0.99, "{}", found.top1);
         assert!(found.top1_or_tie == 1.0, "{}", found.top1_or_tie);
+    };
+    check(include_bytes!("fixtures/smollm2-f32.bin"));
+    check(include_bytes!("fixtures/smollm2-chat-llamacpp-f32.bin"));
+}
+
+/// Weights and activations rounded to BF16, sums in f32: within what is asked for against exact weights.
+#[test]
+fn bf16_is_close_to_f32() {
+    let Some(model) = model() else { return };
+    let model = Arc::new(ModelFile::from_bytes(in_bf16(&model)).unwrap());
+    let check = |fixture: &[u8]| {
+        let found = compare(&model, &Reference::parse(fixture));
+        assert!(found.kl < 1e-3, "{}", found.kl);
+        assert!(found.top1_or_tie >= 0.97, "{}", found.top1_or_tie);
     };
     check(include_bytes!("fixtures/smollm2-f32.bin"));
     check(include_bytes!("fixtures/smollm2-chat-llamacpp-f32.bin"));

@@ -6,10 +6,12 @@ pub(crate) mod together;
 use std::sync::Arc;
 
 use forebay_engine::exec::{self, CpuOptions, Executor};
+use forebay_engine::gguf::ElementType;
 use forebay_engine::gguf::write::Writer;
 use forebay_engine::model::{ModelFile, Ranks};
 use forebay_kernels::{Isa, Pool, TensorType, dequantize_row};
 use forebay_schedule::{SeqId, StepPlan};
+use half::bf16;
 
 /// Tokens of one sequence and where its KV stands.
 #[derive(Debug, Clone)]
@@ -146,6 +148,24 @@ pub(crate) fn kl_divergence(reference: impl Iterator<Item = (u32, f32)>, ours: &
 
 /// The same model with every tensor in F32, without its tokenizer.
 pub(crate) fn dequantised(model: &ModelFile) -> Vec<u8> {
+    rewritten(model, |file, name, shape, values| {
+        file.tensor_f32(name, shape, values);
+    })
+}
+
+/// The same with matrices rounded to BF16, as models are published.
+pub(crate) fn in_bf16(model: &ModelFile) -> Vec<u8> {
+    rewritten(model, |file, name, shape, values| {
+        if shape.len() == 1 {
+            file.tensor_f32(name, shape, values);
+        } else {
+            let bytes = values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+            file.tensor(name, shape, ElementType::BF16, bytes);
+        }
+    })
+}
+
+fn rewritten(model: &ModelFile, mut add: impl FnMut(&mut Writer, &str, &[usize], &[f32])) -> Vec<u8> {
     let mut file = Writer::new();
     for (key, value) in model.gguf().unwrap().metadata().filter(|(key, _)| !key.starts_with("tokenizer.")) {
         file.put(key, value);
@@ -154,7 +174,7 @@ pub(crate) fn dequantised(model: &ModelFile) -> Vec<u8> {
         let element = TensorType::from_ggml(tensor.element.ggml()).unwrap();
         let mut values = vec![0.0; tensor.shape.iter().product()];
         dequantize_row(element, model.data(tensor), &mut values).unwrap();
-        file.tensor_f32(&tensor.name, &tensor.shape, &values);
+        add(&mut file, &tensor.name, &tensor.shape, &values);
     }
     file.finish()
 }

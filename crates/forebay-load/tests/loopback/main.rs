@@ -255,7 +255,8 @@ async fn an_open_load_does_not_wait_for_replies_but_for_its_limit() {
     let report =
         run(&options(&server, |o| (o.load, o.until) = (rate(2), Until::Requests(6))), &Silent).await.unwrap();
     assert_eq!((report.completed, report.in_flight_peak), (6, 2));
-    assert_eq!(report.delayed, 4);
+    // The four without room; a busy machine may be late with the first two as well.
+    assert!(report.delayed >= 4, "{}", report.delayed);
 }
 
 #[tokio::test]
