@@ -82,9 +82,31 @@ impl Usage {
 impl Drop for Server {
     fn drop(&mut self) {
         // Killed, not asked: nothing it has is needed, and the next server must find the machine idle.
+        let theirs = descendants(self.child.id());
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if !theirs.is_empty() {
+            let _ = Command::new("kill").arg("-KILL").args(theirs).stderr(Stdio::null()).status();
+        }
     }
+}
+
+/// The processes that a process has started, and theirs, as Linux knows them: vLLM's engine lives in some of its own, which
+/// don't end with the server that is killed.
+fn descendants(pid: u32) -> Vec<String> {
+    let mut found = vec![pid.to_string()];
+    let mut next = 0;
+    while let Some(pid) = found.get(next) {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let children =
+            threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+        let children: Vec<String> = children
+            .flat_map(|pids| pids.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+            .collect();
+        found.extend(children);
+        next += 1;
+    }
+    found.split_off(1)
 }
 
 /// A port that was free a moment ago.
@@ -144,5 +166,21 @@ mod tests {
         assert_eq!(usage, Some(Usage { cpu_seconds: 2.0, resident: 2 << 20 }));
         assert_eq!(Usage::parse("7 (a", ""), None);
         assert!(Usage::of(std::process::id()).is_ok_and(|usage| usage.resident > 0));
+    }
+    #[test]
+    fn what_a_server_started_is_found() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "sh -c 'echo up; sleep 1000 & wait' & wait"]).stdout(Stdio::piped());
+        let mut server = Server { child: command.spawn().unwrap(), url: String::new() };
+        let mut up = [0; 3];
+        server.child.stdout.as_mut().unwrap().read_exact(&mut up).unwrap();
+        let theirs = descendants(server.child.id());
+        assert!(!theirs.is_empty());
+        drop(server);
+        // A zombie, until somebody asks for it, has no memory.
+        let running = |pid: &String| Usage::of(pid.parse().unwrap()).is_ok();
+        while theirs.iter().any(running) {
+            std::thread::yield_now();
+        }
     }
 }
