@@ -17,10 +17,7 @@ impl WithSimd for Kernel<'_> {
     #[inline(always)]
     fn with<S: Simd>(self, s: S) {
         let block = self.block;
-        for tile in block.tiles.clone() {
-            let weights = block.segment.tile(tile);
-            for_micro_tiles!(S, block.rows, |row| micro::<S>(s, block, weights, tile, row));
-        }
+        for_micro_tiles!(S, block, |weights, tile, row| micro::<S>(s, block, weights, tile, row));
     }
 }
 

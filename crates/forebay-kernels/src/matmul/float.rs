@@ -49,10 +49,7 @@ impl<E: Element> WithSimd for Kernel<'_, E> {
     #[inline(always)]
     fn with<S: Simd>(self, s: S) {
         let block = self.block;
-        for tile in block.tiles.clone() {
-            let weights = block.segment.tile(tile);
-            for_micro_tiles!(S, block.rows, |row| micro::<S, E>(s, block, weights, tile, row));
-        }
+        for_micro_tiles!(S, block, |weights, tile, row| micro::<S, E>(s, block, weights, tile, row));
     }
 }
 

