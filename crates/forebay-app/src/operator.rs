@@ -73,7 +73,7 @@ impl Operator for OperatorApi {
                 }
                 "/abort_requests" => {
                     let ids = parse_ids(&ask.body)?;
-                    abort(&engines, &Aborted::Ids(ids)).await?;
+                    abort(&engines, &Aborted::ids(ids)).await?;
                     Ok(None)
                 }
                 "/pause" => {

@@ -322,18 +322,15 @@ fn read(received: &Received) -> Result<Ask, Fault> {
     parse(&received.method, &received.path, content_type, &received.body).map_err(ParseError::into_fault)
 }
 
-/// Whether the consumer may use the model. A listing, and a look at one model, are filtered by the proxy: a model that
-/// a caller may not use is not there for them.
+/// Whether the consumer may use the model. A listing, a look at one model and what names none are filtered by the proxy: a
+/// model that a caller may not use is not there for them.
 fn may_use(consumer: &Consumer, ask: &Ask) -> Result<(), Fault> {
     let Some(models) = &consumer.models else { return Ok(()) };
     let model = match ask {
-        Ask::ListModels | Ask::GetModel(_) => return Ok(()),
-        Ask::Generate(_)
-        | Ask::Embed(_)
-        | Ask::Render(_)
-        | Ask::Tokenize(_)
-        | Ask::Detokenize(_)
-        | Ask::TokenizerInfo => ask.model(),
+        Ask::ListModels | Ask::GetModel(_) | Ask::TokenizerInfo => return Ok(()),
+        Ask::Generate(_) | Ask::Embed(_) | Ask::Render(_) | Ask::Tokenize(_) | Ask::Detokenize(_) => {
+            ask.model()
+        }
     };
     let consumer = consumer.name.clone();
     match model {

@@ -55,8 +55,8 @@ pub(crate) enum FetchError {
     NoUsableFile { repo: String, files: Vec<String>, lacking: Vec<&'static str> },
     #[error("`model.safetensors.index.json` of `{repo}`: {why}")]
     BadIndex { repo: String, why: IndexError },
-    #[error("the file has more than {limit} bytes, which none of its kind has")]
-    TooLarge { limit: u64 },
+    #[error("{url} has more than {limit} bytes, which no file of its kind has")]
+    TooLarge { url: String, limit: u64 },
     #[error("can't write {}: {source}", path.display())]
     Write { path: PathBuf, source: std::io::Error },
     #[error("`{program}` can't be run: {why}")]
@@ -109,7 +109,7 @@ pub(crate) async fn download(
         let left = content_length(response.headers());
         let total = expect.bytes.or(left.map(|left| left.saturating_add(start)));
         if total.is_some_and(|total| total > expect.bytes_max) {
-            return Err(FetchError::TooLarge { limit: expect.bytes_max });
+            return Err(FetchError::TooLarge { url: shown(url), limit: expect.bytes_max });
         }
         progress.begin(total, start);
         let mut file = open_part(&part, start)?;
@@ -133,7 +133,7 @@ pub(crate) async fn download(
             }
             if written > expect.bytes_max {
                 let _ = fs::remove_file(&part);
-                return Err(FetchError::TooLarge { limit: expect.bytes_max });
+                return Err(FetchError::TooLarge { url: shown(url), limit: expect.bytes_max });
             }
         }
         file.sync_all().map_err(|source| FetchError::Write { path: part.clone(), source })?;

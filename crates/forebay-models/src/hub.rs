@@ -7,6 +7,9 @@ use http::Request;
 
 use crate::fetch::FetchError;
 
+/// The branch that is taken where no commit is known.
+pub(crate) const MAIN: &str = "main";
+
 /// Answer of the file listing at most.
 const LISTING_BYTES_MAX: usize = 8 * 1024 * 1024;
 const LISTING_TIMEOUT: Duration = Duration::from_secs(30);
@@ -74,7 +77,7 @@ impl HubConfig {
 /// The files of a repository at one commit.
 #[derive(Debug)]
 pub(crate) struct Listing {
-    /// The commit, 40 hex digits; a mirror may not say it, then `main`.
+    /// The commit, 40 hex digits; a mirror may not say it, then [`MAIN`].
     pub revision: String,
     files: Vec<RepoFile>,
 }
@@ -109,7 +112,7 @@ impl Listing {
         }
         let answer: Answer = serde_json::from_slice(body).ok()?;
         // It becomes part of a URL and of a directory's name.
-        let revision = answer.sha.filter(|sha| is_hex(sha, 40)).unwrap_or_else(|| "main".to_owned());
+        let revision = answer.sha.filter(|sha| is_hex(sha, 40)).unwrap_or_else(|| MAIN.to_owned());
         let file = |Sibling { rfilename, size, lfs }: Sibling| {
             let sha256 = lfs.and_then(|lfs| lfs.sha256).filter(|sha| is_hex(sha, 64));
             RepoFile { path: rfilename, bytes: size, sha256 }
@@ -126,15 +129,14 @@ impl Listing {
     }
 
     /// The GGUF file to take.
-    pub(crate) fn best_gguf(&self) -> Option<String> {
-        let ggufs = self.ggufs();
+    pub(crate) fn best_gguf(&self) -> Option<&RepoFile> {
         let quant = |wanted: &str| {
-            ggufs.iter().find(|file| {
-                let stem = file.trim_end_matches(".gguf").to_ascii_uppercase();
-                stem.ends_with(wanted) && !stem.contains("-OF-")
+            self.files.iter().find(|file| {
+                let stem = file.path.strip_suffix(".gguf").map(str::to_ascii_uppercase);
+                stem.is_some_and(|stem| stem.ends_with(wanted) && !stem.contains("-OF-"))
             })
         };
-        PREFERENCE.iter().find_map(|wanted| quant(wanted)).cloned()
+        PREFERENCE.iter().find_map(|wanted| quant(wanted))
     }
 }
 
@@ -151,7 +153,7 @@ mod tests {
         let check = |files: &[&str], expect: Option<&str>| {
             let file = |path: &&str| RepoFile { path: (*path).to_owned(), ..RepoFile::default() };
             let listing = Listing { revision: "main".into(), files: files.iter().map(file).collect() };
-            assert_eq!(listing.best_gguf().as_deref(), expect, "{files:?}");
+            assert_eq!(listing.best_gguf().map(|file| &file.path[..]), expect, "{files:?}");
         };
         check(&["README.md", "m.Q4_0.gguf", "m.Q8_0.gguf"], Some("m.Q8_0.gguf"));
         check(&["m-q4_1.gguf", "m-q2_k.gguf"], Some("m-q4_1.gguf"));

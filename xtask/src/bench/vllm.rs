@@ -26,7 +26,8 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     let turns = contest::run(&*generator, bench.args.rounds, &sides, &works)?;
     Ok(format!(
         "Forebay's engine and vLLM, both with the same directory of bf16 safetensors (`{}`) and {} compute threads, one after\n\
-         the other ({} rounds, in turns; medians). Loads as above. **Ratio above 1: Forebay is better.**\n\n{}\n{}\n\n\
+         the other ({} rounds, in turns; medians). Loads of the sizes above; the commands\n\
+         below say who made them. **Ratio above 1: Forebay is better.**\n\n{}\n{}\n\n\
          ```text\nforebay worker --model DIR {}\nVLLM_CPU_KVCACHE_SPACE={KV_GIB} vllm serve DIR {}\n{}\n```\n\n{}",
         file_name(&model),
         bench.threads,

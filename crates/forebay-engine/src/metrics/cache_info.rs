@@ -88,14 +88,19 @@ impl CacheInfo {
 
     pub fn add(&self, model: &str, kv: &KvInfo) {
         let values = kv.values();
-        self.remove(model);
+        // Held over all of it: another model with such a cache may be going at the same time.
+        let mut by_model = self.by_model.lock();
+        self.take_out(&mut by_model, model);
         self.family.with_label_values(&values).set(1);
-        self.by_model.lock().insert(model.to_owned(), values);
+        by_model.insert(model.to_owned(), values);
     }
 
     /// A model is gone, and with it what only its cache was like.
     pub fn remove(&self, model: &str) {
-        let mut by_model = self.by_model.lock();
+        self.take_out(&mut self.by_model.lock(), model);
+    }
+
+    fn take_out(&self, by_model: &mut HashMap<String, [String; LABELS.len()]>, model: &str) {
         let Some(values) = by_model.remove(model) else { return };
         if !by_model.values().any(|others| *others == values) {
             // It is there: whatever is in the map was set.

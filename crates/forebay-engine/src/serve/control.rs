@@ -1,6 +1,6 @@
 //! What operators ask of a running engine: end requests, pause, resume. vLLM's `/abort_requests`, `/pause`, `/resume`.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -32,7 +32,8 @@ pub(crate) enum Message {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Aborted {
     All,
-    Ids(Vec<RequestId>),
+    /// Made by [`Self::ids`].
+    Ids(HashSet<RequestId>),
 }
 
 /// What becomes of the requests that run when an engine is paused.
@@ -203,7 +204,9 @@ impl<E: Executor> StepLoop<E> {
 
 impl Pause {
     fn park(&mut self, submission: Submission, request_timeout: Duration) {
-        self.drop_the_gone(Instant::now(), request_timeout);
+        if self.parked.len() >= INBOX_MAX {
+            self.drop_the_gone(Instant::now(), request_timeout);
+        }
         if self.parked.len() >= INBOX_MAX {
             submission.refuse(overloaded());
             return;
@@ -231,16 +234,23 @@ impl Submission {
 }
 
 impl Aborted {
-    /// Whether a request is meant: by `x-request-id` or its `own` `request_id`, alone or as replies have it (`chatcmpl-ID`).
-    pub(super) fn has(&self, id: &RequestId, own: Option<&RequestId>) -> bool {
+    /// Those with these ids, alone or as replies have them (`chatcmpl-ID`).
+    pub fn ids(asked: impl IntoIterator<Item = RequestId>) -> Self {
         const PREFIXES: [&str; 4] = ["chatcmpl-", "cmpl-", "generate-tokens-", "embd-"];
-        let is_its = |asked: &str| asked == id.as_str() || own.is_some_and(|own| asked == own.as_str());
-        let is_meant = |id: &str| {
-            is_its(id) || PREFIXES.iter().any(|prefix| id.strip_prefix(prefix).is_some_and(is_its))
-        };
+        let mut ids = HashSet::new();
+        for id in asked {
+            let bare = PREFIXES.iter().find_map(|prefix| id.as_str().strip_prefix(prefix));
+            ids.extend(bare.map(RequestId::from));
+            ids.insert(id);
+        }
+        Self::Ids(ids)
+    }
+
+    /// Whether a request is meant: by `x-request-id` or its `own` `request_id`.
+    pub(super) fn has(&self, id: &RequestId, own: Option<&RequestId>) -> bool {
         match self {
             Self::All => true,
-            Self::Ids(ids) => ids.iter().any(|id| is_meant(id.as_str())),
+            Self::Ids(ids) => ids.contains(id) || own.is_some_and(|own| ids.contains(own)),
         }
     }
 }

@@ -47,10 +47,12 @@ impl EventStream {
                 Err(fault)
             })?,
         };
-        let tokenizer = self.tokenizer.clone();
         let event = match told.names() {
-            0..=INLINE_NAMES_MAX => told.into_event(&tokenizer),
-            _ => self.off_thread.run(move || Ok(told.into_event(&tokenizer))).await?,
+            0..=INLINE_NAMES_MAX => told.into_event(&self.tokenizer),
+            _ => {
+                let tokenizer = self.tokenizer.clone();
+                self.off_thread.run(move || Ok(told.into_event(&tokenizer))).await?
+            }
         };
         if let Event::Done { usage } = &event {
             let why = format!("{} tokens", usage.completion_tokens);

@@ -313,6 +313,16 @@ async fn after_an_error_the_layers_below_are_let_go() {
     assert!(metered.next().await.is_none(), "not pending: the stream below is gone");
 }
 
+/// Its only model is found by the proxy among those that the consumer may see: the request has nowhere to name one.
+#[tokio::test(start_paused = true)]
+async fn a_consumer_of_some_models_may_ask_for_the_tokenizer() {
+    let rig = rig([whole(ReplyForm::Json, vec![verbatim("{}", None, 0)])]);
+    let reply = rig.call(flow(Method::GET, "/tokenizer_info", Some("sk-b"), "")).await;
+    read_all(reply.unwrap_or_else(|fault| panic!("{fault}"))).await;
+    let call = rig.script.calls.lock().unwrap().pop().unwrap();
+    assert!(call.caller.models.is_some(), "what it may see goes along");
+}
+
 #[tokio::test(start_paused = true)]
 async fn listings_cost_a_request_and_no_tokens() {
     let rig = rig([whole(ReplyForm::Json, vec![verbatim("{\"data\":[]}", None, 0)])]);

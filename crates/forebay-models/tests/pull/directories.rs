@@ -126,20 +126,29 @@ async fn an_interrupted_pull_goes_on_where_it_was() {
 
 #[tokio::test]
 async fn nothing_of_another_commit_is_mixed_in() {
-    let (hub, dir) = (sharded().await, temp());
-    let store = hub.store(&dir);
-    hub.behave(Behaviour::BreakAt(100_000));
-    store.pull(&client(), &repo(), &Quiet).await.unwrap_err();
-    hub.change(|repo| {
-        repo.behaviour = Behaviour::Whole;
-        repo.commit = Some("d1".repeat(20));
-        repo.files.insert("config.json".into(), (b"[]".to_vec(), false));
-        repo.files.insert("model-1.safetensors".into(), (weights(9), true));
-    });
-    let pulled = store.pull(&client(), &repo(), &Quiet).await.unwrap();
-    assert_eq!(fs::read(pulled.path.join("config.json")).unwrap(), b"[]");
-    assert_eq!(fs::read(pulled.path.join("model-1.safetensors")).unwrap(), weights(9));
-    assert_eq!(fs::read_dir(pulled.path.parent().unwrap()).unwrap().count(), 2, "the lock and the model");
+    // A mirror that names no commit may have another one each time.
+    for commits in [[Some("c0".repeat(20)), Some("d1".repeat(20))], [None, None]] {
+        let [first, second] = commits;
+        let (hub, dir) = (sharded().await, temp());
+        let store = hub.store(&dir);
+        hub.change(|repo| {
+            repo.behaviour = Behaviour::BreakAt(100_000);
+            repo.tells_sizes = first.is_some();
+            repo.commit = first;
+        });
+        store.pull(&client(), &repo(), &Quiet).await.unwrap_err();
+        hub.change(|repo| {
+            repo.behaviour = Behaviour::Whole;
+            repo.commit = second;
+            repo.files.insert("config.json".into(), (b"[]".to_vec(), false));
+            repo.files.insert("model-1.safetensors".into(), (weights(9), true));
+        });
+        let pulled = store.pull(&client(), &repo(), &Quiet).await.unwrap();
+        assert_eq!(fs::read(pulled.path.join("config.json")).unwrap(), b"[]");
+        assert_eq!(fs::read(pulled.path.join("model-1.safetensors")).unwrap(), weights(9));
+        let beside = fs::read_dir(pulled.path.parent().unwrap()).unwrap().count();
+        assert_eq!(beside, 2, "the lock and the model");
+    }
 }
 
 #[tokio::test]
@@ -214,7 +223,7 @@ async fn what_can_not_be_served_is_not_fetched() {
             repo.tells_sizes = true;
             repo.announce = Some(("tokenizer.json".into(), 300 << 20));
         },
-        "the file has more than 268435456 bytes",
+        "/tokenizer.json has more than 268435456 bytes",
     )
     .await;
 }

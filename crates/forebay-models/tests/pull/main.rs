@@ -52,6 +52,8 @@ async fn a_repository_is_pulled_once() {
     let pulled = store.pull(&client(), &model, &Quiet).await.unwrap();
     assert_eq!(fs::read(&pulled.path).unwrap(), hub.content(FILE));
     assert!(pulled.source.contains("org/repo"), "{}", pulled.source);
+    let asked = hub.count(&format!("get /org/repo/resolve/{}/", "c0".repeat(20)));
+    assert_eq!(asked, 1, "of the commit that was listed");
     let requests = hub.seen.lock().expect("not poisoned").len();
     let again = store.pull(&client(), &model, &Quiet).await.unwrap();
     assert_eq!((again.path, again.source.as_str()), (pulled.path, "cache"));

@@ -77,7 +77,7 @@ mod tests {
     #[test]
     fn a_request_is_listed_until_it_is_dropped_and_ended_by_either_id() {
         let open = Open::default();
-        let by = |id: &str| Aborted::Ids(vec![id.into()]);
+        let by = |id: &str| Aborted::ids([id.into()]);
         let check = |which: Aborted, expect: Option<Code>| {
             let (listed, mut ended) = open.enter("r1".into(), Some("mine".into()));
             open.end(&which);

@@ -355,7 +355,7 @@ async fn a_request_is_aborted_by_its_own_id() {
     while bench.engine.inbox.capacity() > INBOX_MAX - 1 {
         tokio::task::yield_now().await;
     }
-    bench.engine.abort(&Aborted::Ids(vec!["nobody".into(), "embd-yours".into()]));
+    bench.engine.abort(&Aborted::ids(["nobody".into(), "embd-yours".into()]));
     let fault = second.await.expect("joins").expect_err("aborted");
     assert_eq!((fault.class.code, fault.class.retry), (Code::BadRequest, Retry::Never));
     (0..2).for_each(|_| go.send(()).expect("the engine waits"));

@@ -46,11 +46,11 @@ async fn an_aborted_request_keeps_what_it_has() {
         bench.wait_for(IDLE).await;
     };
     check(Aborted::All, true).await;
-    check(Aborted::Ids(vec!["other".into(), "test".into()]), true).await;
-    check(Aborted::Ids(vec!["cmpl-test".into()]), true).await;
-    check(Aborted::Ids(vec!["mine".into()]), true).await;
-    check(Aborted::Ids(vec!["cmpl-mine".into()]), true).await;
-    check(Aborted::Ids(vec!["tes".into(), "cmpl-".into(), "cmpl-min".into()]), false).await;
+    check(Aborted::ids(["other".into(), "test".into()]), true).await;
+    check(Aborted::ids(["cmpl-test".into()]), true).await;
+    check(Aborted::ids(["mine".into()]), true).await;
+    check(Aborted::ids(["cmpl-mine".into()]), true).await;
+    check(Aborted::ids(["tes".into(), "cmpl-".into(), "cmpl-min".into()]), false).await;
 }
 
 #[tokio::test]
