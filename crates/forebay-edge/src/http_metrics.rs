@@ -10,7 +10,7 @@ use forebay_observe::MetricError;
 use forebay_observe::metrics::{Histogram, HistogramVec, IntCounterVec, Registry, Summaries};
 use http::Method;
 
-use crate::metrics::NO_ROUTE;
+use crate::metrics::{NO_ROUTE, code_class};
 
 const FINE_BUCKETS: &[f64] = &[
     0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0,
@@ -113,13 +113,11 @@ fn method(method: &Method) -> &'static str {
     }
 }
 
+/// vLLM has no class of its own for clients that left.
 fn status(status: u16) -> &'static str {
-    match status {
-        100..200 => "1xx",
-        200..300 => "2xx",
-        300..400 => "3xx",
-        400..500 => "4xx",
-        _ => "5xx",
+    match code_class(status) {
+        "499" => "4xx",
+        class => class,
     }
 }
 

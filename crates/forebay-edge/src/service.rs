@@ -120,7 +120,9 @@ async fn llm_route(
     ticket: &mut Ticket,
 ) -> Response<Content> {
     let asked = parts.headers.clone();
-    ticket.handler = http_metrics::handler(&path, |path| operator::has(shared, path));
+    if shared.http.is_some() {
+        ticket.handler = http_metrics::handler(&path, |path| operator::has(shared, path));
+    }
     // Before the lock: a browser sends no key with it.
     let mut answer = if let Some(answer) = shared.cors.preflight(&parts.method, &parts.headers) {
         answer

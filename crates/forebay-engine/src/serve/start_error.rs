@@ -28,7 +28,8 @@ pub enum StartError {
     #[error("the model in {} can't be served", path.display())]
     HfText { path: PathBuf, source: Box<HfTextError> },
     #[error(
-        "the sampling defaults of the model in {} can't be used; `engine.generation-config: vllm` leaves them out",
+        "the sampling defaults for the model in {} can't be used; a value that is neither `auto` nor `vllm` is their path, \
+         and `engine.generation-config: vllm` leaves them out",
         path.display()
     )]
     Generation { path: PathBuf, source: Box<GenerationError> },

@@ -194,8 +194,8 @@ fn fake_pip(dir: &tempfile::TempDir) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     std::process::Command::new("python3").arg("--version").output().ok()?;
     let python = dir.path().join("python");
-    fs::write(&python, FAKE_PIP).unwrap();
-    fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(&python, FAKE_PIP).expect("writable");
+    fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).expect("ours");
     Some(python)
 }
 
