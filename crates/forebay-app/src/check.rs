@@ -63,6 +63,20 @@ pub fn warnings(loaded: &Loaded<Config>) -> Vec<Diagnostic> {
                 .help("add `engine` to the replicas of its fleet in `router.fleets`, or remove the section"),
         );
     }
+    if config.proxy.as_ref().is_some_and(|proxy| !proxy.models.is_empty()) {
+        let engines = config.engine.iter().enumerate();
+        for (nth, _) in engines.filter(|(_, engine)| engine.aliases().next().is_some()) {
+            let at = format!("{}.served-model-name", config.engine_at(nth));
+            found.push(
+                loaded
+                    .warning_at(
+                        &at,
+                        "clients can't ask by the further names: `proxy.models` lists all names there are",
+                    )
+                    .help("add a model for each to `proxy.models`, or leave them out"),
+            );
+        }
+    }
     found
 }
 

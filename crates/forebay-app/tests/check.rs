@@ -54,6 +54,10 @@ fn what_works_but_is_hardly_meant_is_a_warning() {
         found(unused, &env),
         ["warning engine: no fleet uses this engine: it is loaded and never asked"]
     );
+    let aliases = "edge: {}\nengine: {model: smollm2-135m-instruct, served-model-name: [m, also]}\n\
+                   proxy: {models: [{name: x, deployments: [{fleet: m}]}]}";
+    let lost = "clients can't ask by the further names: `proxy.models` lists all names there are";
+    assert_eq!(found(aliases, &env), [format!("warning engine.served-model-name: {lost}")]);
     let plain = "edge: {}\nengine: {}\ngateway: {consumers: [{name: a, keys: sk-plain}]}";
     let found = found(plain, &env);
     assert_eq!(found.len(), 1, "{found:?}");
