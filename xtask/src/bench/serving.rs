@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::Bench;
+use super::begun::Begun;
 use super::contest::{Contestant, Running};
 use super::document::{median, table};
-use super::engine::{self, Begun, Slots, file_name, shown};
+use super::engine::{self, Slots, file_name, shown};
 use super::generator::{self, Work};
 use super::llama_cpp;
 use super::machine;
@@ -84,7 +85,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         bench.threads + BUSY,
         FILL.requests,
         FILL.prompt_tokens,
-        begun.render(&[machine::forebay_version(&bench.forebay), peer.version.clone()], bench),
+        begun.render(&[machine::forebay_version(&bench.forebay), peer.version.clone()], bench.args),
     ))
 }
 

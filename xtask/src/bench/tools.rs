@@ -9,9 +9,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, bail};
 use serde_json::{Map, Value};
 
+use super::begun::Begun;
 use super::contest;
 use super::document::details;
-use super::engine::{self, Begun};
+use super::engine;
 use super::generator::{Found, Generator, Work};
 use super::machine;
 use super::server::Scratch;
@@ -68,7 +69,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         ));
     }
     let versions = [machine::forebay_version(&bench.forebay), vllm::version(python)?];
-    Ok(format!("{out}\n{}", begun.render(&versions, bench)))
+    Ok(format!("{out}\n{}", begun.render(&versions, bench.args)))
 }
 
 /// Which generator makes the load.

@@ -6,9 +6,10 @@ use std::process::Command;
 use anyhow::Context;
 
 use super::Bench;
+use super::begun::Begun;
 use super::contest::{self, Contestant};
 use super::document::details;
-use super::engine::{self, Begun, compared, file_name, raw};
+use super::engine::{self, compared, file_name, raw};
 use super::machine;
 use super::server::Scratch;
 
@@ -33,7 +34,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         bench.threads,
         bench.args.rounds,
         compared(&turns, &works, "vLLM"),
-        begun.render(&[machine::forebay_version(&bench.forebay), version], bench),
+        begun.render(&[machine::forebay_version(&bench.forebay), version], bench.args),
         engine::our_flags(bench).join(" "),
         PEER_FLAGS.join(" "),
         engine::commands(&*generator, &works),
