@@ -167,10 +167,11 @@ mod tests {
         assert_eq!(Usage::parse("7 (a", ""), None);
         assert!(Usage::of(std::process::id()).is_ok_and(|usage| usage.resident > 0));
     }
+
     #[test]
     fn what_a_server_started_is_found() {
         let mut command = Command::new("sh");
-        command.args(["-c", "sh -c 'echo up; sleep 1000 & wait' & wait"]).stdout(Stdio::piped());
+        command.args(["-c", "sh -c 'sleep 1000 & echo up; wait' & wait"]).stdout(Stdio::piped());
         let mut server = Server { child: command.spawn().unwrap(), url: String::new() };
         let mut up = [0; 3];
         server.child.stdout.as_mut().unwrap().read_exact(&mut up).unwrap();
