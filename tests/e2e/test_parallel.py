@@ -1,15 +1,17 @@
 """A model divided among ranks: the same answers as in one, and sizes that can't be are refused at the start.
 
-SmolLM2 has 9 query heads, 3 KV heads and 30 layers.
+SmolLM2 has 9 query heads, 3 KV heads and 30 layers; the small random model 4, 2 and 2.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import openai
 import pytest
 
+import tiny_model
 from harness import Worker, engine_config, forebay, free_port, model_file, sdk_options, user
 
 CORES = len(os.sched_getaffinity(0))
@@ -43,6 +45,21 @@ def test_a_pipeline_answers_as_one_rank_does(start):
     # Not nearly: the log probabilities are the same numbers.
     assert answers(two) == answers(one)
     assert "tensor parallel 1 x pipeline parallel 2" in two.log()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "small"
+    tiny_model.make(directory)
+    return directory
+
+
+@pytest.mark.skipif(CORES < 2, reason="two ranks need two cores")
+def test_two_tensor_parallel_ranks_answer_as_one_does(start, small):
+    one = start(Worker, model=small)
+    two = start(Worker, "--tensor-parallel-size", "2", model=small)
+    assert answers(two) == answers(one)
+    assert "tensor parallel 2 x pipeline parallel 1" in two.log()
 
 
 @pytest.mark.skipif(CORES < 3, reason="three ranks need three cores")

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from harness import KEY, MODEL, Forebay, Worker, data_lines, engine_config, eventually, free_port, get, user
+from harness import KEY, MODEL, Forebay, Worker, data_lines, engine_config, eventually, free_port, get, status_of, user
 
 GENERATE = "/inference/v1/generate"
 
@@ -76,16 +76,45 @@ def test_completions_are_rendered_as_a_list(worker):
 
 
 def test_mistakes_are_told_where_they_stand(worker):
-    def refused(**change) -> dict:
+    def refused(status: int = 400, **change) -> dict:
         body = {"model": MODEL, "token_ids": [1, 2], "sampling_params": {"max_tokens": 2}, **change}
         response = post(worker.url, GENERATE, body)
-        assert response.status_code == 400, response.text
+        assert response.status_code == status, response.text
         return response.json()["error"]
 
     assert refused(token_ids=[])["param"] == "token_ids"
     assert refused(token_ids=[10_000_000])["param"] == "token_ids"
     assert refused(sampling_params={"temperature": -1})["param"] == "sampling_params.temperature"
-    assert "kv_transfer_params" in refused(kv_transfer_params={"do_remote_decode": True})["message"]
+    assert "kv_transfer_params" in refused(501, kv_transfer_params={"do_remote_decode": True})["message"]
+
+
+def test_errors_are_vllms(worker):
+    """As vLLM 0.32 answers; behind `forebay serve` they are OpenAI's."""
+    chat = {"model": MODEL, "messages": user("hi"), "max_tokens": 1}
+    tokens = get(f"{worker.url}/v1/models").json()["data"][0]["max_model_len"]
+
+    def refused(change: dict, path: str = "/v1/chat/completions") -> tuple:
+        response = post(worker.url, path, {**chat, **change})
+        error = response.json()["error"]
+        assert error["code"] == response.status_code and error["message"]
+        return response.status_code, error["type"], error["param"]
+
+    assert refused({"temperature": -1}) == (400, "BadRequestError", "temperature")
+    for stream in (False, True):
+        long = {"messages": user("hello " * tokens), "stream": stream}
+        assert refused(long) == (400, "BadRequestError", "input_tokens")
+    assert refused({"model": "other"}) == (404, "NotFoundError", "model")
+    assert refused({}, "/v1/nothing") == (404, "Not Found", None)
+    assert refused({"use_beam_search": True}) == (501, "NotImplementedError", "use_beam_search")
+    # Their SDKs see what they expect, and don't ask again for what is not there.
+    with openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=5) as sdk:
+        with pytest.raises(openai.InternalServerError) as error:
+            sdk.chat.completions.create(**chat, extra_body={"use_beam_search": True})
+        assert error.value.response.headers["x-should-retry"] == "false"
+        with pytest.raises(openai.BadRequestError) as error:
+            sdk.chat.completions.create(**{**chat, "messages": user("hello " * tokens)})
+        assert f"maximum context length is {tokens} tokens" in error.value.message
+        assert "exceeds this limit even without any output tokens" in error.value.message
 
 
 def test_tokens_pass_all_five_layers(server):
@@ -260,6 +289,21 @@ def test_defaults_of_a_worker(start, tmp_path):
     assert len(set(answers)) > 1, "each request has a seed of its own"
     # The same questions in the same order, the same answers.
     assert outcome() == (prompt, answers)
+
+
+def test_a_worker_drains(start):
+    """SIGTERM: the port closes, the stream that runs comes to its end, and the process with it."""
+    worker = start(Worker, "--served-model-name", MODEL)
+    body = {"model": MODEL, "messages": user("Tell me a story."), "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{worker.url}/v1/chat/completions", json=body, timeout=60, trust_env=False) as stream:
+        lines = stream.iter_lines()
+        first = next(lines)
+        worker.terminate()
+        eventually("new connections are refused", lambda: status_of(f"{worker.url}/health") is None)
+        frames = data_lines([first, *lines])
+    assert frames[-1] == "[DONE]"
+    assert json.loads(frames[-2])["choices"][0]["finish_reason"] == "length"
+    assert worker.wait() == 0
 
 
 def test_a_drain_that_takes_too_long_aborts(start):

@@ -14,8 +14,17 @@ pub fn root() -> PathBuf {
 }
 
 /// The cargo that runs us, in the repository's root.
+///
+/// Without what it told us of our own package: the build scripts of some dependencies watch these variables, and would run
+/// anew, with all that hangs on them, after every build that was not ours.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let ours = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(ours) {
+            command.env_remove(name);
+        }
+    }
     command.current_dir(root());
     command
 }

@@ -86,6 +86,7 @@ pub async fn prepare(
     // Before a long download: is the port free at all?
     preflight(config).await?;
     let registry = Registry::new();
+    registry.add_process().map_err(BuildError::from)?;
     let client = HttpClient::new(ClientConfig::default());
     let prefix = compose::prefix_view(config);
     let slots = slots(config, env, &client, &prefix, &registry)?;

@@ -51,11 +51,19 @@ fn the_error_reference_is_fresh() {
     let mut page = format!(
         "{HEAD}# Error reference\n\nEvery error has OpenAI's body: `{{\"error\": {{\"message\", \"type\", \"param\", \"code\"}}}}`. \
          After the first byte of a stream it is a frame `data: {{\"error\": …}}`, and no `[DONE]` follows.\n\n\
-         | case | status | `type` | `code` |\n|---|---|---|---|\n"
+         With `edge.errors: vllm`, and on a worker's port, errors are vLLM's: the last two columns, `code` is the status as a number, \
+         `param` of a prompt that is too long is `input_tokens`, and `[DONE]` follows the error of a stream.\n\n\
+         | case | status | `type` | `code` | vLLM's status | vLLM's `type` |\n|---|---|---|---|---|---|\n"
     );
     for row in forebay_wire::error_rows() {
         let code = row.wire_code.map_or("null".to_owned(), |code| format!("`{code}`"));
-        let _ = writeln!(page, "| {} | {} | `{}` | {code} |", row.name, row.status, row.kind);
+        let (status, kind) = forebay_wire::vllm_row(row.code);
+        let status = status.as_u16();
+        let _ = writeln!(
+            page,
+            "| {} | {} | `{}` | {code} | {status} | `{kind}` |",
+            row.name, row.status, row.kind
+        );
     }
     fresh("errors.md", &page);
 }
@@ -63,6 +71,7 @@ fn the_error_reference_is_fresh() {
 #[tokio::test]
 async fn the_metrics_reference_is_fresh() {
     let registry = Registry::new();
+    registry.add_process().expect("registers once");
     let env = FixedEnvironment::new();
     let client = HttpClient::new(ClientConfig::default());
     let config = Config::without_a_file();

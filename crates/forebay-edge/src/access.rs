@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use forebay_observe::{Layer, RequestRecord, Trace, TraceContext};
-use forebay_types::RequestId;
+use forebay_types::{RequestId, hex};
 use http::header::HeaderName;
 use http::request::Parts;
 
@@ -215,14 +215,6 @@ fn content_length(parts: &Parts) -> u64 {
 fn valid_request_id(value: &[u8]) -> Option<&str> {
     let valid = (1..=REQUEST_ID_BYTES_MAX).contains(&value.len()) && value.iter().all(u8::is_ascii_graphic);
     std::str::from_utf8(value).ok().filter(|_| valid)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
-        let _ = write!(out, "{byte:02x}");
-        out
-    })
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use forebay_types::{Blame, Code, Fault};
+use forebay_wire::Dialect;
 use http::{HeaderValue, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 
@@ -137,8 +138,8 @@ pub(crate) fn json(status: StatusCode, body: impl Into<Bytes>) -> Response<Conte
 }
 
 /// An error before the first byte of a reply.
-pub(crate) fn fault(fault: &Fault) -> Response<Content> {
-    let (status, headers, body) = forebay_wire::render_fault(fault);
+pub(crate) fn fault(fault: &Fault, dialect: Dialect) -> Response<Content> {
+    let (status, headers, body) = forebay_wire::render_fault(fault, dialect);
     let mut answer = Response::new(Content::Full(body));
     *answer.status_mut() = status;
     *answer.headers_mut() = headers;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use forebay_config::{ByteSize, HumanDuration, ListenAddr, OneOrMany, Secret};
+use forebay_wire::Dialect;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -41,6 +42,25 @@ pub struct EdgeConfig {
     /// Pause of an event stream after which a comment line is sent to keep proxies in between from closing it; unset
     /// is never. Half of the shortest idle timeout on the way is a good value.
     pub stream_heartbeat: Option<HumanDuration>,
+    /// Whose form errors have: `openai`, or `vllm` for clients that read `error.type` and `error.code` as vLLM writes them; `forebay worker` answers as `vllm`.
+    pub errors: ErrorForm,
+}
+
+/// `openai` or `vllm`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ErrorForm {
+    OpenAi,
+    Vllm,
+}
+
+impl From<ErrorForm> for Dialect {
+    fn from(form: ErrorForm) -> Self {
+        match form {
+            ErrorForm::OpenAi => Self::OpenAi,
+            ErrorForm::Vllm => Self::Vllm,
+        }
+    }
 }
 
 impl Default for EdgeConfig {
@@ -60,6 +80,7 @@ impl Default for EdgeConfig {
             access_keys: Vec::new(),
             cors_origins: Vec::new(),
             stream_heartbeat: None,
+            errors: ErrorForm::OpenAi,
         }
     }
 }

@@ -40,7 +40,7 @@ mod unix;
 #[cfg(test)]
 mod tests;
 
-pub use config::{EdgeConfig, EdgeConfigError, EdgeLimits, RouteConfig, Switch, TlsConfig};
+pub use config::{EdgeConfig, EdgeConfigError, EdgeLimits, ErrorForm, RouteConfig, Switch, TlsConfig};
 pub use listen::{BindError, BoundEdge, DrainReport, Edge, EdgeDeps};
 pub use llm::LlmStage;
 pub use operator::{OPERATOR_PATHS, Operator, OperatorAsk, OperatorFuture, OperatorLoad, operator_method};

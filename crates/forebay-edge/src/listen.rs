@@ -148,6 +148,7 @@ impl Edge {
         }
         let lock = Lock::new(&config.access_keys, env)
             .map_err(|(nth, source)| BindError::AccessKey { nth, source })?;
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let shared = Arc::new(Shared {
             operator: deps.operator.clone().filter(|_| config.operator_api == Switch::On),
             lock,
@@ -164,6 +165,9 @@ impl Edge {
             recent: deps.recent,
             access_log: config.access_log == Switch::On,
             heartbeat: config.stream_heartbeat.map(|every| every.get()),
+            dialect: config.errors.into(),
+            // Half of the cores, as others compute meanwhile.
+            renders: Arc::new(Semaphore::new((cores / 2).max(1))),
             draining: AtomicBool::new(false),
         });
         Ok(BoundEdge {

@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use forebay_flow::{ChunkStream, Flow, Origin, Received, Reply, ReplyForm, Stage};
 use forebay_observe::Layer;
 use forebay_types::{Blame, Class, Code, Fault, RequestId};
-use forebay_wire::{Chunk, Collector, Event, RenderSpec, Renderer, fault_frame};
+use forebay_wire::{Chunk, Collector, Dialect, Event, RenderSpec, Renderer, fault_frame};
 use futures_util::StreamExt;
 use http::request::Parts;
 use http::{HeaderValue, Response, header};
@@ -68,7 +68,7 @@ pub(crate) async fn answer(
         Err(error) => {
             shared.metrics.refuse(error.reason());
             body::linger(incoming, &parts.headers);
-            let mut answer = answer::fault(&error.into());
+            let mut answer = answer::fault(&error.into(), shared.dialect);
             close(&parts, &mut answer);
             return answer;
         }
@@ -84,7 +84,7 @@ pub(crate) async fn answer(
     let received = Received { method: parts.method, path, headers: parts.headers, body };
     let reply = match (stage.0)(Flow::new(origin, received)).await {
         Ok(reply) => reply,
-        Err(fault) => return refuse(&fault, ticket),
+        Err(fault) => return refuse(shared, &fault, ticket),
     };
     let Reply { form, headers, render, chunks } = reply;
     let id = ticket.id.clone();
@@ -100,9 +100,9 @@ pub(crate) async fn answer(
             headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
             answer
         }
-        ReplyForm::Json => match collect_json(&id, render, chunks).await {
+        ReplyForm::Json => match collect_json(shared, &id, render, chunks).await {
             Ok(body) => answer::json(http::StatusCode::OK, body),
-            Err(fault) => return refuse(&fault, ticket),
+            Err(fault) => return refuse(shared, &fault, ticket),
         },
     };
     for (name, value) in &headers {
@@ -111,9 +111,9 @@ pub(crate) async fn answer(
     answer
 }
 
-fn refuse(fault: &Fault, ticket: &Ticket) -> Response<Content> {
+fn refuse(shared: &Shared, fault: &Fault, ticket: &Ticket) -> Response<Content> {
     log_fault(fault, &ticket.id);
-    answer::fault(fault)
+    answer::fault(fault, shared.dialect)
 }
 
 /// After a body that was not read to its end, the connection can't carry another request.
@@ -133,6 +133,7 @@ fn cut() -> Fault {
 }
 
 async fn collect_json(
+    shared: &Shared,
     id: &RequestId,
     render: Option<RenderSpec>,
     mut chunks: ChunkStream,
@@ -161,7 +162,13 @@ async fn collect_json(
     }
     match collector {
         Some(collector) if collector.names() > INLINE_NAMES_MAX => {
-            let rendered = tokio::task::spawn_blocking(move || collector.finish()).await;
+            // A client that leaves while others are before it is forgotten.
+            let permit = Arc::clone(&shared.renders).acquire_owned().await.expect("never closed");
+            let rendered = tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                collector.finish()
+            })
+            .await;
             Ok(rendered
                 .map_err(|error| Fault::internal(format!("a reply could not be rendered: {error}")))??)
         }
@@ -184,6 +191,7 @@ pub(crate) struct EventBody {
     frame: BytesMut,
     state: State,
     heartbeat: Option<Heartbeat>,
+    dialect: Dialect,
     _counted: Counted,
 }
 
@@ -215,6 +223,7 @@ impl EventBody {
             frame: BytesMut::new(),
             state: State::Open,
             heartbeat,
+            dialect: shared.dialect,
             _counted: Counted::new(&shared.metrics.streams),
         }
     }
@@ -269,7 +278,7 @@ impl EventBody {
         self.state = State::Broken;
         // The layers below are released now, not when the client has read the frame.
         self.chunks = Box::pin(futures_util::stream::empty());
-        fault_frame(fault)
+        fault_frame(fault, self.dialect)
     }
 
     fn poll_heartbeat(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {

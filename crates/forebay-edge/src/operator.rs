@@ -87,7 +87,8 @@ pub(crate) async fn answer(
     if parts.method != Method::GET && parts.headers.contains_key(cors::ORIGIN) {
         body::linger(incoming, &parts.headers);
         let class = Class::new(Code::ModelDenied, Blame::Client);
-        let mut answer = answer::fault(&Fault::new(class, "pages can't change how this process works"));
+        let mut answer =
+            answer::fault(&Fault::new(class, "pages can't change how this process works"), shared.dialect);
         llm::close(parts, &mut answer);
         return Ok(answer);
     }
@@ -98,7 +99,7 @@ pub(crate) async fn answer(
         Err(error) => {
             shared.metrics.refuse(error.reason());
             body::linger(incoming, &parts.headers);
-            let mut answer = answer::fault(&error.into());
+            let mut answer = answer::fault(&error.into(), shared.dialect);
             llm::close(parts, &mut answer);
             return Ok(answer);
         }
@@ -112,7 +113,7 @@ pub(crate) async fn answer(
     Ok(match operator.answer(ask).await {
         Ok(Some(body)) => answer::json(StatusCode::OK, body.to_string()),
         Ok(None) => Response::new(Content::Full(Bytes::new())),
-        Err(fault) => answer::fault(&fault),
+        Err(fault) => answer::fault(&fault, shared.dialect),
     })
 }
 

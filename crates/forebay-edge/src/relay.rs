@@ -69,7 +69,7 @@ pub(crate) async fn answer(
     let (passing, watch) = Passing::new(incoming, bytes_max, limits.body_timeout.get());
     let request = match upstream_request(target, &parts, passing, secure, ticket) {
         Ok(request) => request,
-        Err(fault) => return refuse(&fault, ticket),
+        Err(fault) => return refuse(shared, &fault, ticket),
     };
     let sent = within(shared.client.send(request), &watch, target).await;
     shared.metrics.received_bytes.inc_by(watch.bytes());
@@ -81,14 +81,15 @@ pub(crate) async fn answer(
         Ok(response) => response,
         Err(error) => {
             let fault = Fault::new(error.class(), error.to_string()).detail(error.detail());
-            return refuse(&fault, ticket);
+            return refuse(shared, &fault, ticket);
         }
     };
     ticket.trace.note(Layer::Edge, "upstream", begun, format!("{}", response.status().as_u16()));
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let source = "101 to a request that asked for no upgrade".into();
         let error = UpstreamError::Protocol { authority: target.authority.clone(), source };
-        return refuse(&Fault::new(error.class(), error.to_string()).detail(error.detail()), ticket);
+        let fault = Fault::new(error.class(), error.to_string()).detail(error.detail());
+        return refuse(shared, &fault, ticket);
     }
     let (mut head, body) = response.into_parts();
     remove_hop_by_hop(&mut head.headers);
@@ -127,14 +128,14 @@ async fn within(
 
 fn refuse_body(shared: &Shared, error: BodyError, parts: &Parts) -> Response<Content> {
     shared.metrics.refuse(error.reason());
-    let mut answer = answer::fault(&error.into());
+    let mut answer = answer::fault(&error.into(), shared.dialect);
     close(parts, &mut answer);
     answer
 }
 
-fn refuse(fault: &Fault, ticket: &Ticket) -> Response<Content> {
+fn refuse(shared: &Shared, fault: &Fault, ticket: &Ticket) -> Response<Content> {
     log_fault(fault, &ticket.id);
-    answer::fault(fault)
+    answer::fault(fault, shared.dialect)
 }
 
 fn upstream_request(

@@ -8,8 +8,10 @@ use bytes::Bytes;
 use forebay_observe::{RecentRequests, Registry};
 use forebay_types::{Blame, Class, Code, Fault};
 use forebay_upstream::HttpClient;
+use forebay_wire::Dialect;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
+use tokio::sync::Semaphore;
 
 use crate::access::Ticket;
 use crate::answer::{self, AnswerBody, Content};
@@ -64,6 +66,10 @@ pub(crate) struct Shared {
     pub(crate) recent: RecentRequests,
     pub(crate) access_log: bool,
     pub(crate) heartbeat: Option<Duration>,
+    /// Of errors.
+    pub(crate) dialect: Dialect,
+    /// How many long answers are rendered at a time, off the I/O threads.
+    pub(crate) renders: Arc<Semaphore>,
     pub(crate) draining: AtomicBool,
 }
 
@@ -89,7 +95,7 @@ pub(crate) async fn serve(
     let answer = match shared.routes.find(&host, parts.uri.path()) {
         None => {
             body::linger(incoming, &parts.headers);
-            no_route(&parts)
+            no_route(&shared, &parts)
         }
         Some(route) => {
             ticket.route.clone_from(&route.label);
@@ -103,7 +109,7 @@ pub(crate) async fn serve(
                     relay::answer(&shared, target, parts, incoming, secure, &ticket).await
                 }
                 // `bind` refuses a configuration with an LLM route and no stack.
-                (Target::Llm { .. }, None) => no_route(&parts),
+                (Target::Llm { .. }, None) => no_route(&shared, &parts),
             }
         }
     };
@@ -160,15 +166,15 @@ fn refuse(
 ) -> Response<AnswerBody> {
     shared.metrics.refuse(refusal.reason());
     body::linger(incoming, &parts.headers);
-    let mut answer = answer::fault(&refusal.into());
+    let mut answer = answer::fault(&refusal.into(), shared.dialect);
     // Whatever follows on this connection may not be what it seems.
     llm::close(parts, &mut answer);
     answer::finish(answer, ticket)
 }
 
-fn no_route(parts: &http::request::Parts) -> Response<Content> {
+fn no_route(shared: &Shared, parts: &http::request::Parts) -> Response<Content> {
     let message = format!("no route for {} {}", parts.method, parts.uri.path());
-    answer::fault(&Fault::new(Class::new(Code::RouteNotFound, Blame::Client), message))
+    answer::fault(&Fault::new(Class::new(Code::RouteNotFound, Blame::Client), message), shared.dialect)
 }
 
 /// `/health`, `/ping`, `/version` and, where it is configured, `/metrics`: what the edge answers itself on LLM routes.
@@ -184,7 +190,7 @@ fn own_answer(shared: &Shared, method: &Method, path: &str) -> Option<Response<C
         let class = Class::new(Code::MethodNotAllowed, Blame::Client);
         let allow = if path == "/ping" { "GET, HEAD, POST" } else { "GET, HEAD" };
         let message = format!("{path} is for {allow}, not for {method}");
-        return Some(answer::fault(&Fault::new(class, message).header("allow", allow)));
+        return Some(answer::fault(&Fault::new(class, message).header("allow", allow), shared.dialect));
     }
     if let Some(registry) = scraped {
         let mut answer = answer::json(StatusCode::OK, registry.render());

@@ -16,8 +16,8 @@ use crate::driver::together::BLOCKS;
 
 mod driver;
 
-/// An f32 model, two quantised ones (as SmolLM2's file is mixed: Q4_1 layers, a Q8_0 embedding and head), and one with
-/// a sliding window in every second layer.
+/// An f32 model, quantised ones (as SmolLM2's file is mixed: Q4_1 layers, a Q8_0 embedding and head), one with a sliding
+/// window in every second layer, and between them every type of element that is read.
 fn models() -> Vec<Arc<ModelFile>> {
     let quantised = TinyLlama { head_dim: 32, ffn_dim: 192, seed: 2, ..TinyLlama::default() };
     let tiny = [
@@ -29,9 +29,32 @@ fn models() -> Vec<Arc<ModelFile>> {
             kv_heads: 4,
             ..quantised.clone()
         },
-        TinyLlama { weights: ElementType::Q8_0, layers: 3, kv_heads: 1, window: Some(50), ..quantised },
+        TinyLlama {
+            weights: ElementType::Q8_0,
+            layers: 3,
+            kv_heads: 1,
+            window: Some(50),
+            ..quantised.clone()
+        },
+        TinyLlama { weights: ElementType::Q5_1, embeddings: ElementType::Q5_0, ..quantised.clone() },
+        TinyLlama { weights: ElementType::BF16, embeddings: ElementType::F16, ..TinyLlama::default() },
+        TinyLlama {
+            weights: ElementType::Q4_K,
+            embeddings: ElementType::Q6_K,
+            ..in_blocks_of_256(&quantised)
+        },
+        TinyLlama {
+            weights: ElementType::Q5_K,
+            embeddings: ElementType::Q6_K,
+            ..in_blocks_of_256(&quantised)
+        },
     ];
     tiny.iter().map(|t| Arc::new(ModelFile::from_bytes(t.to_gguf()).unwrap())).collect()
+}
+
+/// Every row is made of whole blocks of a K-quant.
+fn in_blocks_of_256(tiny: &TinyLlama) -> TinyLlama {
+    TinyLlama { q_heads: 8, ffn_dim: 256, layers: 1, ..tiny.clone() }
 }
 
 #[test]

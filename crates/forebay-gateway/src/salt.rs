@@ -5,7 +5,7 @@
 //! guess: an HMAC-SHA256 of its name and the request's own salt, under a secret.
 
 use forebay_config::Environment;
-use forebay_types::ConsumerName;
+use forebay_types::{ConsumerName, hex};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
@@ -64,7 +64,7 @@ impl Salts {
         mac.update(&(name.len() as u64).to_le_bytes());
         mac.update(name);
         mac.update(own.unwrap_or_default().as_bytes());
-        mac.finalize().into_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&mac.finalize().into_bytes())
     }
 }
 

@@ -83,6 +83,26 @@ impl Registry {
         Ok(metric)
     }
 
+    /// What is known of the process itself, under the names that Prometheus' own clients have (`process_*`): memory, processor
+    /// time, open files. Nothing where the system does not tell.
+    pub fn add_process(&self) -> Result<(), MetricError> {
+        #[cfg(target_os = "linux")]
+        {
+            use prometheus::core::Collector;
+            let process = prometheus::process_collector::ProcessCollector::for_self();
+            let family = |desc: &prometheus::core::Desc| Family {
+                name: desc.fq_name.clone(),
+                kind: if desc.fq_name.ends_with("_total") { "counter" } else { "gauge" },
+                labels: Vec::new(),
+                help: desc.help.clone(),
+            };
+            let families: Vec<Family> = process.desc().into_iter().map(family).collect();
+            self.prometheus.register(Box::new(process))?;
+            self.families.lock().extend(families);
+        }
+        Ok(())
+    }
+
     pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter, MetricError> {
         self.add(IntCounter::new(name, help))
     }
@@ -171,6 +191,23 @@ mod tests {
             "# HELP vllm:prompt_tokens_total Prompt tokens.\n# TYPE vllm:prompt_tokens_total counter\n\
              vllm:prompt_tokens_total{model_name=\"m\"} 3\n"
         );
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_process_is_told_of() {
+        let registry = Registry::new();
+        registry.add_process().expect("registers once");
+        let text = registry.render();
+        let value = |name: &str| -> f64 {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.unwrap_or_else(|| panic!("no {name} in {text}")).parse().expect("a number")
+        };
+        assert!(value("process_resident_memory_bytes") > 1e5);
+        assert!(value("process_open_fds") >= 1.0 && value("process_max_fds") >= value("process_open_fds"));
+        assert!(value("process_cpu_seconds_total") >= 0.0 && value("process_start_time_seconds") > 1e9);
+        let kinds: Vec<&str> = registry.families().iter().map(|family| family.kind).collect();
+        assert_eq!(kinds.iter().filter(|kind| **kind == "counter").count(), 1, "{kinds:?}");
     }
 
     #[test]

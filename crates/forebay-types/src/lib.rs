@@ -3,9 +3,11 @@
 //! No tokio, no I/O, no wire formats. Everything here is small, cheap to clone and safe to log.
 
 mod error;
+mod hex;
 mod names;
 
 pub use error::{Blame, Class, Classify, Code, Fault, Retry};
+pub use hex::hex;
 pub use names::{BlockHash, ConsumerName, ModelName, ReplicaId, RequestId, TokenizerId};
 
 /// A token of a model's vocabulary.

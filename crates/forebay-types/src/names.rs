@@ -101,7 +101,7 @@ pub struct TokenizerId(pub [u8; 32]);
 
 impl fmt::Display for TokenizerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        f.write_str(&crate::hex(&self.0[..8]))
     }
 }
 

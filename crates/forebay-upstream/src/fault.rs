@@ -58,7 +58,7 @@ pub(crate) const MESSAGE_CHARS_MAX: usize = 512;
 
 /// Turns a refusal into the client's fault.
 ///
-/// The upstream's words reach the client only where they are about the client's own request (400, 413, 422). Our
+/// The upstream's words reach the client only where they are about the client's own request (400, 413, 422, 501). Our
 /// credentials, our quota with a provider and its inner failures are none of the client's business: they become
 /// `UpstreamFailed` or `Overloaded`, and the words go to the log.
 pub(crate) fn refused(
@@ -84,13 +84,15 @@ pub(crate) fn refused(
                 || said.contains("maximum context length");
             let class = match said_code.as_deref() {
                 _ if too_long => client(Code::ContextLengthExceeded),
-                // Our own engine at the other end; somebody else may have the feature.
+                // Our own engine at the other end, as above.
                 Some("not_supported") => client(Code::NotSupported).retry(Retry::Elsewhere),
                 _ => client(Code::BadRequest),
             };
             (class, None)
         }
         413 => (client(Code::BodyTooLarge), None),
+        // vLLM, and a worker of ours: somebody else may have the feature.
+        501 => (client(Code::NotSupported).retry(Retry::Elsewhere), None),
         401 | 403 => (us(Code::UpstreamFailed), Some("the upstream did not accept our credentials")),
         404 => (us(Code::ModelUnavailable), Some("the upstream does not serve this model")),
         408 | 504 => (us(Code::UpstreamTimeout), Some("the upstream did not answer in time")),
@@ -156,6 +158,8 @@ mod tests {
         );
         let lacks = r#"{"error":{"message":"no","param":"tools","code":"not_supported"}}"#;
         check(400, lacks, Code::NotSupported, Client, Elsewhere, "no");
+        let lacks = r#"{"error":{"message":"no","type":"NotImplementedError","param":"tools","code":501}}"#;
+        check(501, lacks, Code::NotSupported, Client, Elsewhere, "no");
         check(
             400,
             "<html>",

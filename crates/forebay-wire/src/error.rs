@@ -1,4 +1,4 @@
-//! The one place that turns a class of error into a status, a body, headers or an SSE frame, in OpenAI's dialect.
+//! The one place that turns a class of error into a status, a body, headers or an SSE frame, in OpenAI's dialect or vLLM's.
 
 use std::time::Duration;
 
@@ -6,6 +6,17 @@ use bytes::{BufMut, Bytes, BytesMut};
 use forebay_types::{Code, Fault, Retry};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use serde::{Deserialize, Serialize};
+
+/// Whose form an error has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Dialect {
+    /// `error.type` and `error.code` are OpenAI's words; a stream that broke has no `[DONE]`.
+    #[default]
+    OpenAi,
+    /// `error.type` is the name of vLLM's class of error, `error.code` the status as a number, what is missing is 501, and
+    /// `[DONE]` follows the error of a stream.
+    Vllm,
+}
 
 /// How one [`Code`] looks on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +100,38 @@ pub fn error_row(code: Code) -> ErrorRow {
     ErrorRow { code, name, status, kind, wire_code }
 }
 
+/// Status and `error.type` of a code as vLLM has them: the names of its own errors, and for what its HTTP server refuses
+/// the phrase of the status.
+pub fn vllm_row(code: Code) -> (StatusCode, &'static str) {
+    let status = match code {
+        Code::NotSupported => 501,
+        _ => error_row(code).status,
+    };
+    let status = StatusCode::from_u16(status).expect("the table holds valid statuses");
+    let kind = match code {
+        Code::BadRequest | Code::ContextLengthExceeded => "BadRequestError",
+        Code::NotSupported => "NotImplementedError",
+        Code::ModelNotFound => "NotFoundError",
+        Code::Internal => "InternalServerError",
+        Code::ModelUnavailable | Code::ShuttingDown => "ServiceUnavailableError",
+        Code::InvalidApiKey
+        | Code::ModelDenied
+        | Code::RouteNotFound
+        | Code::MethodNotAllowed
+        | Code::RequestTimeout
+        | Code::BodyTooLarge
+        | Code::UnsupportedMediaType
+        | Code::HeadersTooLarge
+        | Code::RequestsRateLimited
+        | Code::TokensRateLimited
+        | Code::InsufficientQuota
+        | Code::UpstreamFailed
+        | Code::Overloaded
+        | Code::UpstreamTimeout => status.canonical_reason().unwrap_or("Error"),
+    };
+    (status, kind)
+}
+
 #[derive(Serialize)]
 struct WireError<'a> {
     error: WireErrorFields<'a>,
@@ -100,29 +143,46 @@ struct WireErrorFields<'a> {
     #[serde(rename = "type")]
     kind: &'a str,
     param: Option<&'a str>,
-    code: Option<&'a str>,
+    code: WireCode,
 }
 
-fn wire_error(fault: &Fault) -> WireError<'_> {
-    let row = error_row(fault.class.code);
-    WireError {
-        error: WireErrorFields {
-            message: &fault.message,
-            kind: row.kind,
-            param: fault.param.as_deref(),
-            code: row.wire_code,
-        },
-    }
+#[derive(Serialize)]
+#[serde(untagged)]
+enum WireCode {
+    Word(Option<&'static str>),
+    Status(u16),
+}
+
+/// The status beside the body.
+fn wire_error(fault: &Fault, dialect: Dialect) -> (StatusCode, WireError<'_>) {
+    let code = fault.class.code;
+    let param = fault.param.as_deref();
+    let (status, kind, param, code) = match dialect {
+        Dialect::OpenAi => {
+            let row = error_row(code);
+            let status = StatusCode::from_u16(row.status).expect("the table holds valid statuses");
+            (status, row.kind, param, WireCode::Word(row.wire_code))
+        }
+        Dialect::Vllm => {
+            let (status, kind) = vllm_row(code);
+            let param = match code {
+                Code::ContextLengthExceeded => Some("input_tokens"),
+                Code::ModelNotFound => Some("model"),
+                _ => param,
+            };
+            (status, kind, param, WireCode::Status(status.as_u16()))
+        }
+    };
+    (status, WireError { error: WireErrorFields { message: &fault.message, kind, param, code } })
 }
 
 /// Status, headers and JSON body of an error before the first byte of a reply.
 ///
 /// Headers: `content-type`; the fault's own; `retry-after` (whole seconds, rounded up, at least 1) and
-/// `retry-after-ms` where it may be tried later; `x-should-retry: false` on a 429 that trying again can't help, which
+/// `retry-after-ms` where it may be tried later; `x-should-retry: false` on a 429 or 501 that trying again can't help, which
 /// the SDKs obey; `www-authenticate` on 401 (RFC 9110, 15.5.2). `fault.detail` never leaves.
-pub fn render_fault(fault: &Fault) -> (StatusCode, HeaderMap, Bytes) {
-    let row = error_row(fault.class.code);
-    let status = StatusCode::from_u16(row.status).expect("the table holds valid statuses");
+pub fn render_fault(fault: &Fault, dialect: Dialect) -> (StatusCode, HeaderMap, Bytes) {
+    let (status, body) = wire_error(fault, dialect);
     let mut headers = HeaderMap::new();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     for (name, value) in &fault.headers {
@@ -137,7 +197,11 @@ pub fn render_fault(fault: &Fault) -> (StatusCode, HeaderMap, Bytes) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds_up(delay)));
             headers.insert("retry-after-ms", HeaderValue::from(millis_up(delay)));
         }
-        Retry::Never if row.status == 429 => {
+        Retry::Never if status == StatusCode::TOO_MANY_REQUESTS => {
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        }
+        // Another server may have it; the same one will not.
+        _ if status == StatusCode::NOT_IMPLEMENTED => {
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         Retry::Never | Retry::Elsewhere => {}
@@ -145,7 +209,7 @@ pub fn render_fault(fault: &Fault) -> (StatusCode, HeaderMap, Bytes) {
     if fault.class.code == Code::InvalidApiKey {
         headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
-    let body = serde_json::to_vec(&wire_error(fault)).expect("strings serialize");
+    let body = serde_json::to_vec(&body).expect("strings serialize");
     (status, headers, body.into())
 }
 
@@ -157,13 +221,17 @@ fn millis_up(delay: Duration) -> u64 {
     u64::try_from(delay.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX).max(1)
 }
 
-/// The frame of an error after the reply began. It is the last one: no `[DONE]` follows, so that a client can't take
-/// a broken reply for a whole one.
-pub fn fault_frame(fault: &Fault) -> Bytes {
+/// The frame of an error after the reply began. It is the last one: no `[DONE]` follows in OpenAI's dialect, so that a client
+/// can't take a broken reply for a whole one; in vLLM's one does.
+pub fn fault_frame(fault: &Fault, dialect: Dialect) -> Bytes {
     let mut out = BytesMut::with_capacity(256);
     out.extend_from_slice(b"data: ");
-    serde_json::to_writer((&mut out).writer(), &wire_error(fault)).expect("strings serialize");
+    let (_, error) = wire_error(fault, dialect);
+    serde_json::to_writer((&mut out).writer(), &error).expect("strings serialize");
     out.extend_from_slice(b"\n\n");
+    if dialect == Dialect::Vllm {
+        out.extend_from_slice(b"data: [DONE]\n\n");
+    }
     out.freeze()
 }
 
@@ -217,7 +285,7 @@ mod tests {
     use forebay_types::{Blame, Class};
 
     fn body(fault: &Fault) -> String {
-        String::from_utf8(render_fault(fault).2.to_vec()).unwrap()
+        String::from_utf8(render_fault(fault, Dialect::OpenAi).2.to_vec()).unwrap()
     }
 
     #[test]
@@ -238,7 +306,7 @@ mod tests {
     fn headers_say_when_to_retry() {
         let check = |code, retry, after: Option<&str>, ms: Option<&str>, should: Option<&str>| {
             let fault = Fault::new(Class::new(code, Blame::Client).retry(retry), "m");
-            let (_, headers, _) = render_fault(&fault);
+            let (_, headers, _) = render_fault(&fault, Dialect::OpenAi);
             let get = |name: &str| headers.get(name).map(|v| v.to_str().unwrap().to_owned());
             assert_eq!(get("retry-after").as_deref(), after, "{code:?} {retry:?}");
             assert_eq!(get("retry-after-ms").as_deref(), ms, "{code:?} {retry:?}");
@@ -253,7 +321,7 @@ mod tests {
         check(Code::BadRequest, Retry::Never, None, None, None);
         check(Code::UpstreamFailed, Retry::Elsewhere, None, None, None);
         let fault = Fault::bad_request("m").header("x-ratelimit-limit-requests", "5").header("x-bad", "a\nb");
-        let (_, headers, _) = render_fault(&fault);
+        let (_, headers, _) = render_fault(&fault, Dialect::OpenAi);
         assert_eq!(headers["x-ratelimit-limit-requests"], "5");
         assert!(!headers.contains_key("x-bad"));
     }
@@ -272,8 +340,41 @@ mod tests {
     fn frame_has_no_done() {
         let class = Class::new(Code::UpstreamFailed, Blame::Upstream);
         assert_eq!(
-            fault_frame(&Fault::new(class, "broke\noff")),
+            fault_frame(&Fault::new(class, "broke\noff"), Dialect::OpenAi),
             "data: {\"error\":{\"message\":\"broke\\noff\",\"type\":\"server_error\",\"param\":null,\"code\":\"upstream_failed\"}}\n\n"
+        );
+    }
+
+    /// As vLLM 0.32 answers: `create_error_response` for its own, FastAPI's exceptions for the rest.
+    #[test]
+    fn errors_of_vllm() {
+        let check = |code, status: u16, kind: &str, param: Option<&str>| {
+            let fault = Fault::new(Class::new(code, Blame::Client), "m").param("messages");
+            let (got, _, body) = render_fault(&fault, Dialect::Vllm);
+            let param = serde_json::json!(param);
+            let expect =
+                serde_json::json!({"error": {"message": "m", "type": kind, "param": param, "code": status}});
+            assert_eq!(got.as_u16(), status, "{code:?}");
+            assert_eq!(serde_json::from_slice::<serde_json::Value>(&body).unwrap(), expect, "{code:?}");
+        };
+        let here = Some("messages");
+        check(Code::BadRequest, 400, "BadRequestError", here);
+        check(Code::ContextLengthExceeded, 400, "BadRequestError", Some("input_tokens"));
+        check(Code::ModelNotFound, 404, "NotFoundError", Some("model"));
+        check(Code::RouteNotFound, 404, "Not Found", here);
+        check(Code::MethodNotAllowed, 405, "Method Not Allowed", here);
+        check(Code::Internal, 500, "InternalServerError", here);
+        check(Code::NotSupported, 501, "NotImplementedError", here);
+        check(Code::Overloaded, 503, "Service Unavailable", here);
+        check(Code::ShuttingDown, 503, "ServiceUnavailableError", here);
+        let class = Class::new(Code::NotSupported, Blame::Client).retry(Retry::Elsewhere);
+        let missing = Fault::new(class, "m");
+        assert_eq!(render_fault(&missing, Dialect::Vllm).1["x-should-retry"], "false");
+        let broke = Fault::new(Class::new(Code::Internal, Blame::Us), "broke");
+        assert_eq!(
+            fault_frame(&broke, Dialect::Vllm),
+            "data: {\"error\":{\"message\":\"broke\",\"type\":\"InternalServerError\",\"param\":null,\"code\":500}}\n\n\
+             data: [DONE]\n\n"
         );
     }
 

@@ -36,7 +36,9 @@ pub use ask::{
 };
 pub use collect::{CollectError, Collector};
 pub use embeddings::{EmbeddingsHead, render_embeddings};
-pub use error::{ErrorRow, UpstreamError, error_row, error_rows, fault_frame, parse_error, render_fault};
+pub use error::{
+    Dialect, ErrorRow, UpstreamError, error_row, error_rows, fault_frame, parse_error, render_fault, vllm_row,
+};
 pub use event::{Chunk, Delta, Event, PromptTokens, RankedLogprob, TokenLogprob, ToolCallDelta, TopLogprob};
 pub use models::{ModelCard, render_model, render_models};
 pub use need::Need;

@@ -7,7 +7,7 @@ use anyhow::Context;
 use forebay_app::check::{problems, warnings};
 use forebay_app::{AdminConfig, Config, StartError, Summary, prepare};
 use forebay_config::{HumanDuration, ListenAddr, Loaded, OneOrMany, RealEnvironment, Source};
-use forebay_edge::{EdgeConfig, Switch};
+use forebay_edge::{EdgeConfig, ErrorForm, Switch};
 use forebay_engine::{EngineConfig, GenerationSource};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -75,6 +75,7 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         // Where scrapers, routers and operators look who know vLLM.
         metrics: Switch::On,
         operator_api: Switch::On,
+        errors: ErrorForm::Vllm,
         ..EdgeConfig::default()
     };
     let config = Config {

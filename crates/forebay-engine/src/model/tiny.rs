@@ -1,6 +1,6 @@
 //! Small random models, written as a GGUF file in memory. For tests: any seed gives a model that runs.
 
-use half::f16;
+use half::{bf16, f16};
 
 use crate::gguf::ElementType;
 use crate::gguf::write::Writer;
@@ -16,7 +16,7 @@ pub struct TinyLlama {
     pub ffn_dim: usize,
     pub vocab_size: usize,
     pub context_len: usize,
-    /// Of the matrices within layers: F32, Q4_0, Q4_1 or Q8_0.
+    /// Of the matrices within layers; K-quants want every row to have whole blocks of 256.
     pub weights: ElementType,
     /// Of the embedding matrix, which is the head too.
     pub embeddings: ElementType,
@@ -138,22 +138,45 @@ impl Random {
     fn matrix(&mut self, cols: usize, rows: usize, element: ElementType) -> Vec<u8> {
         let spread = 1.5 / (cols as f32).sqrt();
         let mut out = Vec::new();
-        if element == ElementType::F32 {
+        if matches!(element, ElementType::F32 | ElementType::F16 | ElementType::BF16) {
             for _ in 0..rows * cols {
                 // Uniform in ±a has the deviation a / sqrt(3).
-                out.extend((self.signed() * spread * 3f32.sqrt()).to_le_bytes());
+                let value = self.signed() * spread * 3f32.sqrt();
+                match element {
+                    ElementType::F16 => out.extend(f16::from_f32(value).to_le_bytes()),
+                    ElementType::BF16 => out.extend(bf16::from_f32(value).to_le_bytes()),
+                    _ => out.extend(value.to_le_bytes()),
+                }
             }
             return out;
         }
         // Quants are uniform; the scale makes their range ±sqrt(3) deviations.
         let range = spread * 3f32.sqrt();
-        for _ in 0..rows * cols / 32 {
+        let block_len = element.block_len();
+        assert!(cols.is_multiple_of(block_len), "rows of {cols} entries are no blocks of {element}");
+        for _ in 0..rows * cols / block_len {
             let wobble = 1.0 + 0.3 * self.signed();
             let range = range * wobble;
             match element {
                 ElementType::Q8_0 => self.block(&mut out, &[range / 127.0], 32),
                 ElementType::Q4_0 => self.block(&mut out, &[range / 8.0], 16),
                 ElementType::Q4_1 => self.block(&mut out, &[range / 7.5, -range], 16),
+                ElementType::Q5_0 => self.block(&mut out, &[range / 16.0], 20),
+                ElementType::Q5_1 => self.block(&mut out, &[range / 15.5, -range], 20),
+                // The scales of their parts are random bytes as well: 6 bits, 31.5 in the mean, and as much the minimum's.
+                ElementType::Q4_K => {
+                    let scale = range / (7.5 * 31.5);
+                    self.block(&mut out, &[scale, 7.5 * scale], 12 + 128);
+                }
+                ElementType::Q5_K => {
+                    let scale = range / (15.5 * 31.5);
+                    self.block(&mut out, &[scale, 15.5 * scale], 12 + 32 + 128);
+                }
+                // Here the scales are signed bytes, and the block's scale stands at its end.
+                ElementType::Q6_K => {
+                    self.block(&mut out, &[], 128 + 64 + 16);
+                    self.block(&mut out, &[range / (32.0 * 74.0)], 0);
+                }
                 other => panic!("a tiny model of {other} cannot be made"),
             }
         }

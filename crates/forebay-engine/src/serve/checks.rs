@@ -130,9 +130,14 @@ impl Engine {
                  the {param}, {asked} in the completion). Please reduce the length of the {param} or completion.",
                 u64::from(prompt_tokens) + u64::from(asked),
             ),
+            // vLLM's words.
+            _ if prompt_tokens > limit => format!(
+                "This model's maximum context length is {limit} tokens. However, your {param} contains {prompt_tokens} input \
+                 tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
+            ),
             _ => format!(
-                "This model's maximum context length is {limit} tokens. However, your {param} resulted in {prompt_tokens} \
-                 tokens. Please reduce the length of the {param}."
+                "This model's maximum context length is {limit} tokens. However, your {param} contains {prompt_tokens} input \
+                 tokens, which leaves no room for output tokens. Please reduce the length of the input prompt."
             ),
         };
         Fault::new(Class::new(Code::ContextLengthExceeded, Blame::Client), message).param(param)

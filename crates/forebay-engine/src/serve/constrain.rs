@@ -88,3 +88,33 @@ impl MaskThread {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use forebay_grammar::Grammars;
+    use forebay_wire::Constraint;
+
+    use super::*;
+    use crate::serve::tests::text_model;
+
+    #[test]
+    fn who_follows_a_constraint_does_not_wait_for_its_mask() {
+        let text = text_model();
+        let grammars = Grammars::new(text.tokenizer()).expect("a vocabulary");
+        let matcher = grammars.compile(&Constraint::Regex("ab[0-9]".into())).expect("a regular expression");
+        let beginning = Beginning::new(matcher).expect("a first mask");
+        // Ids are bytes.
+        let ids = b"ab7".map(TokenId::from);
+        let mut choice = beginning.choice();
+        let thread = MaskThread::start().expect("a thread");
+        assert!(choice.mask().expect("the first").allows(ids[0]));
+        assert!(thread.follow(&mut choice, ids[0]));
+        // The mask is made without anybody asking for it, and not by us.
+        let State::Away(answer) = &choice.0 else { panic!("the mask was made before the call came back") };
+        let (matcher, mask) = answer.recv().expect("the thread lives").expect("the token fits");
+        assert!(mask.allows(ids[1]) && !mask.allows(ids[0]));
+        choice.0 = State::Here(matcher, mask);
+        assert!(thread.follow(&mut choice, ids[2]));
+        assert!(choice.mask().is_err(), "a digit is no `b`");
+    }
+}

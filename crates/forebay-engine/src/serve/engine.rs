@@ -330,7 +330,7 @@ impl Engine {
         }
         let form = if call.stream { ReplyForm::Sse } else { ReplyForm::Json };
         let events = EventStream {
-            first: Some(first),
+            next: Some(first),
             receiver,
             tokenizer: self.text.tokenizer().clone(),
             off_thread: self.off_thread.clone(),

@@ -17,7 +17,8 @@ const INLINE_NAMES_MAX: usize = 1000;
 
 /// What is told of one request. Dropping it closes the channel, which is how the step loop learns that the client left.
 pub(super) struct EventStream {
-    pub first: Option<Told>,
+    /// What comes before anything that is received: the first event, and later the rest of one that is told in parts.
+    pub next: Option<Told>,
     pub receiver: mpsc::Receiver<Result<Told, Fault>>,
     pub tokenizer: Tokenizer,
     pub off_thread: OffThread,
@@ -37,7 +38,7 @@ impl EventStream {
     }
 
     async fn next(&mut self) -> Result<Event, Fault> {
-        let told = match self.first.take() {
+        let told = match self.next.take() {
             Some(told) => told,
             None => self.receiver.recv().await.unwrap_or_else(|| {
                 // The step thread is gone in the middle of an answer. Something has reached the client: the same request
@@ -47,6 +48,12 @@ impl EventStream {
                 Err(fault)
             })?,
         };
+        let (told, rest) = told.part(INLINE_NAMES_MAX);
+        if rest.is_some() {
+            // Others on this thread come between two parts.
+            tokio::task::consume_budget().await;
+        }
+        self.next = rest;
         let event = match told.names() {
             0..=INLINE_NAMES_MAX => told.into_event(&self.tokenizer),
             _ => {

@@ -10,6 +10,7 @@ use forebay_types::TokenId;
 use super::constrain::Constrained;
 use super::step_loop::LoopState;
 use super::submission::How;
+use super::watchdog::InStep;
 use crate::sample::{Choice as Sampled, Sampler, Wanted};
 
 pub(super) struct SampleJob {
@@ -67,6 +68,16 @@ impl LoopState {
                 }
             }
         }
+    }
+
+    /// Who is in a step, for the watchdog.
+    pub(super) fn in_step<'a>(&'a self, plan: &'a StepPlan) -> impl Iterator<Item = InStep> + 'a {
+        plan.seqs.iter().enumerate().filter_map(|(r, seq)| {
+            let row = plan.row(r);
+            let (id, _) = self.choices.get(seq)?;
+            let request = self.requests.get(id)?.submission.id.clone();
+            Some(InStep { request, seq: seq.0, tokens: row.len(), position: plan.positions[row.start] })
+        })
     }
 
     /// What the step told of prompts joins what is known of them.

@@ -128,7 +128,8 @@ pub(super) fn told_prompt(
     let scores = scores.zip(how.prompt_logprobs).map(|(scores, top)| (scores.tell(), top));
     let what = What::Prompt { number: number as u32, with_ids: how.token_ids };
     let ids = submission.prompts[number].ids.clone();
-    (how.token_ids || scores.is_some()).then_some(ToldPrompt { ids, scores, what })
+    let tokens = 0..ids.len();
+    (how.token_ids || scores.is_some()).then_some(ToldPrompt { ids, scores, tokens, what })
 }
 
 /// The prompt as the beginning of `choice`; `None` where no echo is asked for.
@@ -141,5 +142,6 @@ pub(super) fn told_echo(
     let prompt = &submission.prompts[number];
     let text = prompt.echo.clone()?;
     let scores = scores.zip(submission.how.echo_logprobs).map(|(scores, top)| (scores.tell(), top));
-    Some(ToldPrompt { ids: prompt.ids.clone(), scores, what: What::Echo { choice, text } })
+    let tokens = 0..prompt.ids.len();
+    Some(ToldPrompt { ids: prompt.ids.clone(), scores, tokens, what: What::Echo { choice, text } })
 }

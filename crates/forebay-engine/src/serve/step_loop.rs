@@ -33,7 +33,7 @@ use super::sampling::SampleJob;
 use super::scores::{ScoreJob, told_echo, told_prompt};
 use super::submission::Submission;
 use super::told::Told;
-use super::watchdog::{Heartbeat, StepShape};
+use super::watchdog::{Heartbeat, Phase, StepShape};
 
 /// How long the loop sleeps where work waits but nothing can be planned: only a defect of the scheduler leads here,
 /// and it must not become a busy loop.
@@ -171,12 +171,15 @@ impl<E: Executor> StepLoop<E> {
         state.stuck = false;
         state.line_up(plan, now);
         let shape = StepShape { tokens: tokens as u64, sequences: plan.seqs.len() as u64, ..before };
+        heartbeat.list(state.in_step(plan));
         heartbeat.begin(heartbeat.now(), &shape);
         let failed = match executor.execute(plan) {
             Ok(logits) => {
                 let stride = logits.len() / rows.max(1);
                 let logits = |row: usize| &logits[row * stride..(row + 1) * stride];
+                heartbeat.enter(Phase::Masks);
                 state.take_masks();
+                heartbeat.enter(Phase::Sampling);
                 pool.run_rows(&mut state.score_jobs, 1, 1, &|_, jobs| {
                     jobs.iter_mut().for_each(|job| job.score(logits(job.row())));
                 });

@@ -36,7 +36,7 @@ const EOS: u32 = 256;
 const VOCAB: usize = 257;
 
 /// A vocabulary of single bytes: a text's ids are its bytes, so that scripts can be read.
-fn text_model() -> TextModel {
+pub(super) fn text_model() -> TextModel {
     text_model_with(None, &[])
 }
 
@@ -400,7 +400,7 @@ async fn prompts_that_do_not_fit_are_refused() {
         &|c| c.prompt = Prompt::Text(vec![long.clone()]),
         Code::ContextLengthExceeded,
         "prompt",
-        "resulted in 128 tokens",
+        "contains 128 input tokens, which leaves no room",
     )
     .await;
     check(

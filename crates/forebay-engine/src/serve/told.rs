@@ -3,6 +3,7 @@
 //! Of a prompt's log-probabilities the step thread hands over ids and numbers. What the tokens are called is looked up by
 //! whoever reads, where nobody waits for it: a prompt has up to a million names.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_tokens::Tokenizer;
@@ -24,6 +25,8 @@ pub(crate) struct ToldPrompt {
     pub ids: Arc<[TokenId]>,
     /// Of each token but the first, where they are wanted; and how many of the most likely are told of each.
     pub scores: Option<(Arc<Vec<Score>>, u32)>,
+    /// Those that are told of: all, but for a part of an echo.
+    pub tokens: Range<usize>,
     pub what: What,
 }
 
@@ -41,8 +44,33 @@ impl Told {
         match self {
             Self::Event(_) => 0,
             Self::Prompt(prompt) => {
-                prompt.scores.as_ref().map_or(0, |(scores, top)| scores.len() * (*top as usize + 1))
+                prompt.scores.as_ref().map_or(0, |(_, top)| prompt.tokens.len() * (*top as usize + 1))
             }
+        }
+    }
+
+    /// As much of an echo as has `names_max` names, at least one token, and the rest of it; else everything, and no rest.
+    ///
+    /// An echo is told by deltas, so that it need not be one frame.
+    pub fn part(self, names_max: usize) -> (Self, Option<Self>) {
+        match self {
+            Self::Prompt(mut prompt) => match (&prompt.what, &prompt.scores) {
+                (What::Echo { choice, .. }, Some((_, top))) => {
+                    let most = (names_max / (*top as usize + 1)).max(1);
+                    let Range { start, end } = prompt.tokens;
+                    let cut = end.min(start + most);
+                    prompt.tokens = start..cut;
+                    let rest = (cut < end).then(|| ToldPrompt {
+                        ids: prompt.ids.clone(),
+                        scores: prompt.scores.clone(),
+                        tokens: cut..end,
+                        what: What::Echo { choice: *choice, text: String::new() },
+                    });
+                    (Self::Prompt(prompt), rest.map(|rest| Self::Prompt(rest.into())))
+                }
+                _ => (Self::Prompt(prompt), None),
+            },
+            told => (told, None),
         }
     }
 
@@ -52,7 +80,7 @@ impl Told {
             Self::Event(event) => return event,
             Self::Prompt(prompt) => *prompt,
         };
-        let ToldPrompt { ids, scores, what } = prompt;
+        let ToldPrompt { ids, scores, tokens, what } = prompt;
         match what {
             What::Prompt { number, with_ids } => Event::Prompt(PromptTokens {
                 prompt: number,
@@ -60,7 +88,7 @@ impl Told {
                 ids: if with_ids { ids.to_vec() } else { Vec::new() },
             }),
             What::Echo { choice, text } => {
-                let logprobs = scores.map(|(scores, top)| echoed(&ids, &scores, top, tokenizer));
+                let logprobs = scores.map(|(scores, top)| echoed(&ids, &scores, tokens, top, tokenizer));
                 Event::Delta(Delta {
                     choice,
                     text,
@@ -87,12 +115,21 @@ fn ranked(ids: &[TokenId], scores: &[Score], top: u32, tokenizer: &Tokenizer) ->
     std::iter::once(Vec::new()).chain(ids.iter().skip(1).zip(scores).map(entry)).collect()
 }
 
-/// As an echo's `logprobs`, with the `top` most likely of each.
-fn echoed(ids: &[TokenId], scores: &[Score], top: u32, tokenizer: &Tokenizer) -> Vec<TokenLogprob> {
-    let first = ids.first().map(|&id| TokenLogprob { logprob: None, ..entry(tokenizer, id, 0.0, &[]) });
-    let others = ids.iter().skip(1).zip(scores).map(|(&id, score)| {
-        let others = &score.logprobs.others;
-        entry(tokenizer, id, score.logprobs.logprob, &others[..others.len().min(top as usize)])
-    });
-    first.into_iter().chain(others).collect()
+/// As an echo's `logprobs`, of `tokens` of it, with the `top` most likely of each.
+fn echoed(
+    ids: &[TokenId],
+    scores: &[Score],
+    tokens: Range<usize>,
+    top: u32,
+    tokenizer: &Tokenizer,
+) -> Vec<TokenLogprob> {
+    // Nothing is known of the first token, and less than all of a prompt that ended early.
+    let entry = |at: usize| match at.checked_sub(1) {
+        None => Some(TokenLogprob { logprob: None, ..entry(tokenizer, ids[at], 0.0, &[]) }),
+        Some(before) => scores.get(before).map(|score| {
+            let others = &score.logprobs.others;
+            entry(tokenizer, ids[at], score.logprobs.logprob, &others[..others.len().min(top as usize)])
+        }),
+    };
+    tokens.map_while(entry).collect()
 }

@@ -1,21 +1,26 @@
-//! Sees that a step takes too long: says what the step was, counts it, and makes the engine not ready.
+//! Sees that a step takes too long: says what the step was and of whom, counts it, and makes the engine not ready.
 //!
-//! The thread that computes writes what it begins and when it is done into a few atomics; a thread of its own looks at
-//! them. Who computes waits for nobody. A step is one of the step loop, or a batch of an embedding engine.
+//! The thread that computes writes what it begins and when it is done into a few atomics, and who is in the step into a list
+//! that it only tries to lock; a thread of its own looks at them. Who computes waits for nobody. A step is one of the step
+//! loop, or a batch of an embedding engine.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use forebay_config::HumanDuration;
 use forebay_observe::metrics::IntCounter;
+use forebay_types::RequestId;
+use parking_lot::Mutex;
 
 /// Steps whose times are kept.
 const LAST_STEPS: usize = 4;
 /// The watching thread looks a few times per limit, so that a step is noticed soon after it.
 const LOOKS_PER_LIMIT: u32 = 4;
+/// Sequences that are named in the log.
+const NAMED_MAX: usize = 64;
 
 /// What a step computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -25,6 +30,32 @@ pub(super) struct StepShape {
     pub running: u64,
     pub waiting: u64,
     pub blocks_used: u64,
+}
+
+/// One sequence of a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct InStep {
+    pub request: RequestId,
+    /// The scheduler's number of it.
+    pub seq: u64,
+    /// How many of its tokens the step computes: one of a decode.
+    pub tokens: usize,
+    /// The place of the first of them.
+    pub position: u32,
+}
+
+/// What a step is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Phase {
+    Model,
+    /// Waiting for the masks of constraints.
+    Masks,
+    Sampling,
+}
+
+impl Phase {
+    const ALL: [Self; 3] = [Self::Model, Self::Masks, Self::Sampling];
 }
 
 /// Watches one engine, until it is dropped.
@@ -68,6 +99,8 @@ pub(super) struct Heartbeat {
     origin: Instant,
     /// Microseconds since `origin` at which the step began, plus 1; 0 between steps.
     begun: AtomicU64,
+    phase: AtomicU8,
+    in_step: Mutex<Vec<InStep>>,
     tokens: AtomicU64,
     sequences: AtomicU64,
     running: AtomicU64,
@@ -84,6 +117,7 @@ struct Stuck {
     /// Tells one step from the next.
     begun: u64,
     since: Duration,
+    phase: Phase,
     shape: StepShape,
 }
 
@@ -92,6 +126,8 @@ impl Heartbeat {
         Self {
             origin: Instant::now(),
             begun: AtomicU64::new(0),
+            phase: AtomicU8::new(Phase::Model as u8),
+            in_step: Mutex::default(),
             tokens: AtomicU64::new(0),
             sequences: AtomicU64::new(0),
             running: AtomicU64::new(0),
@@ -106,7 +142,20 @@ impl Heartbeat {
         self.origin.elapsed()
     }
 
+    /// Says who is in the step that begins; not at all while somebody reads of the last one.
+    pub(super) fn list(&self, in_step: impl Iterator<Item = InStep>) {
+        if let Some(mut list) = self.in_step.try_lock() {
+            list.clear();
+            list.extend(in_step);
+        }
+    }
+
+    pub(super) fn enter(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
     pub(super) fn begin(&self, now: Duration, shape: &StepShape) {
+        self.enter(Phase::Model);
         self.tokens.store(shape.tokens, Ordering::Relaxed);
         self.sequences.store(shape.sequences, Ordering::Relaxed);
         self.running.store(shape.running, Ordering::Relaxed);
@@ -133,7 +182,21 @@ impl Heartbeat {
             waiting: self.waiting.load(Ordering::Relaxed),
             blocks_used: self.blocks_used.load(Ordering::Relaxed),
         };
-        (begun != 0 && since >= limit).then_some(Stuck { begun, since, shape })
+        let phase = Phase::ALL[usize::from(self.phase.load(Ordering::Relaxed))];
+        (begun != 0 && since >= limit).then_some(Stuck { begun, since, phase, shape })
+    }
+
+    /// Who is in the step, for people.
+    fn names(&self) -> String {
+        let list = self.in_step.lock();
+        let name = |InStep { request, seq, tokens, position }: &InStep| {
+            format!("{request} (sequence {seq}): {tokens} from {position}")
+        };
+        let mut names: Vec<String> = list.iter().take(NAMED_MAX).map(name).collect();
+        if list.len() > NAMED_MAX {
+            names.push(format!("{} more", list.len() - NAMED_MAX));
+        }
+        names.join(", ")
     }
 
     /// What the last steps took, newest first.
@@ -172,12 +235,14 @@ fn watch(
         tracing::error!(
             model,
             since_ms = stuck.since.as_millis() as u64,
+            phase = ?stuck.phase,
             tokens,
             sequences,
             running,
             waiting,
             blocks_used,
             last_steps = ?heartbeat.last_steps(),
+            in_step = heartbeat.names(),
             "a step takes longer than `engine.watchdog`; the engine is not ready until it is done"
         );
         stuck_steps.inc();
@@ -198,7 +263,9 @@ mod tests {
         heartbeat.begin(ms(0), &shape);
         assert_eq!(heartbeat.stuck(ms(9), ms(10)), None);
         let stuck = heartbeat.stuck(ms(10), ms(10)).expect("it is over the limit");
-        assert_eq!((stuck.since, stuck.shape), (ms(10), shape));
+        assert_eq!((stuck.since, stuck.phase, stuck.shape), (ms(10), Phase::Model, shape));
+        heartbeat.enter(Phase::Sampling);
+        assert_eq!(heartbeat.stuck(ms(10), ms(10)).map(|stuck| stuck.phase), Some(Phase::Sampling));
         heartbeat.end(ms(12));
         assert_eq!(heartbeat.stuck(ms(9999), ms(10)), None, "it has come back");
         for n in 1..=5u64 {
@@ -206,5 +273,22 @@ mod tests {
             heartbeat.end(ms(100 * n + n));
         }
         assert_eq!(heartbeat.last_steps(), [ms(5), ms(4), ms(3), ms(2)]);
+        assert_eq!(heartbeat.stuck(ms(9999), ms(10)), None);
+        heartbeat.begin(ms(9999), &shape);
+        let stuck = heartbeat.stuck(ms(99_999), ms(10)).expect("it is over the limit");
+        assert_eq!(stuck.phase, Phase::Model, "a new step");
+    }
+
+    #[test]
+    fn who_is_in_the_step_is_named() {
+        let heartbeat = Heartbeat::new();
+        let one = |n: u64| InStep { request: format!("r{n}").into(), seq: n, tokens: 1, position: 7 };
+        heartbeat.list([InStep { tokens: 5, position: 0, ..one(1) }, one(2)].into_iter());
+        assert_eq!(heartbeat.names(), "r1 (sequence 1): 5 from 0, r2 (sequence 2): 1 from 7");
+        heartbeat.list((0..NAMED_MAX as u64 + 3).map(one));
+        assert!(heartbeat.names().ends_with("r63 (sequence 63): 1 from 7, 3 more"));
+        let held = heartbeat.in_step.lock();
+        heartbeat.list(std::iter::empty());
+        assert_eq!(held.len(), NAMED_MAX + 3, "who computes does not wait");
     }
 }

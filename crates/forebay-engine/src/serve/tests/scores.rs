@@ -1,6 +1,6 @@
 //! Log-probabilities of prompts: those that the same tokens had when they were generated.
 
-use forebay_wire::{PromptTokens, RankedLogprob, TokenLogprob};
+use forebay_wire::{Delta, PromptTokens, RankedLogprob, TokenLogprob};
 
 use super::*;
 use crate::serve::told::{Told, ToldPrompt, What};
@@ -239,4 +239,31 @@ async fn many_names_are_the_same_as_few() {
     let named: Vec<Event> = raw.into_iter().map(|told| told.into_event(&tokenizer)).collect();
     assert_eq!(bench.events(call).await.unwrap(), named);
     assert_eq!(prompt_events(&named)[0].logprobs.as_ref().unwrap().len(), 120);
+}
+
+#[tokio::test]
+async fn a_long_echo_is_told_in_parts() {
+    let bench = bench(fake(), |_| {});
+    // 120 tokens with 20 others each: 47 of them have 987 names.
+    let prompt = "x y".repeat(40);
+    let call = Generate { echo: true, logprobs: Some(20), max_tokens: Some(1), ..greedy(&prompt) };
+    let tokenizer = bench.engine.text.tokenizer().clone();
+    let mut whole = None;
+    for told in told(&bench, &call).await {
+        if matches!(told, Told::Prompt(_)) {
+            let Event::Delta(delta) = told.into_event(&tokenizer) else { panic!("an echo is a delta") };
+            whole = Some(delta);
+        }
+    }
+    let whole = whole.expect("there is an echo");
+    let events = bench.events(call).await.unwrap();
+    let echo = events.iter().filter_map(|event| match event {
+        Event::Delta(delta) if delta.tokens == 0 && !delta.logprobs.is_empty() => Some(delta),
+        _ => None,
+    });
+    let echo: Vec<&Delta> = echo.collect();
+    assert_eq!(echo.iter().map(|part| part.logprobs.len()).collect::<Vec<_>>(), [47, 47, 26]);
+    assert_eq!(echo.iter().map(|part| part.text.as_str()).collect::<Vec<_>>(), [&prompt, "", ""]);
+    let joined: Vec<TokenLogprob> = echo.iter().flat_map(|part| part.logprobs.clone()).collect();
+    assert_eq!(joined, whole.logprobs);
 }
