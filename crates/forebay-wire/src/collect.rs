@@ -5,11 +5,11 @@ use forebay_types::{Blame, Class, Classify, Code, FinishReason, TokenId, Usage};
 
 use crate::json::{put, put_raw, put_usage};
 use crate::render::{
-    RenderSpec, put_call, put_chat_logprobs, put_completion_logprobs, put_identity, put_prompt_ids,
-    put_prompt_logprobs, put_reasoning, put_token_ids,
+    RenderSpec, put_call, put_chat_logprobs, put_completion_logprobs, put_finish, put_identity,
+    put_prompt_ids, put_prompt_logprobs, put_reasoning, put_token_ids,
 };
 use crate::tokens::put_token_logprobs;
-use crate::{Api, Event, PromptTokens, TokenLogprob, ToolCallDelta};
+use crate::{Api, Event, PromptTokens, StopReason, TokenLogprob, ToolCallDelta};
 
 /// Why the events make no whole reply.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -38,7 +38,7 @@ struct Choice {
     calls: Vec<ToolCallDelta>,
     logprobs: Vec<TokenLogprob>,
     token_ids: Vec<TokenId>,
-    reason: Option<FinishReason>,
+    finish: Option<(FinishReason, Option<StopReason>)>,
 }
 
 impl Choice {
@@ -117,9 +117,9 @@ impl Collector {
                     choice.token_ids.extend(delta.token_ids);
                 }
             }
-            Event::Finished { choice, reason } => {
+            Event::Finished { choice, reason, stop } => {
                 if let Some(choice) = self.choice(choice) {
-                    choice.reason = Some(reason);
+                    choice.finish = Some((reason, stop));
                 }
                 if reason == FinishReason::Error {
                     self.error.get_or_insert(CollectError::EngineFailed);
@@ -172,7 +172,7 @@ impl Collector {
         put_raw(&mut out, "{");
         put_identity(&mut out, &self.id, self.created_unix, &self.spec, false);
         for (index, choice) in self.choices.iter().enumerate() {
-            let reason = choice.reason.ok_or(CollectError::Cut)?;
+            let (reason, stop) = choice.finish.as_ref().ok_or(CollectError::Cut)?;
             put_raw(&mut out, if index > 0 { ",{\"index\":" } else { ",\"choices\":[{\"index\":" });
             put(&mut out, &index);
             match self.spec.api {
@@ -197,9 +197,8 @@ impl Collector {
             if self.spec.token_ids {
                 put_token_ids(&mut out, &choice.token_ids);
             }
-            put_raw(&mut out, ",\"finish_reason\":\"");
-            put_raw(&mut out, reason.as_str());
-            put_raw(&mut out, "\"}");
+            put_finish(&mut out, *reason, stop.as_ref());
+            put_raw(&mut out, "}");
         }
         put_raw(&mut out, "],\"usage\":");
         put_usage(&mut out, &usage);

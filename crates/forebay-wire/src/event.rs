@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use forebay_types::{FinishReason, TokenId, Usage};
+use serde::Serialize;
 
 /// One step of a generation's reply, in the order: `Started`, then `Delta`s and one `Finished` per choice in any
 /// interleaving, then `Done`.
@@ -19,11 +20,23 @@ pub enum Event {
     Finished {
         choice: u32,
         reason: FinishReason,
+        /// vLLM's `stop_reason`; `None` where the text, the limit or an operator ended it.
+        stop: Option<StopReason>,
     },
     /// Everything is finished. Always last; a stream that ends without it was cut.
     Done {
         usage: Usage,
     },
+}
+
+/// What in a choice's text ended it, beside the model's own end of text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum StopReason {
+    /// One of the call's stop strings.
+    Text(String),
+    /// A token that ends texts: one of the call's, or one of the model's that is not its end of text proper.
+    Token(TokenId),
 }
 
 /// A prompt as the model saw it.

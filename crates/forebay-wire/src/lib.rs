@@ -39,7 +39,9 @@ pub use embeddings::{EmbeddingsHead, render_embeddings};
 pub use error::{
     Dialect, ErrorRow, UpstreamError, error_row, error_rows, fault_frame, parse_error, render_fault, vllm_row,
 };
-pub use event::{Chunk, Delta, Event, PromptTokens, RankedLogprob, TokenLogprob, ToolCallDelta, TopLogprob};
+pub use event::{
+    Chunk, Delta, Event, PromptTokens, RankedLogprob, StopReason, TokenLogprob, ToolCallDelta, TopLogprob,
+};
 pub use models::{ModelCard, render_model, render_models};
 pub use need::Need;
 pub use parse::{ParseError, check_encoding, parse, route_name};

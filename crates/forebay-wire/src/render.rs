@@ -9,7 +9,7 @@ use forebay_types::{FinishReason, ModelName, TokenId, Usage};
 
 use crate::json::{put, put_raw, put_usage};
 use crate::tokens::put_token_logprobs;
-use crate::{Api, Delta, Event, Generate, PromptTokens, ToolCallDelta};
+use crate::{Api, Delta, Event, Generate, PromptTokens, StopReason, ToolCallDelta};
 
 mod logprobs;
 
@@ -113,8 +113,10 @@ impl Renderer {
             Event::Prompt(prompt) if self.token_ids => self.prompt(prompt, out),
             Event::Prompt(_) => {}
             Event::Delta(delta) => self.delta(delta, out),
-            Event::Finished { choice, reason } => match self.api {
-                Api::ChatCompletions => self.chat_choice(out, *choice, "{}", Some(*reason), ""),
+            Event::Finished { choice, reason, stop } => match self.api {
+                Api::ChatCompletions => {
+                    self.chat_choice(out, *choice, "{}", Some((*reason, stop.as_ref())), "");
+                }
                 Api::Completions | Api::Tokens => {
                     put_raw(out, &self.head);
                     put_raw(out, "{\"index\":");
@@ -122,9 +124,9 @@ impl Renderer {
                     let nothing =
                         if self.api == Api::Tokens { ",\"token_ids\":[]" } else { ",\"text\":\"\"" };
                     put_raw(out, nothing);
-                    put_raw(out, ",\"logprobs\":null,\"finish_reason\":\"");
-                    put_raw(out, reason.as_str());
-                    put_raw(out, "\"}");
+                    put_raw(out, ",\"logprobs\":null");
+                    put_finish(out, *reason, stop.as_ref());
+                    put_raw(out, "}");
                     self.end(out, "");
                 }
             },
@@ -197,7 +199,8 @@ impl Renderer {
         if self.token_ids {
             put_token_ids(out, &delta.token_ids);
         }
-        put_raw(out, ",\"finish_reason\":null}");
+        put_raw(out, if self.api == Api::ChatCompletions { CHAT_GOES_ON } else { GOES_ON });
+        put_raw(out, "}");
         self.end(out, "");
     }
 
@@ -206,7 +209,7 @@ impl Renderer {
         out: &mut BytesMut,
         choice: u32,
         delta: &str,
-        reason: Option<FinishReason>,
+        finish: Option<(FinishReason, Option<&StopReason>)>,
         extra: &str,
     ) {
         put_raw(out, &self.head);
@@ -214,8 +217,11 @@ impl Renderer {
         put(out, &choice);
         put_raw(out, ",\"delta\":");
         put_raw(out, delta);
-        put_raw(out, ",\"logprobs\":null,\"finish_reason\":");
-        put(out, &reason.map(FinishReason::as_str));
+        put_raw(out, ",\"logprobs\":null");
+        match finish {
+            Some((reason, stop)) => put_finish(out, reason, stop),
+            None => put_raw(out, CHAT_GOES_ON),
+        }
         put_raw(out, "}");
         self.end(out, extra);
     }
@@ -268,6 +274,19 @@ pub(crate) fn put_identity(out: &mut BytesMut, id: &str, created_unix: u64, spec
     put(out, &created_unix);
     put_raw(out, ",\"model\":");
     put(out, spec.model.as_str());
+}
+
+/// What a frame before a choice's last one says of its end. As in vLLM, `stop_reason` comes with the last frame of a chat and
+/// with every frame of the others.
+const CHAT_GOES_ON: &str = ",\"finish_reason\":null";
+const GOES_ON: &str = ",\"finish_reason\":null,\"stop_reason\":null";
+
+/// `,"finish_reason":"stop","stop_reason":"END"`
+pub(crate) fn put_finish(out: &mut BytesMut, reason: FinishReason, stop: Option<&StopReason>) {
+    put_raw(out, ",\"finish_reason\":\"");
+    put_raw(out, reason.as_str());
+    put_raw(out, "\",\"stop_reason\":");
+    put(out, &stop);
 }
 
 /// `,"prompt_token_ids":[…]`

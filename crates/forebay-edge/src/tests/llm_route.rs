@@ -147,7 +147,7 @@ fn hello() -> Vec<Event> {
     vec![
         Event::Started { prompt_tokens: 1, cached_tokens: 0 },
         Event::Delta(Delta { text: "Hello".into(), tokens: 1, ..Delta::default() }),
-        Event::Finished { choice: 0, reason: FinishReason::Stop },
+        Event::Finished { choice: 0, reason: FinishReason::Stop, stop: None },
         Event::Done {
             usage: Usage { prompt_tokens: 1, completion_tokens: 1, cached_tokens: 0, ..Usage::default() },
         },

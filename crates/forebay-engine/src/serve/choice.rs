@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use forebay_tokens::{Detokenizer, StopMatcher, Tokenizer};
 use forebay_types::{FinishReason, TokenId};
-use forebay_wire::Delta;
+use forebay_wire::{Delta, StopReason};
 
 use crate::sample::{Choice as Sampled, Sampler, Wanted};
 
@@ -50,7 +50,13 @@ pub(crate) struct ChoiceState {
 pub(crate) struct Advance {
     /// Worth sending: new text, or log-probabilities.
     pub delta: Option<Delta>,
-    pub finished: Option<FinishReason>,
+    pub finished: Option<Ending>,
+}
+
+/// How a choice ended.
+pub(crate) struct Ending {
+    pub reason: FinishReason,
+    pub stop: Option<StopReason>,
 }
 
 impl ChoiceState {
@@ -124,7 +130,8 @@ impl ChoiceState {
     /// only where a stop string would be. Where none was asked for, the token is dropped.
     pub fn on_token(&mut self, sampled: &Sampled) -> Advance {
         if self.max_tokens == 0 {
-            return Advance { delta: None, finished: Some(FinishReason::Length) };
+            let ending = Ending { reason: FinishReason::Length, stop: None };
+            return Advance { delta: None, finished: Some(ending) };
         }
         let token = sampled.token;
         self.generated += 1;
@@ -137,25 +144,25 @@ impl ChoiceState {
             self.held.token_ids.push(token);
         }
         // Under a constraint an end comes only where it has to: `ignore_eos` would go on with nothing.
-        let ends = self.how.end_tokens.contains(&token)
-            || (self.how.constrained.is_some() && self.tokenizer.is_eog(token));
-        if ends {
+        let listed = self.how.end_tokens.contains(&token);
+        if listed || (self.how.constrained.is_some() && self.tokenizer.is_eog(token)) {
             if self.how.include_stop {
                 self.detokenize(token);
                 self.feed();
             }
-            return self.end(FinishReason::Stop);
+            let told = listed && self.how.end_of_text != Some(token);
+            return self.end(FinishReason::Stop, told.then_some(StopReason::Token(token)));
         }
         let thought = self.thinks();
         self.detokenize(token);
         if self.feed() {
-            return self.close(FinishReason::Stop);
+            return self.close(FinishReason::Stop, None);
         }
         if thought && self.thinks() {
             self.reasoning_tokens += 1;
         }
         if self.generated >= self.max_tokens {
-            return self.end(FinishReason::Length);
+            return self.end(FinishReason::Length, None);
         }
         let Delta { text, reasoning, tool_calls, logprobs, .. } = &self.held;
         let empty = text.is_empty() && reasoning.is_empty() && tool_calls.is_empty() && logprobs.is_empty();
@@ -176,29 +183,30 @@ impl ChoiceState {
     }
 
     /// Lets go of everything held back.
-    fn end(&mut self, reason: FinishReason) -> Advance {
+    fn end(&mut self, reason: FinishReason, stop: Option<StopReason>) -> Advance {
         self.text.clear();
         self.text.push_str(self.detokenizer.finish());
         if self.feed() {
-            return self.close(FinishReason::Stop);
+            return self.close(FinishReason::Stop, None);
         }
         read(&mut self.reader, self.stop.finish(), &mut self.held);
-        self.close(reason)
+        self.close(reason, stop)
     }
 
-    /// All text has come.
-    fn close(&mut self, reason: FinishReason) -> Advance {
-        let Some(reader) = &mut self.reader else {
-            return Advance { delta: self.take(), finished: Some(reason) };
-        };
-        reader.finish(&mut self.held);
-        let reason = reader.reason(reason);
-        Advance { delta: self.take(), finished: Some(reason) }
+    /// All text has come. A stop string in it is what ended it, whatever else would have.
+    fn close(&mut self, mut reason: FinishReason, stop: Option<StopReason>) -> Advance {
+        let hit = self.stop.hit().and_then(|hit| self.how.stops.get(hit));
+        let stop = hit.map(|text| StopReason::Text(text.clone())).or(stop);
+        if let Some(reader) = &mut self.reader {
+            reader.finish(&mut self.held);
+            reason = reader.reason(reason);
+        }
+        Advance { delta: self.take(), finished: Some(Ending { reason, stop }) }
     }
 
     /// Ends it from outside: what was held back.
     pub fn abort(&mut self) -> Option<Delta> {
-        self.end(FinishReason::Abort).delta
+        self.end(FinishReason::Abort, None).delta
     }
 
     fn detokenize(&mut self, token: TokenId) {

@@ -263,7 +263,7 @@ fn say_aborted(submission: &Submission, choices: impl IntoIterator<Item = u32>, 
         submission.send(Event::Started { prompt_tokens, cached_tokens });
     }
     for choice in choices {
-        submission.send(Event::Finished { choice, reason: FinishReason::Abort });
+        submission.send(Event::Finished { choice, reason: FinishReason::Abort, stop: None });
     }
     submission.send(Event::Done { usage });
 }

@@ -379,7 +379,8 @@ impl Engine {
             (None, None) => None,
         };
         let matcher = StopMatcher::new(&call.stop, call.include_stop_str_in_output)?;
-        let model_ends: &[TokenId] = if call.ignore_eos { &[] } else { self.text.tokenizer().eog() };
+        let (model_ends, end_of_text): (&[TokenId], _) =
+            if call.ignore_eos { (&[], None) } else { (tokenizer.eog(), tokenizer.eos()) };
         let end_tokens = model_ends.iter().chain(&call.stop_token_ids).copied().collect();
         let (events, receiver) = mpsc::channel(Submission::events_max(&asks, call.n));
         let submission = Submission {
@@ -391,8 +392,10 @@ impl Engine {
                 sampling: self.generation.fill(&call.sampling),
                 seed,
                 include_stop: call.include_stop_str_in_output,
+                stops: call.stop.clone(),
                 matcher,
                 end_tokens,
+                end_of_text,
                 min_tokens: call.min_tokens,
                 logprobs: call.logprobs.map(|top| match &call.logprob_token_ids[..] {
                     [] => Wanted::Top(top),

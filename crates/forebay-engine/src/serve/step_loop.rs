@@ -22,7 +22,7 @@ use crate::exec::Executor;
 use crate::metrics::{ModelMetrics, Rejection, StepFailure, StepRecord};
 
 use super::KvSink;
-use super::choice::ChoiceState;
+use super::choice::{ChoiceState, Ending};
 use super::constrain::MaskThread;
 use super::control::{Inbox, Pause, Paused};
 use super::engine::INBOX_MAX;
@@ -395,8 +395,8 @@ impl<E: Executor> StepLoop<E> {
             if let Some(request) = self.state.requests.get_mut(&id) {
                 request.completion_tokens += new;
             }
-            if let Some(reason) = advance.finished {
-                self.close_choice(id, job.seq, number, reason);
+            if let Some(ending) = advance.finished {
+                self.close_choice(id, job.seq, number, ending);
                 if new == 0 {
                     // Nothing was to be generated: no example of how long outputs are.
                     self.scheduler.abort(job.seq);
@@ -457,7 +457,8 @@ impl<E: Executor> StepLoop<E> {
         }
     }
 
-    fn close_choice(&mut self, id: u64, seq: SeqId, number: u32, reason: FinishReason) {
+    fn close_choice(&mut self, id: u64, seq: SeqId, number: u32, ending: Ending) {
+        let Ending { reason, stop } = ending;
         let choice = self.state.choices.remove(&seq);
         let Some(request) = self.state.requests.get_mut(&id) else { return };
         request.open -= 1;
@@ -466,7 +467,7 @@ impl<E: Executor> StepLoop<E> {
             request.on_choice_ended(seq, &choice, reason, &self.scheduler, &self.metrics);
         }
         let done = request.open == 0;
-        self.send(id, Event::Finished { choice: number, reason });
+        self.send(id, Event::Finished { choice: number, reason, stop });
         if done && let Some(request) = self.state.requests.remove(&id) {
             request.submission.send(Event::Done { usage: request.usage() });
         }

@@ -45,11 +45,14 @@ pub(crate) struct How {
     /// Choice `i` of each prompt draws with `seed + i`: a prompt's answer is the same alone and in a list.
     pub seed: u64,
     pub include_stop: bool,
-    /// Made once per request from its `stop`; every choice has a state of its own over the shared automaton.
+    pub stops: Vec<String>,
+    /// Made once per request from `stops`; every choice has a state of its own over the shared automaton.
     pub matcher: StopMatcher,
     /// Tokens that end a choice, and may not be chosen under `min_tokens`: the model's unless the request ignores
     /// them, and the request's own.
     pub end_tokens: Vec<TokenId>,
+    /// Of them, the model's end of text: the one that is no `stop_reason`.
+    pub end_of_text: Option<TokenId>,
     pub min_tokens: u32,
     pub logprobs: Option<Wanted>,
     /// The most likely tokens at each place of the prompt, for `prompt_logprobs`.

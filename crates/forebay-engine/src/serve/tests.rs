@@ -21,8 +21,8 @@ use forebay_schedule::{Scheduler, SchedulerConfig};
 use forebay_tokens::{TextModel, TokenType, Tokenizer, Vocab};
 use forebay_types::{Blame, Code, Fault, FinishReason, Retry, Usage};
 use forebay_wire::{
-    Api, Ask, ChatMessage, Chunk, Constraint, Content, Event, Generate, Need, Prompt, Sampling, Tokenize,
-    TokenizeInput,
+    Api, Ask, ChatMessage, Chunk, Constraint, Content, Event, Generate, Need, Prompt, Sampling, StopReason,
+    Tokenize, TokenizeInput,
 };
 use futures_util::StreamExt;
 
@@ -217,7 +217,15 @@ fn text(events: &[Event], choice: u32) -> String {
 
 fn reason(events: &[Event], choice: u32) -> Option<FinishReason> {
     events.iter().find_map(|e| match e {
-        Event::Finished { choice: c, reason } if *c == choice => Some(*reason),
+        Event::Finished { choice: c, reason, .. } if *c == choice => Some(*reason),
+        _ => None,
+    })
+}
+
+/// vLLM's `stop_reason`.
+fn stop(events: &[Event], choice: u32) -> Option<StopReason> {
+    events.iter().find_map(|e| match e {
+        Event::Finished { choice: c, stop, .. } if *c == choice => stop.clone(),
         _ => None,
     })
 }
@@ -278,6 +286,42 @@ async fn limits_and_stops_end_a_choice() {
     // The seventh token is one of the first seven: its text can't stop the choice.
     check(|c| (c.stop, c.min_tokens) = (vec!["o".into()], 7), "one two three", FinishReason::Stop).await;
     check(|c| c.echo = true, "goone two three", FinishReason::Stop).await;
+}
+
+#[tokio::test]
+async fn what_stopped_a_choice_is_told() {
+    // Two tokens end its texts: the end of text proper, and one more.
+    const TURN: u32 = EOS + 1;
+    let ids = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
+    let executor = FakeExecutor::new(VOCAB + 1, 4, 64)
+        .script(&ids("go"), &[ids("one two"), vec![EOS]].concat())
+        .script(&ids("on"), &[ids("and"), vec![TURN]].concat());
+    let bench =
+        bench_of(text_model_with(None, &["<end_of_turn>"]), executor, |_| {}, EngineConfig::default());
+    let check = async |prompt: &str, change: fn(&mut Generate), expect: Option<StopReason>| {
+        let mut call = greedy(prompt);
+        change(&mut call);
+        let events = bench.events(call).await.unwrap();
+        assert_eq!(stop(&events, 0), expect, "{:?}", text(&events, 0));
+    };
+    let said = |text: &str| Some(StopReason::Text(text.into()));
+    let token = |token: u32| Some(StopReason::Token(token));
+    check("go", |_| {}, None).await;
+    check("go", |c| c.max_tokens = Some(2), None).await;
+    check("go", |c| c.stop = vec!["x".into(), " t".into(), "two".into()], said(" t")).await;
+    check("go", |c| (c.stop, c.include_stop_str_in_output) = (vec!["two".into()], true), said("two")).await;
+    // The limit is reached with the stop string's last token.
+    check("go", |c| (c.stop, c.max_tokens) = (vec!["one".into()], Some(3)), said("one")).await;
+    check("go", |c| c.stop_token_ids = vec![9, u32::from(b't')], token(u32::from(b't'))).await;
+    let both = |c: &mut Generate| {
+        (c.stop, c.stop_token_ids) = (vec![" t".into()], vec![u32::from(b't')]);
+        c.include_stop_str_in_output = true;
+    };
+    check("go", both, said(" t")).await;
+    // The model's end of text is none, unless the request alone names it.
+    check("go", |c| c.stop_token_ids = vec![EOS], None).await;
+    check("go", |c| (c.stop_token_ids, c.ignore_eos) = (vec![EOS], true), token(EOS)).await;
+    check("on", |_| {}, token(TURN)).await;
 }
 
 #[tokio::test]

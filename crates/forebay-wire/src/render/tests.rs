@@ -4,7 +4,9 @@ use forebay_types::{FinishReason, Usage};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{CollectError, Collector, Prompt, RankedLogprob, TokenLogprob, ToolCallDelta, TopLogprob};
+use crate::{
+    CollectError, Collector, Prompt, RankedLogprob, StopReason, TokenLogprob, ToolCallDelta, TopLogprob,
+};
 
 fn spec(api: Api, choices: u32, include_usage: bool) -> RenderSpec {
     let call = Generate::new(api, "m".into(), Prompt::Text(vec![String::new()]));
@@ -33,7 +35,7 @@ fn scored(text: &str, logprob: Option<f32>, top: &[(u32, &str, f32)]) -> Event {
 }
 
 fn finished(choice: u32, reason: FinishReason) -> Event {
-    Event::Finished { choice, reason }
+    Event::Finished { choice, reason, stop: None }
 }
 
 const STARTED: Event = Event::Started { prompt_tokens: 3, cached_tokens: 2 };
@@ -69,7 +71,7 @@ fn chat_stream() {
     let role =
         r#"{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}"#;
     let text = r#"{"index":0,"delta":{"content":"a\"\n"},"logprobs":null,"finish_reason":null}"#;
-    let last = r#"{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}"#;
+    let last = r#"{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null}"#;
     let usage = r#"{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":2}}"#;
     assert_eq!(
         stream(&spec(Api::ChatCompletions, 1, false), &events),
@@ -123,8 +125,8 @@ fn completion_stream() {
     assert_eq!(
         stream(&spec(Api::Completions, 1, false), &events),
         format!(
-            "{head}{{\"index\":0,\"text\":\"a\",\"logprobs\":null,\"finish_reason\":null}}]}}\n\n\
-             {head}{{\"index\":0,\"text\":\"\",\"logprobs\":null,\"finish_reason\":\"length\"}}]}}\n\ndata: [DONE]\n\n"
+            "{head}{{\"index\":0,\"text\":\"a\",\"logprobs\":null,\"finish_reason\":null,\"stop_reason\":null}}]}}\n\n\
+             {head}{{\"index\":0,\"text\":\"\",\"logprobs\":null,\"finish_reason\":\"length\",\"stop_reason\":null}}]}}\n\ndata: [DONE]\n\n"
         )
     );
 }
@@ -145,13 +147,13 @@ fn bodies_order_their_choices() {
     assert_eq!(
         collect(&spec(Api::ChatCompletions, 2, false), &events).unwrap(),
         format!(
-            r#"{{"id":"chatcmpl-r1","object":"chat.completion","created":1700000000,"model":"m","choices":[{{"index":0,"message":{{"role":"assistant","content":"ab","refusal":null}},"logprobs":null,"finish_reason":"stop"}},{{"index":1,"message":{{"role":"assistant","content":"xy","refusal":null}},"logprobs":null,"finish_reason":"length"}}],{usage}}}"#
+            r#"{{"id":"chatcmpl-r1","object":"chat.completion","created":1700000000,"model":"m","choices":[{{"index":0,"message":{{"role":"assistant","content":"ab","refusal":null}},"logprobs":null,"finish_reason":"stop","stop_reason":null}},{{"index":1,"message":{{"role":"assistant","content":"xy","refusal":null}},"logprobs":null,"finish_reason":"length","stop_reason":null}}],{usage}}}"#
         )
     );
     assert_eq!(
         collect(&spec(Api::Completions, 2, false), &events).unwrap(),
         format!(
-            r#"{{"id":"cmpl-r1","object":"text_completion","created":1700000000,"model":"m","choices":[{{"index":0,"text":"ab","logprobs":null,"finish_reason":"stop"}},{{"index":1,"text":"xy","logprobs":null,"finish_reason":"length"}}],{usage}}}"#
+            r#"{{"id":"cmpl-r1","object":"text_completion","created":1700000000,"model":"m","choices":[{{"index":0,"text":"ab","logprobs":null,"finish_reason":"stop","stop_reason":null}},{{"index":1,"text":"xy","logprobs":null,"finish_reason":"length","stop_reason":null}}],{usage}}}"#
         )
     );
     let roles = frames(&stream(&spec(Api::ChatCompletions, 2, false), &events));
@@ -321,6 +323,29 @@ fn tokens_are_named_by_their_ids_and_replies_by_the_client() {
     let chat = &body(Api::ChatCompletions)["content"][0];
     assert_eq!((&chat["token"], &chat["bytes"]), (&json!("token_id:7"), &json!([98])));
     assert_eq!(chat["top_logprobs"][1]["token"], "token_id:4");
+}
+
+/// As in vLLM: in every body, in the last frame of a chat's choice, in every frame of the other APIs.
+#[test]
+fn what_stopped_a_choice_is_told() {
+    let check = |api, stop: Option<StopReason>, expect: Value| {
+        let finished = Event::Finished { choice: 0, reason: FinishReason::Stop, stop };
+        let events = [STARTED, delta(0, "a"), finished, DONE];
+        let spec = spec(api, 1, false);
+        let frames = frames(&stream(&spec, &events));
+        let told: Vec<_> = frames.iter().map(|frame| frame["choices"][0].get("stop_reason")).collect();
+        let (last, before) = told.split_last().unwrap();
+        assert_eq!(*last, Some(&expect));
+        let expect_before = (api != Api::ChatCompletions).then_some(&Value::Null);
+        assert!(before.iter().all(|told| *told == expect_before), "{before:?}");
+        let body: Value = serde_json::from_str(&collect(&spec, &events).unwrap()).unwrap();
+        assert_eq!(body["choices"][0].get("stop_reason"), Some(&expect));
+    };
+    for api in [Api::ChatCompletions, Api::Completions] {
+        check(api, None, Value::Null);
+        check(api, Some(StopReason::Text("\n\"END\"".into())), json!("\n\"END\""));
+        check(api, Some(StopReason::Token(7)), json!(7));
+    }
 }
 
 #[test]

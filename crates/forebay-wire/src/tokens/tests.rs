@@ -5,7 +5,9 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{Api, Ask, Collector, Delta, Event, Prompt, RenderSpec, Renderer, Sampling, TopLogprob, parse};
+use crate::{
+    Api, Ask, Collector, Delta, Event, Prompt, RenderSpec, Renderer, Sampling, StopReason, TopLogprob, parse,
+};
 
 const PATH: &str = "/inference/v1/generate";
 
@@ -90,7 +92,7 @@ fn events() -> Vec<Event> {
         Event::Started { prompt_tokens: 2, cached_tokens: 0 },
         delta(7, vec![logprob]),
         delta(8, vec![]),
-        Event::Finished { choice: 0, reason: FinishReason::Stop },
+        Event::Finished { choice: 0, reason: FinishReason::Stop, stop: Some(StopReason::Token(8)) },
         Event::Done { usage: Usage { prompt_tokens: 2, completion_tokens: 2, ..Usage::default() } },
     ]
 }
@@ -110,7 +112,7 @@ fn replies_have_ids() {
         json!({
             "request_id": "generate-tokens-r", "created": 5, "model": "m",
             "choices": [{
-                "index": 0, "token_ids": [7, 8], "logprobs": {"content": [entry]}, "finish_reason": "stop",
+                "index": 0, "token_ids": [7, 8], "logprobs": {"content": [entry]}, "finish_reason": "stop", "stop_reason": 8,
             }],
             "usage": {
                 "prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4,
@@ -135,11 +137,9 @@ fn frames_have_ids() {
         .map(|frame| serde_json::from_str::<Value>(frame).expect("is JSON")["choices"].clone())
         .collect();
     assert_eq!(choices[0][0]["token_ids"], json!([7]));
-    assert_eq!(choices[1][0], json!({"index": 0, "token_ids": [8], "logprobs": null, "finish_reason": null}));
-    assert_eq!(
-        choices[2][0],
-        json!({"index": 0, "token_ids": [], "logprobs": null, "finish_reason": "stop"})
-    );
+    let choice = |ids: &[u32], finish: Option<&str>, stop: Option<u32>| json!({"index": 0, "token_ids": ids, "logprobs": null, "finish_reason": finish, "stop_reason": stop});
+    assert_eq!(choices[1][0], choice(&[8], None, None));
+    assert_eq!(choices[2][0], choice(&[], Some("stop"), Some(8)));
     assert_eq!(choices[3], json!([]));
     assert_eq!(frames[4], "[DONE]");
 }

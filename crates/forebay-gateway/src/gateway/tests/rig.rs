@@ -246,7 +246,7 @@ pub(super) fn done(prompt: u32, completion: u32, cached: u32) -> Chunk {
 }
 
 pub(super) fn finished() -> Chunk {
-    Chunk::Event(Event::Finished { choice: 0, reason: FinishReason::Stop })
+    Chunk::Event(Event::Finished { choice: 0, reason: FinishReason::Stop, stop: None })
 }
 
 pub(super) fn verbatim(bytes: &'static str, usage: Option<Usage>, deltas: u32) -> Chunk {
