@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::Bench;
+use super::aim::{Aim, Judge, Section};
 use super::begun::Begun;
 use super::contest::{self, Contestant, Running, Turns};
 use super::document::{details, table};
@@ -22,6 +23,22 @@ pub struct Slots {
 /// The longest load here has 512 tokens and its chat template.
 const SLOTS: Slots = Slots { count: 32, tokens: 1024 };
 
+/// Loads that have aims.
+pub const ONE: &str = "1 in flight";
+pub const EIGHT: &str = "8 in flight";
+pub const THIRTY_TWO: &str = "32 in flight";
+const PREFILL: &str = "prefill of 512 tokens";
+
+/// The least ratio to the peer in a load's first metric, by the load's name.
+pub type Aims = &'static [(&'static str, f64)];
+
+/// By parts of a file's name, in lower case; the first that has all of them.
+const AIMS: [(&[&str], Aims); 3] = [
+    (&["q4_1"], &[(ONE, 1.1), (EIGHT, 2.5), (THIRTY_TWO, 3.0), (PREFILL, 3.0)]),
+    (&["q4_0"], &[(ONE, 0.95), (EIGHT, 1.7), (THIRTY_TWO, 1.4), (PREFILL, 1.2)]),
+    (&["gemma", "q4_k_m"], &[(ONE, 1.0), (EIGHT, 2.0), (PREFILL, 2.0)]),
+];
+
 /// What every server calls its model.
 pub const NAME: &str = "bench";
 
@@ -39,7 +56,7 @@ const ITL_P99: Metric = Metric { name: "ITL p99, ms", key: "p99_itl_ms", more_is
 const ITL: Metric = Metric { name: "ITL p50, ms", key: "median_itl_ms", more_is_better: false };
 const TPOT: Metric = Metric { name: "TPOT mean, ms", key: "mean_tpot_ms", more_is_better: false };
 
-pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
+pub fn run(bench: &Bench<'_>) -> anyhow::Result<Section> {
     let peer = llama_cpp::obtain(bench.args.llama_server.as_deref())?;
     let begun = Begun::now();
     let works = works(bench);
@@ -47,11 +64,13 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     let mut out = format!(
         "Forebay's engine and llama.cpp's server, both with the same file and {threads} compute threads, one after the\n\
          other ({} rounds, in turns; medians). Every prompt is distinct, so neither prefix cache has more than the chat\n\
-         template; every reply has exactly the tokens that were asked for. **Ratio above 1: Forebay is better.**\n\n\
+         template; every reply has exactly the tokens that were asked for. *Sampled* is at temperature 1, with what else a\n\
+         server does where a request says nothing. **Ratio above 1: Forebay is better.**\n\n\
          {}\n",
         bench.args.rounds,
         begun.render(&[machine::forebay_version(&bench.forebay), peer.version.clone()], bench.args),
     );
+    let mut missed = Vec::new();
     for model in &bench.models {
         let scratch = Scratch::new()?;
         let sides = [ours(bench, model, &scratch), llama(bench, model, &peer, SLOTS, &scratch)];
@@ -64,13 +83,22 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
             llama_flags(bench, SLOTS).join(" "),
             commands(&*generator, &works),
         );
+        let mut judge = Judge::default();
         out.push_str(&format!(
             "\n### {name}\n\n{}\n{shown}\n\n{}",
-            compared(&turns, &works, "llama.cpp"),
+            compared(&turns, &works, "llama.cpp", aims(&name), &mut judge),
             details("Every single run", &raw(&turns, &works, &sides)),
         ));
+        missed.extend(judge.missed.iter().map(|figure| format!("{name}, {figure}")));
     }
-    Ok(out)
+    Ok(Section { text: out, missed })
+}
+
+/// None for files that no aim is set for.
+fn aims(file: &str) -> Aims {
+    let file = file.to_lowercase();
+    let found = AIMS.iter().find(|(parts, _)| parts.iter().all(|part| file.contains(part)));
+    found.map_or(&[], |&(_, aims)| aims)
 }
 
 /// The generator's command lines, one a load.
@@ -140,32 +168,39 @@ pub fn works(bench: &Bench<'_>) -> Vec<Work> {
         prompt_tokens,
         shared_prefix_tokens: 0,
         output_tokens,
+        temperature: 0.0,
     };
     vec![
-        load("1 in flight", 1, 20, 128, 64),
-        load("8 in flight", 8, 40, 128, 64),
-        load("32 in flight", 32, 96, 128, 64),
-        load("prefill of 512 tokens", 1, 12, 512, 1),
+        load(ONE, 1, 20, 128, 64),
+        load(EIGHT, 8, 40, 128, 64),
+        Work { temperature: 1.0, ..load("8 in flight, sampled", 8, 40, 128, 64) },
+        load(THIRTY_TWO, 32, 96, 128, 64),
+        load(PREFILL, 1, 12, 512, 1),
     ]
 }
 
-/// One row per load and metric; the second contestant is the peer.
-pub fn compared(turns: &Turns, works: &[Work], peer: &str) -> String {
+/// One row per load and metric; the second contestant is the peer. With a column of aims, where there are any.
+pub fn compared(turns: &Turns, works: &[Work], peer: &str, aims: Aims, judge: &mut Judge) -> String {
     let mut rows = Vec::new();
     for (index, work) in works.iter().enumerate() {
         let metrics: &[Metric] =
             if work.output_tokens == 1 { &[TTFT] } else { &[THROUGHPUT, TTFT, TTFT_P99, ITL, ITL_P99, TPOT] };
+        let mut aim = aims.iter().find(|(load, _)| *load == work.name).map(|&(_, ratio)| Aim::AtLeast(ratio));
         for metric in metrics {
             let [ours, theirs] = [0, 1].map(|side| turns.median(side, index, metric.key));
-            rows.push(vec![
-                format!("{}: {}", work.name, metric.name),
-                shown(ours),
-                shown(theirs),
-                format!("{:.2}", ratio(ours, theirs, metric.more_is_better)),
-            ]);
+            let name = format!("{}: {}", work.name, metric.name);
+            let ratio = ratio(ours, theirs, metric.more_is_better);
+            // The first metric's only.
+            let aimed = judge.cell(&format!("{name}, ratio"), ratio, aim.take());
+            let mut row = vec![name, shown(ours), shown(theirs), format!("{ratio:.2}")];
+            if !aims.is_empty() {
+                row.push(aimed);
+            }
+            rows.push(row);
         }
     }
-    table(&["", "Forebay", peer, "ratio"], &rows)
+    let head = ["", "Forebay", peer, "ratio", "aim"];
+    table(&head[..if aims.is_empty() { 4 } else { 5 }], &rows)
 }
 
 /// Above 1 where ours is better.
@@ -220,12 +255,64 @@ pub fn shown(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::bench::contest::Turn;
+    use crate::bench::generator::Found;
 
     #[test]
     fn a_ratio_above_one_is_better() {
         assert_eq!(ratio(200.0, 100.0, true), 2.0);
         assert_eq!(ratio(5.0, 10.0, false), 2.0);
         assert_eq!(ratio(10.0, 5.0, false), 0.5);
+    }
+
+    #[test]
+    fn aims_go_by_the_files_name() {
+        let check = |file: &str, expect: Aims| assert_eq!(aims(file), expect, "{file}");
+        check("SmolLM2-135M-Instruct.Q4_1.gguf", AIMS[0].1);
+        check("smollm2-q4_0.gguf", AIMS[1].1);
+        check("Gemma-3-270m-Q4_K_M.gguf", AIMS[2].1);
+        check("SmolLM2-135M-Instruct.Q4_K_M.gguf", &[]);
+    }
+
+    /// Two loads, each side with one turn of each.
+    fn turns() -> (Turns, [Work; 2]) {
+        let work = |name, output_tokens| Work {
+            name,
+            concurrency: 1,
+            requests: 1,
+            warmup: 0,
+            prompt_tokens: 1,
+            shared_prefix_tokens: 0,
+            output_tokens,
+            temperature: 0.0,
+        };
+        let turn = |contestant, work, speed: f64| {
+            let found = Found(json!({"output_throughput": speed, "median_ttft_ms": 100.0 / speed}));
+            Turn { round: 1, contestant, work, found }
+        };
+        let turns = Turns(vec![turn(0, 0, 20.0), turn(1, 0, 10.0), turn(0, 1, 20.0), turn(1, 1, 10.0)]);
+        (turns, [work(ONE, 64), work(PREFILL, 1)])
+    }
+
+    #[test]
+    fn a_missed_aim_is_marked_and_told() {
+        let (turns, works) = turns();
+        let mut judge = Judge::default();
+        let table = compared(&turns, &works, "peer", &[(ONE, 2.0), (PREFILL, 2.5)], &mut judge);
+        assert!(table.contains("| 1 in flight: output tokens/s | 20.0 | 10.0 | 2.00 | ≥ 2 |"), "{table}");
+        assert!(table.contains("| 1 in flight: TTFT p50, ms | 5.0 | 10.0 | 2.00 |  |"), "{table}");
+        assert!(table.contains("| 5.0 | 10.0 | 2.00 | **≥ 2.5 missed** |"), "{table}");
+        assert_eq!(judge.missed, ["prefill of 512 tokens: TTFT p50, ms, ratio: 2.000, to be ≥ 2.5"]);
+    }
+
+    #[test]
+    fn without_aims_there_is_no_column_of_them() {
+        let (turns, works) = turns();
+        let mut judge = Judge::default();
+        let table = compared(&turns, &works, "peer", &[], &mut judge);
+        assert!(table.starts_with("|  | Forebay | peer | ratio |\n") && judge.missed.is_empty(), "{table}");
     }
 }

@@ -44,6 +44,8 @@ pub struct Work {
     /// Of the prompt's tokens, how many at the beginning are the same in all prompts.
     pub shared_prefix_tokens: u32,
     pub output_tokens: u32,
+    /// 0 is greedy.
+    pub temperature: f32,
 }
 
 impl Work {
@@ -64,7 +66,9 @@ impl Work {
             flags.push(flag.to_owned());
             flags.push(value.to_string());
         }
-        flags.extend(["--temperature", "0", "--ignore-eos", "--json"].map(str::to_owned));
+        flags.extend(
+            ["--temperature", &self.temperature.to_string(), "--ignore-eos", "--json"].map(str::to_owned),
+        );
         flags
     }
 }

@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::Context;
 
 use super::Bench;
+use super::aim::Section;
 use super::begun::Begun;
 use super::contest::{self, Contestant, Running, Turns};
 use super::document::{details, table};
@@ -59,7 +60,7 @@ engine:
   threads: THREADS
 ";
 
-pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
+pub fn run(bench: &Bench<'_>) -> anyhow::Result<Section> {
     let scratch = Scratch::new()?;
     let upstream = null::start()?;
     let begun = Begun::now();
@@ -71,6 +72,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         prompt_tokens: 8,
         shared_prefix_tokens: 0,
         output_tokens: 1,
+        temperature: 0.0,
     };
 
     // A quoted YAML string is JSON's: a path with a space or a quote in it stays one.
@@ -124,7 +126,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
 
     let config = format!("# edge and admin on free ports\n{LAYERS_ABOVE}{TO_REPLICA}");
     let flags = null_work[0].flags().join(" ");
-    Ok(format!(
+    let text = format!(
         "Time that Forebay adds to one streamed request with a key to look up, two quotas to reserve and settle, an\n\
          audit record, metrics, a model alias and a placement decision: one request in flight, prompt of 8 tokens, 1\n\
          token of output, {} turns each, medians of the rounds. E2E is from sending the request to reading\n\
@@ -147,7 +149,8 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
             "Every single run",
             &format!("{}\n{}", raw(&null_turns, &nulls), raw(&engine_turns, &engines))
         ),
-    ))
+    );
+    Ok(text.into())
 }
 
 /// Microseconds that each request spent outside the engine, ascending.
@@ -163,6 +166,7 @@ fn inside(bench: &Bench<'_>, scratch: &Scratch, below: &str) -> anyhow::Result<V
         prompt_tokens: 8,
         shared_prefix_tokens: 0,
         output_tokens: 1,
+        temperature: 0.0,
     };
     generator::run(&bench.forebay, &running.url, Some("alias"), &work, 9000)?;
     let listed = get_json(&admin, &format!("/api/requests?n={requests}"))?;

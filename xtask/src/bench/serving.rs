@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::Bench;
+use super::aim::{Aim, Judge, Section};
 use super::begun::Begun;
 use super::contest::{Contestant, Running};
 use super::document::{median, table};
@@ -47,29 +48,49 @@ const fn load(
     shared_prefix_tokens: u32,
     output_tokens: u32,
 ) -> Work {
-    Work { name, concurrency, requests, warmup: 1, prompt_tokens, shared_prefix_tokens, output_tokens }
+    Work {
+        name,
+        concurrency,
+        requests,
+        warmup: 1,
+        prompt_tokens,
+        shared_prefix_tokens,
+        output_tokens,
+        temperature: 0.0,
+    }
 }
 
-pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
+/// Figures that have an aim.
+const START: &str = "start to ready, ms";
+const IDLE_USE: &str = "processor use when idle, %";
+const CACHED_TO_COLD: &str = "cached : cold, %";
+const P99_TO_P50: &str = "its p99 : its p50, %";
+const SHARE: &str = "share of what is fair under competing load, %";
+
+/// What ours are to be. Idle is what rounds to nothing.
+const AIMS: [(&str, Aim); 5] = [
+    (START, Aim::AtMost(1000.0)),
+    (IDLE_USE, Aim::AtMost(0.5)),
+    (CACHED_TO_COLD, Aim::AtMost(10.0)),
+    (P99_TO_P50, Aim::AtMost(200.0)),
+    (SHARE, Aim::AtLeast(80.0)),
+];
+
+pub fn run(bench: &Bench<'_>) -> anyhow::Result<Section> {
     let model = &bench.models[0];
     let peer = llama_cpp::obtain(bench.args.llama_server.as_deref())?;
     let scratch = Scratch::new()?;
     let sides = [engine::ours(bench, model, &scratch), engine::llama(bench, model, &peer, SLOTS, &scratch)];
     let begun = Begun::now();
-    let mut rows = Vec::new();
+    let mut found = Vec::new();
     for (nth, side) in sides.iter().enumerate() {
         println!("serving: {}", side.name);
-        let figures = figures(bench, side, nth == 0)?;
-        if nth == 0 {
-            rows = figures.into_iter().map(|(name, value)| vec![name, value]).collect();
-        } else {
-            for (row, (_, value)) in rows.iter_mut().zip(figures) {
-                row.push(value);
-            }
-        }
+        found.push(figures(bench, side, nth == 0)?);
     }
-    Ok(format!(
-        "One server at a time with `{}` and {} compute threads; no cell is a target, each is what was seen.\n\n{}\n\n\
+    let mut judge = Judge::default();
+    let rows = rows(&found[0], &found[1], &mut judge);
+    let text = format!(
+        "One server at a time with `{}` and {} compute threads. Aims are for Forebay's column.\n\n{}\n\n\
          - Decodes beside a prefill: {} streams of {} tokens, while prompts of {} tokens come one after the other.\n  \
            Not asked of the peer: with a whole batch of a prompt between any two of its tokens it would take too long.\n\
          - Competing load: {BUSY} processes that do nothing but compute; the share is what is left of the tokens per\n  \
@@ -77,7 +98,7 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
          - Memory: growth of the resident memory over {} prompts of {} distinct tokens.\n\n{}",
         file_name(model),
         bench.threads,
-        table(&["", "Forebay", "llama.cpp"], &rows),
+        table(&["", "Forebay", "llama.cpp", "aim"], &rows),
         DECODES.concurrency,
         DECODES.output_tokens,
         PREFILL.prompt_tokens,
@@ -86,16 +107,28 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         FILL.requests,
         FILL.prompt_tokens,
         begun.render(&[machine::forebay_version(&bench.forebay), peer.version.clone()], bench.args),
-    ))
+    );
+    Ok(Section { text, missed: judge.missed })
+}
+
+type Figure = (&'static str, f64);
+
+/// One row per figure.
+fn rows(ours: &[Figure], theirs: &[Figure], judge: &mut Judge) -> Vec<Vec<String>> {
+    let row = |(&(name, ours), &(_, theirs)): (&Figure, &Figure)| {
+        let aim = AIMS.iter().find(|(figure, _)| *figure == name).map(|&(_, aim)| aim);
+        vec![name.to_owned(), shown(ours), shown(theirs), judge.cell(name, ours, aim)]
+    };
+    ours.iter().zip(theirs).map(row).collect()
 }
 
 /// `beside`: also the decodes beside prefills. With the peer that takes too long, as a whole batch of the prompt comes
 /// between any two of its tokens.
-fn figures(bench: &Bench<'_>, side: &Contestant<'_>, beside: bool) -> anyhow::Result<Vec<(String, String)>> {
+fn figures(bench: &Bench<'_>, side: &Contestant<'_>, beside: bool) -> anyhow::Result<Vec<Figure>> {
     let mut out = Vec::new();
-    let mut add = |name: &str, value: f64| {
+    let mut add = |name: &'static str, value: f64| {
         println!("  {name}: {}", shown(value));
-        out.push((name.to_owned(), shown(value)));
+        out.push((name, value));
     };
     let forebay = bench.forebay.as_path();
 
@@ -106,10 +139,10 @@ fn figures(bench: &Bench<'_>, side: &Contestant<'_>, beside: bool) -> anyhow::Re
         starts.push(begin.elapsed().as_secs_f64() * 1e3);
         drop(running);
     }
-    add("start to ready, ms", median(&starts));
+    add(START, median(&starts));
 
     let running = (side.start)()?;
-    add("processor use when idle, %", idle(&running)?);
+    add(IDLE_USE, idle(&running)?);
     let fill = generator::run(forebay, &running.url, None, &Work { requests: 1, ..FILL }, 1);
     fill?;
     let before = usage(&running)?.resident;
@@ -124,7 +157,7 @@ fn figures(bench: &Bench<'_>, side: &Contestant<'_>, beside: bool) -> anyhow::Re
     let cached = generator::run(forebay, &running.url, None, &CACHED, 4)?.number("median_ttft_ms");
     add("TTFT of a 2k prompt, ms", cold);
     add("TTFT with 2000 of its tokens cached, ms", cached);
-    add("cached : cold, %", cached / cold * 100.0);
+    add(CACHED_TO_COLD, cached / cold * 100.0);
     let shared = generator::run(forebay, &running.url, None, &SHARED, 5)?;
     add("shared prefixes: output tokens/s", shared.number("output_throughput"));
     add("shared prefixes: TTFT p50, ms", shared.number("median_ttft_ms"));
@@ -141,7 +174,7 @@ fn figures(bench: &Bench<'_>, side: &Contestant<'_>, beside: bool) -> anyhow::Re
     };
     add("4 decodes beside 8k prefills: ITL p50, ms", p50);
     add("4 decodes beside 8k prefills: ITL p99, ms", p99);
-    add("its p99 : its p50, %", p99 / p50 * 100.0);
+    add(P99_TO_P50, p99 / p50 * 100.0);
     drop(running);
 
     let running = (side.start)()?;
@@ -153,7 +186,7 @@ fn figures(bench: &Bench<'_>, side: &Contestant<'_>, beside: bool) -> anyhow::Re
     add("1 in flight: output tokens/s", quiet);
     add("1 in flight under competing load: output tokens/s", loaded);
     let fair = fair_share(bench.threads, BUSY, machine::cores());
-    add("share of what is fair under competing load, %", loaded / quiet / fair * 100.0);
+    add(SHARE, loaded / quiet / fair * 100.0);
     Ok(out)
 }
 
@@ -220,7 +253,21 @@ impl Drop for Busy {
 
 #[cfg(test)]
 mod tests {
-    use super::fair_share;
+    use super::*;
+
+    #[test]
+    fn aims_are_for_ours() {
+        let mut judge = Judge::default();
+        let ours = vec![(START, 800.0), (CACHED_TO_COLD, 12.0), ("other", 5.0)];
+        let theirs = vec![(START, 2000.0), (CACHED_TO_COLD, 5.0), ("other", 6.0)];
+        let expect = [
+            [START, "800.0", "2000.0", "≤ 1000"],
+            [CACHED_TO_COLD, "12.0", "5.0", "**≤ 10 missed**"],
+            ["other", "5.0", "6.0", ""],
+        ];
+        assert_eq!(rows(&ours, &theirs, &mut judge), expect);
+        assert_eq!(judge.missed, ["cached : cold, %: 12.000, to be ≤ 10"]);
+    }
 
     #[test]
     fn shares() {

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use super::aim::{Judge, Section};
 use super::begun::Begun;
 use super::contest;
 use super::document::details;
@@ -27,10 +28,11 @@ const WORK: Work = Work {
     prompt_tokens: 128,
     shared_prefix_tokens: 0,
     output_tokens: 64,
+    temperature: 0.0,
 };
 
 /// Every tool whose environment was named, against Forebay's engine and against vLLM.
-pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
+pub fn run(bench: &Bench<'_>) -> anyhow::Result<Section> {
     let args = bench.args;
     let tools = [
         (Tool::VllmBench, &args.vllm_python),
@@ -63,13 +65,14 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         out.push_str(&format!(
             "\n### {}\n\n{}\n```text\n{}\n```\n\n{}",
             tool.name(),
-            engine::compared(&turns, &works, "vLLM"),
+            engine::compared(&turns, &works, "vLLM", &[], &mut Judge::default()),
             generator.shown(&works[0]),
             details("Every single run", &engine::raw(&turns, &works, &sides)),
         ));
     }
     let versions = [machine::forebay_version(&bench.forebay), vllm::version(python)?];
-    Ok(format!("{out}\n{}", begun.render(&versions, bench.args)))
+    out.push_str(&format!("\n{}", begun.render(&versions, bench.args)));
+    Ok(out.into())
 }
 
 /// Which generator makes the load.
@@ -133,12 +136,12 @@ pub struct Outside<'a> {
 impl Outside<'_> {
     /// Everything but the addresses and the places of files.
     fn flags(&self, model: &str, work: &Work, seed: &str) -> Vec<String> {
-        let Work { concurrency, requests, prompt_tokens, output_tokens, .. } = *work;
+        let Work { concurrency, requests, prompt_tokens, output_tokens, temperature, .. } = *work;
         let text = match self.tool {
             Tool::VllmBench => format!(
                 "bench serve --backend openai --model {model} --dataset-name random --random-input-len {prompt_tokens} \
                  --random-output-len {output_tokens} --num-prompts {requests} --max-concurrency {concurrency} \
-                 --num-warmups {} --ignore-eos --temperature 0 --seed {seed} --metric-percentiles 99 \
+                 --num-warmups {} --ignore-eos --temperature {temperature} --seed {seed} --metric-percentiles 99 \
                  --percentile-metrics ttft,tpot,itl,e2el --disable-tqdm",
                 work.warmup
             ),
@@ -146,7 +149,7 @@ impl Outside<'_> {
                 "profile --model {model} --endpoint-type chat --streaming --ui none --request-count {requests} \
                  --concurrency {concurrency} --warmup-request-count {} --synthetic-input-tokens-mean {prompt_tokens} \
                  --synthetic-input-tokens-stddev 0 --output-tokens-mean {output_tokens} --output-tokens-stddev 0 \
-                 --extra-inputs ignore_eos:true --extra-inputs temperature:0 --random-seed {seed}",
+                 --extra-inputs ignore_eos:true --extra-inputs temperature:{temperature} --random-seed {seed}",
                 work.warmup
             ),
             Tool::Guidellm => format!(
@@ -172,7 +175,9 @@ impl Outside<'_> {
             }
             Tool::Guidellm => {
                 let tokenizer = self.tokenizer.display();
-                command.args(["--backend", &format!("kind=openai_http,target={url},model={model}")]);
+                let extras = json!({"body": {"temperature": work.temperature}});
+                let backend = json!({"kind": "openai_http", "target": url, "model": model, "extras": extras});
+                command.args(["--backend", &backend.to_string()]);
                 command.args(["--tokenizer", &format!("kind=huggingface_auto,model={tokenizer}")]);
                 command.args(["--output", &format!("kind=json,path={}", self.tool.report(dir).display())]);
                 command.env("HF_HUB_OFFLINE", "1");
@@ -259,8 +264,6 @@ fn collect(numbers: &[(&str, f64)]) -> Option<Found> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]

@@ -6,17 +6,20 @@ use std::process::Command;
 use anyhow::Context;
 
 use super::Bench;
+use super::aim::{Judge, Section};
 use super::begun::Begun;
 use super::contest::{self, Contestant};
 use super::document::details;
-use super::engine::{self, compared, file_name, raw};
+use super::engine::{self, Aims, EIGHT, ONE, THIRTY_TWO, compared, file_name, raw};
 use super::machine;
 use super::server::Scratch;
 
 /// KV cache of the peer, in GiB: room for the heaviest load, and no more than a small machine has.
 const KV_GIB: u32 = 2;
 
-pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
+const AIMS: Aims = &[(ONE, 2.0), (EIGHT, 2.0), (THIRTY_TWO, 2.0)];
+
+pub fn run(bench: &Bench<'_>) -> anyhow::Result<Section> {
     let (python, model) = needs(bench)?;
     let version = version(python)?;
     let scratch = Scratch::new()?;
@@ -25,7 +28,8 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
     let generator = bench.generator(&scratch)?;
     let begun = Begun::now();
     let turns = contest::run(&*generator, bench.args.rounds, &sides, &works)?;
-    Ok(format!(
+    let mut judge = Judge::default();
+    let text = format!(
         "Forebay's engine and vLLM, both with the same directory of bf16 safetensors (`{}`) and {} compute threads, one after\n\
          the other ({} rounds, in turns; medians). Loads of the sizes above; the commands\n\
          below say who made them. **Ratio above 1: Forebay is better.**\n\n{}\n{}\n\n\
@@ -33,13 +37,14 @@ pub fn run(bench: &Bench<'_>) -> anyhow::Result<String> {
         file_name(&model),
         bench.threads,
         bench.args.rounds,
-        compared(&turns, &works, "vLLM"),
+        compared(&turns, &works, "vLLM", AIMS, &mut judge),
         begun.render(&[machine::forebay_version(&bench.forebay), version], bench.args),
         engine::our_flags(bench).join(" "),
         PEER_FLAGS.join(" "),
         engine::commands(&*generator, &works),
         details("Every single run", &raw(&turns, &works, &sides)),
-    ))
+    );
+    Ok(Section { text, missed: judge.missed })
 }
 
 /// The environment with vLLM and the directory that both sides serve.
