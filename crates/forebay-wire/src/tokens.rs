@@ -75,6 +75,7 @@ fn sampling_params(call: &Generate, max_tokens: u32) -> Value {
         "min_tokens": call.min_tokens,
         "logprobs": call.logprobs,
         "prompt_logprobs": call.prompt_logprobs,
+        "logprob_token_ids": Some(&call.logprob_token_ids).filter(|ids| !ids.is_empty()),
         "logit_bias": if bias.is_empty() { Value::Null } else { bias.into() },
         "allowed_token_ids": sampling.allowed_token_ids,
         "structured_outputs": call.constraint.as_ref().map(structured_outputs),

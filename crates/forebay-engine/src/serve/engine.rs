@@ -441,6 +441,14 @@ impl Engine {
         }
         let prompts = self.own_ids(&call, stage.ids).await?;
         let asks = self.prompt_asks(&call, prompts)?;
+        let prompt = asks.first().map_or(&[][..], |ask| &ask.ids);
+        let tokenizer = self.text.tokenizer();
+        let reading = self.forms.reading(&call, prompt, tokenizer)?;
+        if reading.is_some_and(|reading| reading.grammar(&call, tokenizer).is_some()) {
+            let message = "calls of functions with 'strict' can't be rendered; leave 'strict' out, or set 'tool_choice' to \
+                           'none'";
+            return Err(Fault::bad_request(message).param("tools"));
+        }
         // Whoever generates from it may know another model's defaults.
         call.sampling = self.generation.fill(&call.sampling);
         let calls: Vec<TokensCall<'_>> =

@@ -157,6 +157,7 @@ proptest! {
         chat in any::<bool>(),
         regex in proptest::option::of("[a-z]{1,9}"),
         logprobs in proptest::option::of(0u32..20),
+        scored in proptest::collection::vec(0u32..500, 0..3),
         n in 1u32..4,
     ) {
         let mut body = json!({
@@ -165,6 +166,9 @@ proptest! {
         });
         if let Some(regex) = regex {
             body["structured_outputs"] = json!({"regex": regex});
+        }
+        if logprobs.is_some() && !scored.is_empty() {
+            body["logprob_token_ids"] = json!(scored);
         }
         let path = if chat {
             body["messages"] = json!([{"role": "user", "content": "hi"}]);
@@ -186,6 +190,7 @@ proptest! {
         let expect = Sampling { left_open: again.sampling.left_open, ..call.sampling };
         prop_assert_eq!(again.sampling, expect);
         prop_assert_eq!((again.stop, again.n, again.logprobs), (call.stop, call.n, call.logprobs));
+        prop_assert_eq!(again.logprob_token_ids, call.logprob_token_ids);
         prop_assert_eq!(again.constraint, call.constraint);
         prop_assert_eq!(again.max_tokens, Some(9));
         prop_assert!(matches!(again.prompt, Prompt::Tokens(prompts) if prompts == [vec![1, 2]]));

@@ -222,16 +222,18 @@ async fn a_call_that_is_wanted_comes_whatever_the_model_would_say() {
     }
 }
 
+/// With one function that is strict.
+fn strict(name: &str) -> Generate {
+    let mut tools = tools();
+    for tool in tools.as_array_mut().unwrap() {
+        tool["function"]["strict"] = (tool["function"]["name"] == name).into();
+    }
+    Generate { parallel_tool_calls: false, ..chat(tools) }
+}
+
 /// Whether it calls is the model's to say; what it calls fits, where the function is strict.
 #[tokio::test]
 async fn strict_functions_are_called_as_their_schemas_say() {
-    let strict = |name: &str| {
-        let mut tools = tools();
-        for tool in tools.as_array_mut().unwrap() {
-            tool["function"]["strict"] = (tool["function"]["name"] == name).into();
-        }
-        Generate { parallel_tool_calls: false, ..chat(tools) }
-    };
     let too_much = CALL.replace("1}", "500}");
     for tags in [&[][..], &["<tool_call>", "</tool_call>"]] {
         for before in ["", "I < will.\n"] {
@@ -255,6 +257,23 @@ async fn strict_functions_are_called_as_their_schemas_say() {
         let held = Generate { constraint: Some(Constraint::Choice(vec!["yes".into()])), ..strict("f") };
         assert_eq!(text_of(&bench.events(held).await.unwrap()), "yes");
     }
+}
+
+/// What is rendered holds no calls to schemas, so it is refused where the call itself would be held to them.
+#[tokio::test]
+async fn strict_functions_are_not_rendered() {
+    let render = async |bench: &Bench, call: Generate| bench.call(Ask::Render(Box::new(call))).await;
+    let hermes = plain("x");
+    let fault = render(&hermes, strict("f")).await.unwrap_err();
+    assert_eq!((fault.class.code, fault.param.as_deref()), (Code::BadRequest, Some("tools")), "{fault}");
+    let held = Generate { constraint: Some(Constraint::JsonObject), ..strict("f") };
+    let shown = Generate { tool_choice: ToolChoice::None, ..strict("f") };
+    for call in [chat(tools()), held, shown] {
+        assert!(render(&hermes, call).await.is_ok());
+    }
+    let config = EngineConfig { tool_call_parser: ToolCallParser::Json, ..EngineConfig::default() };
+    let json = model(None, &[], ANSWER, "x", config);
+    assert!(render(&json, strict("f")).await.is_ok(), "strict says nothing in this form");
 }
 
 #[tokio::test]
