@@ -22,6 +22,22 @@ SCHEMA = {
 }
 
 
+# vLLM's example.
+SQL = """
+    root ::= select_statement
+
+    select_statement ::= "SELECT " column " from " table " where " condition
+
+    column ::= "col_1 " | "col_2 "
+
+    table ::= "table_1 " | "table_2 "
+
+    condition ::= column "= " number
+
+    number ::= "1 " | "2 "
+"""
+
+
 class Person(pydantic.BaseModel):
     name: str = pydantic.Field(max_length=20)
     job: Literal["painter", "baker"]
@@ -78,6 +94,8 @@ def test_json_mode_gives_an_object(sdk):
         ({"json": json.dumps(SCHEMA)}, fits),
         ({"grammar": 'start: "SELECT " COLUMN " FROM t"\nCOLUMN: /[a-z]{1,6}/'},
          lambda text: re.fullmatch(r"SELECT [a-z]{1,6} FROM t", text)),
+        ({"grammar": SQL},
+         lambda text: re.fullmatch(r"SELECT col_[12]  from table_[12]  where col_[12] = [12] ", text)),
     ],
 )
 def test_the_constraints_of_vllm(sdk, constraint, matches):

@@ -7,6 +7,7 @@
 //! Pure CPU work, without I/O. Compiling takes milliseconds to a second, a mask some 50 µs: neither belongs on the
 //! thread that steps the model. There are limits on all of it; what goes beyond them is an error, not a long wait.
 
+mod ebnf;
 mod mask;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +20,7 @@ use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use serde_json::{Value, json};
 
+pub use ebnf::{EbnfError, Mistake, ebnf_to_lark};
 pub use mask::Mask;
 
 /// What a constraint may cost. Each bounds time or memory (50,000 units of lexer fuel are a millisecond, a lexer state is
@@ -95,9 +97,9 @@ impl Grammars {
     /// `Constraint` with what is wrong with the client's schema, expression or grammar.
     pub fn compile(&self, constraint: &Constraint) -> Result<Matcher, GrammarError> {
         match constraint {
-            Constraint::Grammar(grammar) if grammar.contains("::=") => Err(GrammarError::Constraint(
-                "the grammar is in EBNF (`::=`); write it in Lark's notation, `start: ...`".to_owned(),
-            )),
+            Constraint::Grammar(grammar) if ebnf::is_ebnf(grammar) => {
+                self.compile_lark(ebnf_to_lark(grammar).map_err(|e| GrammarError::Constraint(reason(&e)))?)
+            }
             _ => self.compile_new(constraint),
         }
     }

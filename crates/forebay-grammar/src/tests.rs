@@ -5,12 +5,12 @@ use serde_json::{Value, json};
 
 use super::*;
 
-const END: TokenId = 256;
+pub(crate) const END: TokenId = 256;
 const OTHER_END: TokenId = 257;
 const TURN: TokenId = 258;
 
 /// One token per byte, two that end a text, one that begins a turn, and words that cross the borders of JSON's tokens.
-fn tokenizer() -> Tokenizer {
+pub(crate) fn tokenizer() -> Tokenizer {
     let mut next = 256u32;
     let mut letters: Vec<String> = (0..=255u8)
         .map(|byte| {
@@ -172,7 +172,8 @@ fn what_can_not_be_compiled_says_why() {
     check(Constraint::JsonSchema(json!([])), "an object");
     check(Constraint::Regex("a(".into()), "unclosed group");
     check(Constraint::Grammar("start: missing".into()), "missing");
-    check(Constraint::Grammar("root ::= \"a\"".into()), "Lark");
+    check(Constraint::Grammar("root ::= a".into()), "line 1 of the EBNF grammar: rule `a` is not defined");
+    check(Constraint::Grammar("root ::= root".into()), "no text matches it");
     check(Constraint::Grammar("start: start".into()), "no text matches it");
 }
 

@@ -32,6 +32,18 @@ async fn the_model_says_only_what_is_allowed() {
         serde_json::from_str::<serde_json::Value>(said).is_ok_and(|value| value["n"] == 1 || value["n"] == 22)
     })
     .await;
+    for grammar in [
+        "start: \"<\" WORD \">\"\nWORD: /[a-c]{1,3}/",
+        "root ::= \"<\" w-ord \">\" # as xgrammar has it\nw-ord ::= [a-c]{1,3}",
+    ] {
+        check(Constraint::Grammar(grammar.into()), &|said| {
+            let word = said.strip_prefix('<').and_then(|said| said.strip_suffix('>'));
+            word.is_some_and(|word| {
+                (1..=3).contains(&word.len()) && word.bytes().all(|b| b"abc".contains(&b))
+            })
+        })
+        .await;
+    }
 }
 
 #[tokio::test]
@@ -96,6 +108,7 @@ async fn a_constraint_that_can_not_be_compiled_is_the_clients_mistake() {
     check(Constraint::JsonSchema(json!({"type": 7})), "response_format").await;
     check(Constraint::Regex("[".into()), "structured_outputs").await;
     check(Constraint::Grammar("start: (".into()), "structured_outputs").await;
+    check(Constraint::Grammar("root ::= missing".into()), "structured_outputs").await;
     assert_eq!(text(&bench.events(greedy("go")).await.unwrap(), 0), "x");
 }
 
