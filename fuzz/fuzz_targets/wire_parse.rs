@@ -17,7 +17,7 @@ fuzz_target!(|data: &[u8]| {
     let Ok(method) = Method::from_bytes(words.next().unwrap_or_default().as_bytes()) else { return };
     let path = words.next().unwrap_or_default();
     let body = Bytes::copy_from_slice(&data[end + 1..]);
-    match parse(&method, path, words.next(), &body) {
+    match parse(&method, path, words.next(), &body, None) {
         Ok(Ask::Generate(call)) => check(&call),
         Ok(Ask::Embed(call)) => check_embed(&call),
         Ok(_) => {}
@@ -37,7 +37,7 @@ fn check_embed(call: &Embed) {
     }
     assert!(call.dimensions != Some(0));
     let forwarded = with_model(&call.body, "other").expect("what was parsed can be spliced");
-    let Ok(Ask::Embed(again)) = parse(&Method::POST, "/v1/embeddings", None, &forwarded) else {
+    let Ok(Ask::Embed(again)) = parse(&Method::POST, "/v1/embeddings", None, &forwarded, None) else {
         panic!("the forwarded body is not understood: {forwarded:?}");
     };
     assert_eq!(again.model.as_str(), "other");
@@ -67,7 +67,7 @@ fn check(call: &Generate) {
         forebay_wire::Api::Completions => "/v1/completions",
         forebay_wire::Api::Tokens => "/inference/v1/generate",
     };
-    let Ok(Ask::Generate(again)) = parse(&Method::POST, path, None, &forwarded) else {
+    let Ok(Ask::Generate(again)) = parse(&Method::POST, path, None, &forwarded, None) else {
         panic!("the forwarded body is not understood: {forwarded:?}");
     };
     assert_eq!(again.model.as_str(), "other");

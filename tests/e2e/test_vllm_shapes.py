@@ -1,11 +1,12 @@
-"""What vLLM's replies have beyond OpenAI's, from a worker and through a router before it."""
+"""What vLLM's requests may leave out and its replies have beyond OpenAI's, at a worker and at a router before it."""
 
 from __future__ import annotations
 
+import httpx
 import openai
 import pytest
 
-from harness import MODEL, Forebay, Worker, user
+from harness import KEY, MODEL, OTHER_KEY, Forebay, Worker, user
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +59,43 @@ def test_the_end_of_text_is_no_stop_reason(sdk):
     reply = sdk.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=400)
     assert reply.choices[0].finish_reason == "stop"
     assert reply.choices[0].model_extra["stop_reason"] is None
+
+
+ASKS = {
+    "/v1/chat/completions": {"messages": user("hi"), "max_tokens": 2},
+    "/v1/completions": {"prompt": "hi", "max_tokens": 2},
+    "/v1/completions/render": {"prompt": ["hi"], "max_tokens": 2},
+    "/inference/v1/generate": {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2}},
+    "/tokenize": {"prompt": "hi"},
+}
+
+
+@pytest.mark.parametrize("path", ASKS)
+def test_a_request_need_not_name_the_only_model(worker, router, path):
+    for url in (worker.url, router.url):
+        for none in ({}, {"model": None}, {"model": ""}):
+            response = httpx.post(f"{url}{path}", json={**ASKS[path], **none}, timeout=60, trust_env=False)
+            assert response.status_code == 200, response.text
+            reply = response.json()
+            named = reply[0] if isinstance(reply, list) else reply
+            assert named.get("model", MODEL) == MODEL, reply
+            assert "model" in named or path == "/tokenize"
+
+
+def test_a_stream_names_the_only_model(sdk):
+    with sdk.chat.completions.with_streaming_response.create(
+        model=openai.omit, messages=user("hi"), max_tokens=2, stream=True
+    ) as response:
+        frames = [line for line in response.iter_lines() if '"choices"' in line]
+    assert frames and all(f'"model":"{MODEL}"' in frame for frame in frames)
+
+
+@pytest.mark.parametrize("key", [KEY, OTHER_KEY], ids=["all-models", "one-model"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/inference/v1/generate"])
+def test_of_several_models_one_is_to_be_named(server, key, path):
+    """Also who may use just one: what it means must not change when it may use more."""
+    with server.http(key) as http:
+        response = http.post(path, json=ASKS[path])
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["message"], error["param"]) == ("Missing required parameter: 'model'.", "model")

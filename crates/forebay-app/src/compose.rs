@@ -103,7 +103,9 @@ pub fn compose<E: Stage<Placed>>(
 
     // The gateway is outermost: nothing below it runs for a caller who is not known or is over quota, and it alone
     // sees every reply to its end, which is where quotas are settled and the audit record is written.
-    let deps = GatewayDeps { encoder, registry };
+    // It counts a prompt's tokens before the proxy sees the request, so it has to know which model is meant by none.
+    let only_model = proxy.only_model().cloned().collect();
+    let deps = GatewayDeps { encoder, registry, only_model };
     let gateway = Gateway::new(config.gateway.as_ref(), *env, deps, proxy)?;
     Ok(Composed { stack: Arc::new(gateway), router })
 }

@@ -36,6 +36,9 @@ const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 pub struct GatewayDeps<'a> {
     pub encoder: Arc<dyn PromptEncoder>,
     pub registry: &'a Registry,
+    /// The names of the only model that there is, its own first: what a request is for that names none. Empty where there
+    /// are several models.
+    pub only_model: Vec<ModelName>,
 }
 
 /// `x-ratelimit-*`
@@ -48,6 +51,12 @@ struct Consumer {
     models: Option<Arc<[ModelName]>>,
     /// Its long bodies that are read at a time, so that one consumer's can't keep all others waiting.
     reading: Arc<Semaphore>,
+}
+
+impl Consumer {
+    fn may_use(&self, model: &ModelName) -> bool {
+        self.models.as_ref().is_none_or(|models| models.contains(model))
+    }
 }
 
 /// Who may come in.
@@ -66,6 +75,7 @@ pub struct Gateway<Next> {
     /// Long bodies that are read at a time, of everybody. One per core: more would only take turns, and each takes some
     /// 40 times its own memory while it is tokenized.
     reading: Arc<Semaphore>,
+    only_model: Vec<ModelName>,
     audit: Option<AuditLog>,
     metrics: Metrics,
     clock: Clock,
@@ -112,6 +122,7 @@ impl<Next> Gateway<Next> {
             salts: config.map(|config| Salts::new(config, env)).transpose()?.flatten(),
             encoder: deps.encoder,
             reading: Arc::new(Semaphore::new(cores)),
+            only_model: deps.only_model,
             audit,
             metrics,
             clock,
@@ -217,9 +228,10 @@ impl<Next> Gateway<Next> {
         let encoder = Arc::clone(&self.encoder);
         let permits = if inline { None } else { Some(self.read_permits(consumer).await) };
         let (origin, consumer) = (Arc::clone(origin), Arc::clone(consumer));
+        let default = self.only_model.iter().find(|model| consumer.may_use(model)).cloned();
         let read = move |is_wanted: &dyn Fn() -> bool| {
             let start = Instant::now();
-            let ask = read(&received)?;
+            let ask = read(&received, default.as_ref())?;
             origin.trace.note(Layer::Gateway, "parse", start, format!("{} bytes", received.body.len()));
             // The model goes back also where the rest fails: the audit log names it.
             let model = ask.model().cloned();
@@ -313,13 +325,14 @@ fn may_compute(received: &Received) -> bool {
     received.method == Method::POST && ends.iter().any(|end| received.path.ends_with(end))
 }
 
-fn read(received: &Received) -> Result<Ask, Fault> {
+fn read(received: &Received, default_model: Option<&ModelName>) -> Result<Ask, Fault> {
     for encoding in received.headers.get_all(header::CONTENT_ENCODING) {
         check_encoding(Some(&String::from_utf8_lossy(encoding.as_bytes())))
             .map_err(ParseError::into_fault)?;
     }
     let content_type = received.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    parse(&received.method, &received.path, content_type, &received.body).map_err(ParseError::into_fault)
+    parse(&received.method, &received.path, content_type, &received.body, default_model)
+        .map_err(ParseError::into_fault)
 }
 
 /// Whether the consumer may use the model. A listing, a look at one model and what names none are filtered by the proxy: a

@@ -104,6 +104,15 @@ impl<Next: Stage<Resolved>> Proxy<Next> {
         self.models.all.iter().map(|model| &model.name)
     }
 
+    /// Everything that the only model can be asked for by, its own name first; nothing where there are several.
+    pub fn only_model(&self) -> impl Iterator<Item = &ModelName> {
+        let only = match &self.models.all[..] {
+            [only] => Some(only),
+            _ => None,
+        };
+        only.into_iter().flat_map(Model::names)
+    }
+
     /// The fleet that a model's chain begins with: whose tokenizer counts its prompts. `None` for a model that nobody
     /// serves, and for one that begins at a provider.
     pub fn first_fleet(&self, model: &ModelName) -> Option<&ModelName> {

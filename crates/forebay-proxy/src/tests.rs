@@ -33,19 +33,20 @@ impl Bench {
 
     /// `aliases` are of the fleet `b`.
     fn with_aliases(config: Option<&ProxyConfig>, aliases: &[&str]) -> Result<Self, ProxyBuildError> {
-        let (registry, router) = (Registry::new(), Router::default());
-        let env = FixedEnvironment::new().with_var("KEY", "sk-provider").with_var("BAD", "with\u{1}control");
         let card = |(n, model): (u64, &str)| FleetCard {
             aliases: aliases.iter().filter(|_| model == "b").map(|&alias| alias.into()).collect(),
             model: model.into(),
             max_model_len: Some(1000 * n as u32),
             created: n,
         };
-        let deps = ProxyDeps {
-            client: HttpClient::new(ClientConfig::default()),
-            registry: &registry,
-            fleets: [(1, "a"), (2, "b"), (3, "c")].map(card).to_vec(),
-        };
+        Self::with_fleets(config, [(1, "a"), (2, "b"), (3, "c")].map(card).to_vec())
+    }
+
+    fn with_fleets(config: Option<&ProxyConfig>, fleets: Vec<FleetCard>) -> Result<Self, ProxyBuildError> {
+        let (registry, router) = (Registry::new(), Router::default());
+        let env = FixedEnvironment::new().with_var("KEY", "sk-provider").with_var("BAD", "with\u{1}control");
+        let deps =
+            ProxyDeps { client: HttpClient::new(ClientConfig::default()), registry: &registry, fleets };
         let proxy = Proxy::new(config, &env, deps, router.clone())?;
         Ok(Self { proxy, router, registry })
     }

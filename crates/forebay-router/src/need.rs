@@ -136,7 +136,7 @@ mod tests {
 
     fn generate(salt: &str) -> Generate {
         let body = format!(r#"{{"model": "m", "prompt": ["p", "q"]{salt}}}"#).into();
-        match forebay_wire::parse(&http::Method::POST, "/v1/completions", None, &body) {
+        match forebay_wire::parse(&http::Method::POST, "/v1/completions", None, &body, None) {
             Ok(Ask::Generate(call)) => *call,
             other => panic!("{other:?}"),
         }

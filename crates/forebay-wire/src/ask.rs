@@ -40,7 +40,8 @@ pub enum Ask {
 }
 
 impl Ask {
-    /// The model that is asked for. `None` for a listing, for `/tokenizer_info`, and for `/tokenize` without `model`.
+    /// The model that is asked for. `None` for a listing, for `/tokenizer_info`, and for `/tokenize` without `model` where there
+    /// is no default.
     pub fn model(&self) -> Option<&ModelName> {
         match self {
             Self::Generate(call) | Self::Render(call) => Some(&call.model),

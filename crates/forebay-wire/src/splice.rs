@@ -361,7 +361,7 @@ mod tests {
 
     fn call(body: &str) -> Generate {
         let path = "/v1/chat/completions";
-        match crate::parse(&http::Method::POST, path, None, &Bytes::copy_from_slice(body.as_bytes())) {
+        match crate::parse(&http::Method::POST, path, None, &Bytes::copy_from_slice(body.as_bytes()), None) {
             Ok(crate::Ask::Generate(call)) => *call,
             other => panic!("{other:?}"),
         }

@@ -81,6 +81,42 @@ async fn the_trace_says_who_and_how_much() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_request_that_names_no_model_is_for_the_only_one() {
+    let nameless = |key, path: &str, body: Value| flow(Method::POST, path, Some(key), &body.to_string());
+    let completion = |key| nameless(key, "/v1/completions", json!({"prompt": "top secret", "max_tokens": 1}));
+    let count = |key| nameless(key, "/tokenize", json!({"prompt": "x"}));
+    let tokenized = || whole(ReplyForm::Json, vec![]);
+    let rig = rig([generation(), tokenized(), generation()]).with_only_model(&["the-one", "org/n"]);
+    let reply = rig.call(completion("sk-a1")).await.unwrap();
+    assert_eq!(reply.render.as_ref().unwrap().model.as_str(), "the-one", "what the reply calls it");
+    read_all(reply).await;
+    read_all(rig.call(count("sk-a1")).await.unwrap()).await;
+    // Who may use some models only knows it by a name that it may use.
+    read_all(rig.call(completion("sk-b")).await.unwrap()).await;
+    let calls: Vec<_> = rig
+        .script
+        .calls
+        .lock()
+        .unwrap()
+        .drain(..)
+        .map(|call| call.ask.model().unwrap().to_string())
+        .collect();
+    assert_eq!(calls, ["the-one", "the-one", "org/n"]);
+    let models: Vec<_> = rig.audit().await.iter().map(|record| record["model"].clone()).collect();
+    assert_eq!(models, ["the-one", "the-one", "org/n"]);
+
+    // Not a word of a model that it may not use, nor which there are.
+    for names in [&["hidden"][..], &[]] {
+        let rig = self::rig([]).with_only_model(names);
+        let fault = rig.call(completion("sk-b")).await.unwrap_err();
+        assert_eq!((fault.class.code, fault.param.as_deref()), (Code::BadRequest, Some("model")));
+        assert_eq!(fault.message, "Missing required parameter: 'model'.");
+        let fault = rig.call(count("sk-b")).await.unwrap_err();
+        assert!(!fault.message.contains("hidden"), "{fault}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn strangers_are_refused_and_written_down() {
     let rig = rig([]);
     let check = |fault: Fault, code: Code, text: &str| {

@@ -3,7 +3,7 @@ use forebay_types::Code;
 use serde_json::{Value, json};
 
 use super::script::{completion, request, request_from, text};
-use super::{Bench, config};
+use super::{Bench, FleetCard, config};
 
 fn aliases() -> crate::ProxyConfig {
     config(json!({"models": [
@@ -61,6 +61,17 @@ async fn a_fleet_has_aliases_unless_models_are_listed() {
     let bench = Bench::with_aliases(Some(&aliases()), &["b-too"]).expect("a proxy");
     assert_eq!(listed(&bench, None).await, ["gpt-4o", "org/coder"]);
     assert!(bench.proxy.call(completion("b-too")).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_only_model_has_all_its_names() {
+    let only = |bench: Bench| bench.proxy.only_model().map(ToString::to_string).collect::<Vec<_>>();
+    let one = json!({"models": [{"name": "m", "deployments": [{"fleet": "a"}, {"fleet": "b"}]}]});
+    assert_eq!(only(Bench::new(Some(&config(one)))), ["m"]);
+    assert_eq!(only(Bench::new(Some(&aliases()))), [""; 0]);
+    assert_eq!(only(Bench::new(None)), [""; 0], "three fleets");
+    let one = FleetCard { model: "a".into(), aliases: vec!["too".into()], max_model_len: None, created: 1 };
+    assert_eq!(only(Bench::with_fleets(None, vec![one]).expect("a proxy")), ["a", "too"]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -63,7 +63,8 @@ impl Stage<Resolved> for Router {
 pub(crate) fn request_from(models: Option<&[&str]>, path: &str, body: &str) -> Flow<Admitted> {
     let body = Bytes::copy_from_slice(body.as_bytes());
     let method = if body.is_empty() { http::Method::GET } else { http::Method::POST };
-    let ask = forebay_wire::parse(&method, path, Some("application/json"), &body).expect("a valid request");
+    let ask =
+        forebay_wire::parse(&method, path, Some("application/json"), &body, None).expect("a valid request");
     let hold = Ledger::unlimited().try_hold(Duration::ZERO, 0).expect("no limit");
     let received = Instant::now();
     let trace = Trace::new(TraceContext::from_header(None, *b"trace-id-16-byte-span-id"), received);

@@ -69,7 +69,8 @@ pub(crate) fn done(prompt_tokens: u32, completion_tokens: u32) -> Result<Chunk, 
 pub(crate) fn request(fleet: &str, path: &str, body: &str, ids: PromptIds) -> Flow<Resolved> {
     let body = Bytes::copy_from_slice(body.as_bytes());
     let method = if body.is_empty() { http::Method::GET } else { http::Method::POST };
-    let ask = forebay_wire::parse(&method, path, Some("application/json"), &body).expect("a valid request");
+    let ask =
+        forebay_wire::parse(&method, path, Some("application/json"), &body, None).expect("a valid request");
     let hold = Ledger::unlimited().try_hold(Duration::ZERO, 0).expect("no limit");
     let received = Instant::now();
     let trace = Trace::new(TraceContext::from_header(None, *b"trace-id-16-byte-span-id"), received);

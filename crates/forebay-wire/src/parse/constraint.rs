@@ -160,7 +160,7 @@ mod tests {
             body[key] = value.clone();
         }
         let body = Bytes::from(body.to_string());
-        match crate::parse(&http::Method::POST, "/v1/chat/completions", None, &body) {
+        match crate::parse(&http::Method::POST, "/v1/chat/completions", None, &body, None) {
             Ok(Ask::Generate(call)) => Ok(call.constraint),
             Ok(_) => unreachable!("a chat is a generation"),
             Err(error) => Err(error.to_string()),

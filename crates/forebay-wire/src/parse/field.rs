@@ -151,6 +151,15 @@ impl<'a> Fields<'a> {
         self
     }
 
+    /// Gives a field its value where it has none: where it is absent, null, or an empty string.
+    pub(super) fn set_default(&mut self, name: &'static str, value: &'a RawValue) {
+        match self.members.binary_search_by(|(key, _)| (**key).cmp(name)) {
+            Ok(at) if matches!(self.members[at].1.get(), "null" | "\"\"") => self.members[at].1 = value,
+            Ok(_) => {}
+            Err(at) => self.members.insert(at, (name.into(), value)),
+        }
+    }
+
     /// The raw JSON of a field that is there and not null.
     pub(super) fn raw(&self, name: &str) -> Option<&'a str> {
         let at = self.members.binary_search_by(|(key, _)| (**key).cmp(name)).ok()?;

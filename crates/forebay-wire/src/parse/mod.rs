@@ -22,6 +22,7 @@ mod tools;
 use bytes::Bytes;
 use forebay_types::ModelName;
 use http::Method;
+use serde_json::value::to_raw_value;
 
 pub use error::ParseError;
 
@@ -108,11 +109,13 @@ pub fn route_name(path: &str) -> Option<&'static str> {
 /// Understands one request. Pure; any bytes give an `Ask` or an error, never a panic.
 ///
 /// `path` is the path as the LLM API knows it; a query is ignored. A missing `content-type` counts as JSON.
+/// `default_model` is meant by a body that names no model, as in vLLM; without it, such a body is refused where it needs one.
 pub fn parse(
     method: &Method,
     path: &str,
     content_type: Option<&str>,
     body: &Bytes,
+    default_model: Option<&ModelName>,
 ) -> Result<Ask, ParseError> {
     let path = path.split_once('?').map_or(path, |(path, _)| path);
     // There in vLLM only where it is told to take adapters.
@@ -150,7 +153,11 @@ pub fn parse(
     {
         return Err(ParseError::NotJsonType { given: shown(given) });
     }
-    let fields = Fields::of_body(body)?;
+    let default_model = default_model.and_then(|model| to_raw_value(model.as_str()).ok());
+    let mut fields = Fields::of_body(body)?;
+    if let Some(model) = &default_model {
+        fields.set_default("model", model);
+    }
     match route {
         Route::Chat => chat::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),
         Route::Completions => completion::parse(&fields, body).map(|call| Ask::Generate(Box::new(call))),

@@ -8,13 +8,47 @@ use super::*;
 use crate::{Content, Generate, LeftOpen, Prompt, TokenizeInput, VectorFormat};
 
 fn post(path: &str, body: &str) -> Result<Ask, ParseError> {
-    parse(&Method::POST, path, Some("application/json"), &Bytes::copy_from_slice(body.as_bytes()))
+    parse(&Method::POST, path, Some("application/json"), &Bytes::copy_from_slice(body.as_bytes()), None)
 }
 
 fn generate(path: &str, body: &str) -> Generate {
     match post(path, body) {
         Ok(Ask::Generate(call)) => *call,
         other => panic!("{body}: {other:?}"),
+    }
+}
+
+/// Whom a body is for that names `model` like this, where there is a default and where there is none.
+#[test]
+fn a_body_that_names_no_model_is_for_the_default() {
+    let asks = [
+        (CHAT, r#""messages":[{"role":"user","content":"hi"}]"#),
+        ("/v1/chat/completions/render", r#""messages":[{"role":"user","content":"hi"}]"#),
+        (COMPLETIONS, r#""prompt":"hi""#),
+        (EMBEDDINGS, r#""input":"hi""#),
+        ("/inference/v1/generate", r#""token_ids":[1],"sampling_params":{"model":"inside"}"#),
+        ("/tokenize", r#""prompt":"hi""#),
+        ("/detokenize", r#""tokens":[1]"#),
+    ];
+    let default = ModelName::from("only \"one\"");
+    for (path, rest) in asks {
+        let ask = |model: &str, default: Option<&ModelName>| {
+            parse(&Method::POST, path, None, &Bytes::from(format!("{{{model}{rest}}}")), default)
+        };
+        for none in ["", r#""model":null,"#, r#""model":"","#] {
+            let ask = ask(none, Some(&default)).expect("is for the default");
+            assert_eq!(ask.model(), Some(&default), "{path} {none}");
+        }
+        for default in [Some(&default), None] {
+            let ask = ask(r#""model":"m","#, default).expect("names one");
+            assert_eq!(ask.model().map(ModelName::as_str), Some("m"), "{path}");
+        }
+        match ask("", None) {
+            Ok(ask) => assert!(path.ends_with("tokenize") && ask.model().is_none(), "{path}"),
+            Err(error) => assert_eq!(error.to_string(), "Missing required parameter: 'model'.", "{path}"),
+        }
+        let error = ask(r#""model":1,"#, Some(&default)).expect_err("is no name");
+        assert_eq!(error.param(), Some("model"), "{path}");
     }
 }
 
@@ -41,7 +75,7 @@ fn refused(path: &str, body: &str) -> (String, Option<String>) {
 #[test]
 fn routes() {
     let check = |method: Method, path: &str, expect: Result<&str, Code>| {
-        let got = parse(&method, path, None, &Bytes::from_static(b"{}"));
+        let got = parse(&method, path, None, &Bytes::from_static(b"{}"), None);
         let got = match &got {
             Ok(Ask::ListModels) => Ok("list".to_owned()),
             Ok(Ask::TokenizerInfo) => Ok("tokenizer".to_owned()),
@@ -67,7 +101,7 @@ fn routes() {
     check(Method::POST, "/v1/embedding", Err(Code::RouteNotFound));
     check(Method::GET, "/v1/modelsx", Err(Code::RouteNotFound));
     check(Method::POST, "/v1/chat/completions/", Err(Code::RouteNotFound));
-    let fault: Fault = parse(&Method::GET, CHAT, None, &Bytes::new()).unwrap_err().into_fault();
+    let fault: Fault = parse(&Method::GET, CHAT, None, &Bytes::new(), None).unwrap_err().into_fault();
     assert_eq!(fault.headers, [("allow", "POST".to_owned())]);
     assert_eq!(fault.message, "Not allowed to GET on /v1/chat/completions: only POST is.");
 }
@@ -144,7 +178,7 @@ fn embeddings_that_are_wrong() {
 #[test]
 fn content_types() {
     let check = |content_type: Option<&str>, ok: bool| {
-        let result = parse(&Method::POST, CHAT, content_type, &Bytes::from(chat("")));
+        let result = parse(&Method::POST, CHAT, content_type, &Bytes::from(chat("")), None);
         assert_eq!(result.is_ok(), ok, "{content_type:?}");
     };
     check(None, true);
@@ -680,7 +714,7 @@ proptest! {
     #[test]
     fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         for path in [CHAT, COMPLETIONS, "/tokenize", "/detokenize"] {
-            let _ = parse(&Method::POST, path, None, &Bytes::copy_from_slice(&bytes));
+            let _ = parse(&Method::POST, path, None, &Bytes::copy_from_slice(&bytes), Some(&"m".into()));
         }
     }
 
@@ -707,8 +741,8 @@ proptest! {
 
     #[test]
     fn paths_never_panic(path in ".{0,40}") {
-        let _ = parse(&Method::GET, &path, None, &Bytes::new());
-        let _ = parse(&Method::GET, &format!("/v1/models/{path}"), None, &Bytes::new());
+        let _ = parse(&Method::GET, &path, None, &Bytes::new(), None);
+        let _ = parse(&Method::GET, &format!("/v1/models/{path}"), None, &Bytes::new(), None);
     }
 }
 

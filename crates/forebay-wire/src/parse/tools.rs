@@ -198,7 +198,7 @@ mod tests {
             body[key] = value.clone();
         }
         let body = Bytes::from(body.to_string());
-        match crate::parse(&http::Method::POST, "/v1/chat/completions", None, &body)? {
+        match crate::parse(&http::Method::POST, "/v1/chat/completions", None, &body, None)? {
             Ask::Generate(call) => Ok(*call),
             _ => unreachable!("a chat is a generation"),
         }

@@ -30,7 +30,7 @@ fn call(path: &str, fields: &Value) -> Result<Generate, ParseError> {
         _ => json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]}),
     };
     body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-    match parse(&Method::POST, path, None, &Bytes::from(body.to_string()))? {
+    match parse(&Method::POST, path, None, &Bytes::from(body.to_string()), None)? {
         Ask::Generate(call) => Ok(*call),
         other => panic!("{other:?}"),
     }

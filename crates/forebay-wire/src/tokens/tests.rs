@@ -12,7 +12,7 @@ use crate::{
 const PATH: &str = "/inference/v1/generate";
 
 fn parsed(path: &str, body: &Value) -> Result<Generate, crate::ParseError> {
-    let ask = parse(&Method::POST, path, Some("application/json"), &Bytes::from(body.to_string()))?;
+    let ask = parse(&Method::POST, path, Some("application/json"), &Bytes::from(body.to_string()), None)?;
     match ask {
         Ask::Generate(call) | Ask::Render(call) => Ok(*call),
         other => panic!("{other:?}"),

@@ -125,7 +125,11 @@ pub(super) fn env() -> FixedEnvironment {
 pub(super) fn build(yaml: &str, next: Arc<Script>) -> Result<Gateway<Arc<Script>>, GatewayBuildError> {
     let config = config(yaml);
     let registry = Registry::new();
-    let deps = GatewayDeps { encoder: Arc::new(ByteEncoder::default()), registry: &registry };
+    let deps = GatewayDeps {
+        encoder: Arc::new(ByteEncoder::default()),
+        registry: &registry,
+        only_model: Vec::new(),
+    };
     Gateway::new(Some(&config), &env(), deps, next)
 }
 
@@ -148,7 +152,8 @@ pub(super) fn rig_of(
     let script = Arc::new(Script { plays: Mutex::new(plays.into_iter().collect()), ..Script::default() });
     let encoder = Arc::new(ByteEncoder::default());
     let registry = Registry::new();
-    let deps = GatewayDeps { encoder: Arc::clone(&encoder) as _, registry: &registry };
+    let deps =
+        GatewayDeps { encoder: Arc::clone(&encoder) as _, registry: &registry, only_model: Vec::new() };
     let gateway = Gateway::new(config, &env(), deps, Arc::clone(&script)).unwrap();
     Rig { gateway, script, encoder, registry, audit }
 }
@@ -177,6 +182,12 @@ pub(super) fn ask_for(model: &str, key: Option<&str>) -> Flow<Received> {
 }
 
 impl Rig {
+    /// Where there is one model, of these names.
+    pub(super) fn with_only_model(mut self, names: &[&str]) -> Self {
+        self.gateway.only_model = names.iter().map(|&name| name.into()).collect();
+        self
+    }
+
     pub(super) async fn call(&self, flow: Flow<Received>) -> Result<Reply, Fault> {
         self.gateway.call(flow).await
     }
