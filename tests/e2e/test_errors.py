@@ -72,7 +72,7 @@ def without(key: str) -> dict:
         (GOOD | {"n": 129}, "n"),
         (GOOD | {"stop": [1]}, "stop"),
         (GOOD | {"stream": "yes"}, "stream"),
-        (GOOD | {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (GOOD | {"logprobs": True, "top_logprobs": 1001}, "top_logprobs"),
         (GOOD | {"top_logprobs": 2}, "top_logprobs"),
         (GOOD | {"presence_penalty": 9}, "presence_penalty"),
         (GOOD | {"logit_bias": {"5": 101}}, "logit_bias"),

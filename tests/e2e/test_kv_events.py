@@ -280,7 +280,7 @@ def test_what_is_stored_reads_as_vllms(start, context):
 
 def test_what_is_evicted_is_removed(start, context):
     # 30 layers of 3 heads of 64, keys and values in 2 bytes: 360 KiB for a block, so 22 blocks.
-    server, port, replay = publishing(start, **{"kv-cache-memory": "8MiB"})
+    server, port, replay = publishing(start, **{"kv-cache-memory": "8MiB", "max-model-len": 256})
     blocks = 8 * 1024 // 360
     subscriber = Subscriber(context, port)
     listening(server, subscriber, replay)
@@ -541,7 +541,7 @@ class LoadStat(msgspec.Struct, array_like=True, gc=False, tag=True):
 
 def test_what_is_ours_alone(start, context):
     """Heartbeats, snapshots and load reports, read with msgspec; and a subscriber that knows vLLM's protocol alone."""
-    server, port, replay = publishing(start, {"buffer-steps": 1, "heartbeat-interval": "100ms"}, **{"kv-cache-memory": "8MiB"})
+    server, port, replay = publishing(start, {"buffer-steps": 1, "heartbeat-interval": "100ms"}, **{"kv-cache-memory": "8MiB", "max-model-len": 256})
     everything = context.socket(zmq.SUB)
     everything.connect(f"tcp://127.0.0.1:{port}")
     everything.subscribe(b"")

@@ -309,7 +309,10 @@ pub(crate) fn explain(config: &Config) -> Vec<LayerReport> {
     let engines: Vec<String> = config
         .engine
         .iter()
-        .map(|engine| format!("serves {} with a KV cache of {}", engine.model, engine.kv_cache_memory))
+        .map(|engine| match engine.kv_cache_memory {
+            Some(memory) => format!("serves {} with a KV cache of {memory}", engine.model),
+            None => format!("serves {} with a KV cache by the memory that is free", engine.model),
+        })
         .collect();
     let engine = (!engines.is_empty()).then(|| engines.join("; "));
     vec![

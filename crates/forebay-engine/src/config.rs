@@ -23,10 +23,10 @@ pub struct EngineConfig {
     pub served_model_name: OneOrMany<String>,
     /// Load the model at the start; `false` leaves it to `POST /api/models/load` of the admin API.
     pub preload: bool,
-    /// Longest prompt plus output in tokens; the model's own limit where absent, less where the KV cache is smaller.
+    /// Longest prompt plus output in tokens; the model's own limit where absent, less where the KV cache is smaller (the log says so).
     pub max_model_len: Option<u32>,
-    /// Memory for KV blocks; more means more and longer requests at once.
-    pub kv_cache_memory: ByteSize,
+    /// Memory for KV blocks; more means more and longer requests at once. Where absent, a quarter of what the machine (or container) has left beside the model, 4GiB at most; half of it where one request of `max-model-len` needs that much. Memory is taken as blocks are first used.
+    pub kv_cache_memory: Option<ByteSize>,
     /// KV blocks, in place of as many as `kv-cache-memory` has room for: for tests of how a small cache behaves.
     pub num_gpu_blocks_override: Option<u32>,
     /// Tokens per KV block, a multiple of 16; smaller shares prefixes more finely, larger costs less bookkeeping.
@@ -37,7 +37,7 @@ pub struct EngineConfig {
     pub itl_slo: HumanDuration,
     /// Sequences computed in one step at most; more raises throughput and memory.
     pub max_num_seqs: u32,
-    /// Sequences (choices of requests) that may wait; a request that goes over it is refused with 503.
+    /// Sequences (choices of requests) that may wait or run at a time; a request that goes over it is refused with 503.
     pub max_num_queued_reqs: u32,
     /// Prompt tokens that may wait over all requests; a request that goes over it is refused with 503.
     pub max_num_queued_tokens: u32,
@@ -55,7 +55,7 @@ pub struct EngineConfig {
     pub reasoning_parser: ReasoningParser,
     /// Chat template in place of the model's own: Jinja as text, or the path of a file.
     pub chat_template: Option<String>,
-    /// Most `logprobs`, `top_logprobs` and `prompt_logprobs` that a request may ask for, 20 at most; 0 refuses all but the chosen token's.
+    /// Most `logprobs`, `top_logprobs` and `prompt_logprobs` that a request may ask for, 1000 at most; 0 refuses all but the chosen token's.
     pub max_logprobs: u32,
     /// Seed of requests that bring none: the same requests in the same order then get the same answers; unset is a random one each.
     pub seed: Option<u64>,
@@ -95,7 +95,7 @@ const BLOCK_SIZE_STEP: u32 = 16;
 /// Far above the cores of any machine: more is a slip of the pen.
 const THREADS_MAX: u32 = 1024;
 /// OpenAI's limit, and vLLM's default.
-const LOGPROBS_MAX: u32 = 20;
+const LOGPROBS_MAX: u32 = 1000;
 const SEQS_MAX: u32 = 16_384;
 /// Bounds the memory of activations.
 const STEP_TOKENS_MAX: u32 = 131_072;
@@ -211,14 +211,14 @@ impl Default for EngineConfig {
             served_model_name: OneOrMany::default(),
             preload: true,
             max_model_len: None,
-            kv_cache_memory: ByteSize::mib(512),
+            kv_cache_memory: None,
             num_gpu_blocks_override: None,
             block_size: 16,
             max_num_batched_tokens: 512,
             itl_slo: HumanDuration::from_millis(200),
             max_num_seqs: 64,
-            max_num_queued_reqs: 1024,
-            max_num_queued_tokens: 1_000_000,
+            max_num_queued_reqs: 8192,
+            max_num_queued_tokens: 10_000_000,
             generation_config: GenerationSource::default(),
             override_generation_config: GenerationDefaults::default(),
             enable_prefix_caching: true,
@@ -226,7 +226,7 @@ impl Default for EngineConfig {
             tool_call_parser: ToolCallParser::Auto,
             reasoning_parser: ReasoningParser::Auto,
             chat_template: None,
-            max_logprobs: LOGPROBS_MAX,
+            max_logprobs: 20,
             seed: None,
             enable_force_include_usage: false,
             return_tokens_as_token_ids: false,
@@ -236,7 +236,7 @@ impl Default for EngineConfig {
             tensor_parallel_size: 1,
             pipeline_parallel_size: 1,
             watchdog: HumanDuration::from_secs(60),
-            request_timeout: HumanDuration::from_secs(600),
+            request_timeout: HumanDuration::from_secs(86_400),
         }
     }
 }
@@ -265,7 +265,7 @@ mod tests {
         check(|c| c.override_generation_config.top_p = Some(0.0), &["override-generation-config"]);
         check(|c| c.max_model_len = Some(1), &["max-model-len"]);
         check(|c| c.max_model_len = Some(2), &[]);
-        check(|c| c.max_logprobs = 21, &["max-logprobs"]);
+        check(|c| c.max_logprobs = 1001, &["max-logprobs"]);
         check(|c| c.num_gpu_blocks_override = Some(0), &["num-gpu-blocks-override"]);
         let named = |config: &mut EngineConfig, names: &[&str]| {
             config.served_model_name = names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>().into();

@@ -14,8 +14,8 @@ pub struct SchedulerConfig {
     pub step_tokens_max: u32,
     /// Sequences that hold KV blocks at once; at most `step_tokens_max`, so that each gets a token every step.
     pub running_max: u32,
-    /// Sequences that wait. More are refused.
-    pub waiting_max: u32,
+    /// Sequences that wait or run, as vLLM counts them. More are refused.
+    pub unfinished_max: u32,
     /// Prompt tokens that wait, in all. More are refused, except that an empty queue takes any prompt that fits.
     pub waiting_tokens_max: u64,
     /// Prompt and output of one sequence, in tokens.
@@ -55,7 +55,7 @@ impl Default for SchedulerConfig {
             blocks: 1024,
             step_tokens_max: 2048,
             running_max: 128,
-            waiting_max: 1024,
+            unfinished_max: 8192,
             waiting_tokens_max: 1 << 20,
             model_len_max: 4096,
             prefix_cache: true,
@@ -78,7 +78,7 @@ impl SchedulerConfig {
         self.blocks = self.blocks.max(1);
         self.step_tokens_max = self.step_tokens_max.max(1);
         self.running_max = self.running_max.clamp(1, self.step_tokens_max);
-        self.waiting_max = self.waiting_max.max(1);
+        self.unfinished_max = self.unfinished_max.max(1);
         self.chunk_tokens_max = self.chunk_tokens_max.clamp(1, self.step_tokens_max);
         self.prompt_logits_max = self.prompt_logits_max.max(1);
         self.chunk_tokens_min = self.chunk_tokens_min.clamp(1, self.chunk_tokens_max);

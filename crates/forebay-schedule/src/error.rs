@@ -9,7 +9,7 @@ use crate::SeqId;
 /// Why a sequence was not queued. Nothing has changed in the scheduler.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AddError {
-    /// `limit` sequences wait (vLLM's `--max-num-queued-reqs`). The words are vLLM's, too: its clients know them.
+    /// `limit` sequences wait or run (vLLM's `--max-num-queued-reqs`). The words are vLLM's, too: its clients know them.
     #[error(
         "The engine is currently busy and cannot accept new requests. Please try again later or on a different instance."
     )]

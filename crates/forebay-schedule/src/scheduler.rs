@@ -90,7 +90,7 @@ impl Scheduler {
     /// Values of `config` at which nothing could run are moved to the nearest at which something can.
     pub fn new(config: SchedulerConfig) -> Self {
         let config = config.normalized();
-        let seqs_max = (config.waiting_max as usize).saturating_add(config.running_max as usize);
+        let seqs_max = config.unfinished_max as usize;
         // Large limits are no reason to take memory now.
         let reserve = seqs_max.min(4096);
         Self {
@@ -303,8 +303,8 @@ impl Scheduler {
         if self.slots.contains_key(&new.id) {
             return Err(AddError::DuplicateId { id: new.id });
         }
-        if self.waiting.len() >= config.waiting_max as usize {
-            return Err(AddError::QueueFull { limit: config.waiting_max, drain_in: self.drain_in() });
+        if self.slots.len() >= config.unfinished_max as usize {
+            return Err(AddError::QueueFull { limit: config.unfinished_max, drain_in: self.drain_in() });
         }
         let waiting = self.waiting.tokens();
         if !self.waiting.is_empty() && waiting + prompt_tokens as u64 > config.waiting_tokens_max {

@@ -248,7 +248,7 @@ fn refusals_name_the_limit() {
         assert_eq!(scheduler.stats(), before);
         assert_eq!(scheduler.check_invariants(), Ok(()));
     }
-    let full = SchedulerConfig { waiting_max: 2, ..config() };
+    let full = SchedulerConfig { unfinished_max: 2, ..config() };
     let drain_in = Duration::from_secs(1); // nothing is known yet
     let busy = Retry::After(drain_in);
     check(full, 2, seq(9, [1], 1), AddError::QueueFull { limit: 2, drain_in }, Code::Overloaded, busy);

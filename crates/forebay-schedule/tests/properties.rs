@@ -75,7 +75,7 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
                     blocks: 1, // set by the test
                     step_tokens_max,
                     running_max,
-                    waiting_max: 1000,
+                    unfinished_max: 1000,
                     waiting_tokens_max: 1_000_000,
                     model_len_max: 1000,
                     prefix_cache,

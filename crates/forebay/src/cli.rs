@@ -71,7 +71,7 @@ pub(crate) enum LogFormat {
 
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  forebay worker smollm2-135m-instruct --port 8001 --max-num-seqs 32\n  forebay worker --model ./m.gguf --kv-events-config '{\"endpoint\": \"tcp://*:5557\"}'\n\nOther flags of `vllm serve` are accepted where they mean nothing here (a line says what is done instead), and else refused\nwith the reason."
+    after_help = "Examples:\n  forebay worker smollm2-135m-instruct --port 8001 --max-num-seqs 32\n  forebay worker --model ./m.gguf --kv-events-config '{\"enable_kv_cache_events\": true}'\n\nOther flags of `vllm serve` are accepted where they mean nothing here (a line says what is done instead), and else refused\nwith the reason."
 )]
 pub(crate) struct Worker {
     /// Known name, path to a GGUF file or a safetensors directory, or hf:ORG/REPO
@@ -83,7 +83,8 @@ pub(crate) struct Worker {
     /// Names that clients may use; replies and metrics say the first. The model's own where absent
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub served_model_name: Vec<String>,
-    /// Address or host name to listen on
+    /// Address or host name to listen on; 0.0.0.0 to be reached from other machines and from outside a container (vLLM's
+    /// default)
     #[arg(long, default_value = "127.0.0.1")]
     pub host: String,
     #[arg(long, default_value_t = 8000)]
@@ -104,16 +105,20 @@ pub(crate) struct Worker {
     /// Longest step in which others decode, in milliseconds; prefill is cut to fit
     #[arg(long, value_name = "MS")]
     pub itl_slo_ms: Option<u32>,
-    /// Requests that may wait
+    /// Requests that may wait or run at a time; more are answered with 503
     #[arg(long, value_name = "N")]
     pub max_num_queued_reqs: Option<u32>,
-    /// Prompt tokens that may wait
+    /// Prompt tokens that may wait; more are answered with 503
     #[arg(long, value_name = "TOKENS")]
     pub max_num_queued_tokens: Option<TokenCount>,
     /// Tokens per KV block
     #[arg(long, value_name = "TOKENS")]
     pub block_size: Option<u32>,
-    /// Memory for KV blocks, as bytes, like 512MiB, or like 1G
+    /// Longest time that a request may take, with waiting
+    #[arg(long, value_name = "DURATION")]
+    pub request_timeout: Option<HumanDuration>,
+    /// Memory for KV blocks, as bytes, like 512MiB, or like 1G; by the memory that is free where absent
+    /// (VLLM_CPU_KVCACHE_SPACE, in GiB, counts too)
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub kv_cache_memory_bytes: Option<ByteSize>,
     /// Where sampling values come from that a request leaves open: the model's `generation_config.json` (auto), OpenAI's
@@ -128,7 +133,8 @@ pub(crate) struct Worker {
     pub enable_prefix_caching: bool,
     #[arg(long, overrides_with = "enable_prefix_caching")]
     pub no_enable_prefix_caching: bool,
-    /// Publish KV events: vLLM's JSON with `endpoint`, and as wanted `replay_endpoint`, `topic`, `buffer_steps`
+    /// Publish KV events: vLLM's JSON with `enable_kv_cache_events` and as wanted `endpoint`, `replay_endpoint`, `topic`,
+    /// `buffer_steps`
     #[arg(long, value_name = "JSON", value_parser = kv_events)]
     pub kv_events_config: Option<KvEventsFlag>,
     /// How tool calls are read: auto (by the chat template), none, hermes, llama3_json or json
@@ -176,9 +182,14 @@ pub(crate) struct Worker {
     pub log: Log,
 }
 
-/// `None` where the JSON turns them off.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct KvEventsFlag(pub Option<KvEventsConfig>);
+/// What `--kv-events-config` says.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(crate) struct KvEventsFlag {
+    /// `None` where the JSON does not turn them on.
+    pub config: Option<KvEventsConfig>,
+    /// It says how, but not that: nothing is published, as by vLLM.
+    pub is_incomplete: bool,
+}
 
 /// vLLM's `KVEventsConfig`.
 #[derive(serde::Deserialize)]
@@ -207,11 +218,8 @@ fn kv_events(text: &str) -> Result<KvEventsFlag, String> {
     let given: VllmKvEvents = serde_json::from_str(text).map_err(|error| error.to_string())?;
     match given.publisher.as_deref() {
         None | Some("zmq") => {}
-        Some("null") => return Ok(KvEventsFlag(None)),
+        Some("null") => return Ok(KvEventsFlag::default()),
         Some(other) => return Err(format!("publisher `{other}` is not known; `zmq` and `null` are")),
-    }
-    if given.enable_kv_cache_events == Some(false) {
-        return Ok(KvEventsFlag(None));
     }
     // The section's own reader knows which endpoints are good.
     let mut section = serde_json::json!({"endpoint": given.endpoint, "topic": given.topic});
@@ -221,9 +229,9 @@ fn kv_events(text: &str) -> Result<KvEventsFlag, String> {
     if let Some(steps) = given.buffer_steps {
         section["buffer-steps"] = steps.into();
     }
-    serde_json::from_value(section)
-        .map(|config| KvEventsFlag(Some(config)))
-        .map_err(|error| error.to_string())
+    let config: KvEventsConfig = serde_json::from_value(section).map_err(|error| error.to_string())?;
+    let enabled = given.enable_kv_cache_events;
+    Ok(KvEventsFlag { config: (enabled == Some(true)).then_some(config), is_incomplete: enabled.is_none() })
 }
 
 fn generation_defaults(text: &str) -> Result<GenerationDefaults, String> {
@@ -345,7 +353,7 @@ mod tests {
 
     #[test]
     fn kv_events_in_vllms_json() {
-        let on = |text: &str| kv_events(text).expect("is right").0.expect("is on");
+        let on = |text: &str| kv_events(text).expect("is right").config.expect("is on");
         let all = on(r#"{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:6000",
                          "replay_endpoint": "tcp://*:6001", "topic": "kv@a@m", "buffer_steps": 7, "hwm": 5}"#);
         assert_eq!((all.endpoint.to_string().as_str(), all.topic.as_str()), ("tcp://*:6000", "kv@a@m"));
@@ -353,9 +361,14 @@ mod tests {
             (all.replay_endpoint.map(|at| at.to_string()), all.buffer_steps),
             (Some("tcp://*:6001".into()), 7)
         );
-        assert_eq!(on("{}").endpoint.to_string(), "tcp://*:5557");
-        assert_eq!(kv_events(r#"{"enable_kv_cache_events": false}"#), Ok(KvEventsFlag(None)));
-        assert_eq!(kv_events(r#"{"publisher": "null"}"#), Ok(KvEventsFlag(None)));
+        let defaults = on(r#"{"enable_kv_cache_events": true}"#);
+        assert_eq!(defaults.endpoint.to_string(), "tcp://*:5557");
+        for off in [r#"{"enable_kv_cache_events": false}"#, r#"{"publisher": "null"}"#] {
+            assert_eq!(kv_events(off), Ok(KvEventsFlag::default()), "{off}");
+        }
+        for incomplete in ["{}", r#"{"endpoint": "tcp://*:6000", "publisher": "zmq"}"#] {
+            assert_eq!(kv_events(incomplete), Ok(KvEventsFlag { config: None, is_incomplete: true }));
+        }
         for wrong in ["", "[]", r#"{"endpoint": "nowhere"}"#, r#"{"publisher": "kafka"}"#, r#"{"port": 1}"#] {
             assert!(kv_events(wrong).is_err(), "{wrong}");
         }

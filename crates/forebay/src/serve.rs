@@ -6,7 +6,9 @@ use std::path::Path;
 use anyhow::Context;
 use forebay_app::check::{problems, warnings};
 use forebay_app::{AdminConfig, Config, StartError, Summary, prepare};
-use forebay_config::{HumanDuration, ListenAddr, Loaded, OneOrMany, RealEnvironment, Source};
+use forebay_config::{
+    ByteSize, Environment, HumanDuration, ListenAddr, Loaded, OneOrMany, RealEnvironment, Source,
+};
 use forebay_edge::{EdgeConfig, ErrorForm, Switch};
 use forebay_engine::{EngineConfig, GenerationSource};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -28,12 +30,21 @@ pub(crate) fn serve(args: &Serve) -> anyhow::Result<()> {
 pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
     crate::log::init(args.log);
     let defaults = EngineConfig::default();
+    if args.kv_events_config.as_ref().is_some_and(|flag| flag.is_incomplete) {
+        tracing::warn!(
+            "--kv-events-config publishes nothing without `\"enable_kv_cache_events\": true`, as vLLM's"
+        );
+    }
     let engine = EngineConfig {
         // The parser wants one of the two.
         model: args.model.clone().or_else(|| args.model_tag.clone()).unwrap_or_default(),
         served_model_name: args.served_model_name.clone().into(),
         max_model_len: args.max_model_len.and_then(|len| len.0),
-        kv_cache_memory: args.kv_cache_memory_bytes.unwrap_or(defaults.kv_cache_memory),
+        kv_cache_memory: match args.kv_cache_memory_bytes {
+            Some(bytes) => Some(bytes),
+            None => kv_cache_space(&RealEnvironment)?,
+        },
+        request_timeout: args.request_timeout.unwrap_or(defaults.request_timeout),
         block_size: args.block_size.unwrap_or(defaults.block_size),
         max_num_batched_tokens: args
             .max_num_batched_tokens
@@ -60,7 +71,7 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
         threads: args.threads,
         tensor_parallel_size: args.tensor_parallel_size.unwrap_or(defaults.tensor_parallel_size),
         pipeline_parallel_size: args.pipeline_parallel_size.unwrap_or(defaults.pipeline_parallel_size),
-        kv_events: args.kv_events_config.clone().and_then(|flag| flag.0),
+        kv_events: args.kv_events_config.clone().and_then(|flag| flag.config),
         ..defaults
     };
     let listen = |port: u16| -> anyhow::Result<ListenAddr> {
@@ -90,6 +101,16 @@ pub(crate) fn worker(args: &Worker) -> anyhow::Result<()> {
     run(&config, None).map_err(|error| anyhow::anyhow!(in_flags(&forebay_app::one_line(error.as_ref()))))
 }
 
+/// vLLM's older way to say how large the KV cache is, in whole GiB.
+fn kv_cache_space(env: &dyn Environment) -> anyhow::Result<Option<ByteSize>> {
+    const NAME: &str = "VLLM_CPU_KVCACHE_SPACE";
+    let Some(text) = env.var(NAME).ok().filter(|text| !text.is_empty()) else { return Ok(None) };
+    match text.trim().parse::<u64>().ok().filter(|&gib| gib > 0 && gib < 1 << 30) {
+        Some(gib) => Ok(Some(ByteSize::new(gib << 30))),
+        None => anyhow::bail!("{NAME} is `{text}`; a number of GiB is expected, like 4"),
+    }
+}
+
 /// A message with the worker's flags in the place of the configuration keys that they set.
 fn in_flags(message: &str) -> String {
     const FLAGS: &[(&str, &str)] = &[
@@ -113,6 +134,7 @@ fn in_flags(message: &str) -> String {
         ("engine.num-gpu-blocks-override", "--num-gpu-blocks-override"),
         ("engine.chat-template", "--chat-template"),
         ("engine.max-logprobs", "--max-logprobs"),
+        ("engine.request-timeout", "--request-timeout"),
         ("engine.override-generation-config", "--override-generation-config"),
         ("engine.generation-config", "--generation-config"),
         ("engine.generation-config: vllm", "--generation-config vllm"),

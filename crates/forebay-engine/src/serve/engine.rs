@@ -26,7 +26,7 @@ use super::constrain::Beginning;
 use super::control::{Message, Paused};
 use super::embed::not_this_api;
 use super::events::{EventStream, stopped};
-use super::layout::{Layout, cores};
+use super::layout::{Layout, Room, cores};
 use super::load::LoadReport;
 use super::memory::check_memory;
 use super::off_thread::OffThread;
@@ -50,7 +50,7 @@ use crate::model::{ModelFile, Ranks};
 use crate::sample::Wanted;
 
 /// Submissions on their way to the step thread. It takes them between steps, so this bounds what arrives during one.
-pub(super) const INBOX_MAX: usize = 1024;
+pub(super) const INBOX_MAX: usize = 8192;
 /// Tells a client when to come back where the inbox is full: the next steps empty it.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(2);
 
@@ -111,10 +111,18 @@ impl Engine {
         let publisher = config.kv_events.as_ref().map(Publisher::bind).transpose()?;
         let kv_event_source = publisher.as_ref().map(Publisher::source);
         let file = Arc::new(ModelFile::open(path)?);
-        let layout = Layout::plan(config, &file, path, cores())?;
+        let layout = Layout::plan(config, &file, path, Room::here())?;
         let kv_bytes = layout.kv_bytes();
         check_memory(&file, kv_bytes)?;
-        let Layout { spec, ranks, block_size, blocks, positions_max } = layout;
+        let Layout { spec, ranks, block_size, blocks, positions_max, cut_from } = layout;
+        if let Some(trained) = cut_from {
+            let kv = forebay_config::ByteSize::new(kv_bytes);
+            tracing::warn!(
+                model = model.as_str(),
+                "the KV cache ({kv}) has room for requests of {positions_max} tokens, less than the {trained} that the model \
+                 allows; raise `engine.kv-cache-memory` for longer ones"
+            );
+        }
         let text = with_template(text_of(&file, path)?, config.chat_template.as_deref())?;
         let generation = generation_of(config, &file, path)?;
         let tokenizer_info = config
@@ -138,7 +146,7 @@ impl Engine {
             blocks: blocks as u32,
             step_tokens_max: config.max_num_batched_tokens,
             running_max: config.max_num_seqs,
-            waiting_max: config.max_num_queued_reqs,
+            unfinished_max: config.max_num_queued_reqs,
             waiting_tokens_max: u64::from(config.max_num_queued_tokens),
             model_len_max: positions_max as u32,
             prefix_cache: config.enable_prefix_caching,
@@ -181,7 +189,8 @@ impl Engine {
             return Err(problem.into());
         }
         let file = ModelFile::open(path)?;
-        Layout::plan(config, &file, path, cores())?;
+        // Memory is what it will be then.
+        Layout::plan(config, &file, path, Room { cores: cores(), memory: None })?;
         generation_of(config, &file, path).map(|_| ())
     }
 

@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+use forebay_config::ByteSize;
+
+use super::memory::{available_memory, packed_bytes};
 use super::start_error::StartError;
 use crate::config::EngineConfig;
 use crate::model::{ModelFile, ModelSpec, Ranks};
@@ -14,29 +17,50 @@ pub(super) struct Layout {
     pub blocks: usize,
     /// Tokens of one sequence at most.
     pub positions_max: usize,
+    /// What the model allows, where the cache is too small for it.
+    pub cut_from: Option<usize>,
+}
+
+/// What a layout has to fit.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Room {
+    pub cores: usize,
+    /// Memory for weights and KV cache in bytes, where the system tells.
+    pub memory: Option<u64>,
+}
+
+impl Room {
+    /// Of this machine, now.
+    pub fn here() -> Self {
+        Self { cores: cores(), memory: available_memory() }
+    }
+}
+
+/// The largest KV cache that is made without being asked for.
+const KV_BYTES_DEFAULT_MAX: u64 = 4 << 30;
+/// Where the system does not tell what it has.
+const MEMORY_UNKNOWN: u64 = 4 << 30;
+
+/// How large a KV cache is where nobody says: a quarter of what is left beside the weights, up to a limit, but as much as
+/// `one` whole request needs where that is no more than half.
+fn default_kv_bytes(left: u64, one: u64) -> u64 {
+    (left / 4).min(KV_BYTES_DEFAULT_MAX).max(one.min(left / 2))
 }
 
 impl Layout {
-    /// `cores`: of the machine.
     pub(super) fn plan(
         config: &EngineConfig,
         file: &ModelFile,
         path: &Path,
-        cores: usize,
+        room: Room,
     ) -> Result<Self, StartError> {
         let spec = file.spec().map_err(|source| StartError::Spec { path: path.into(), source })?;
         let block_size = config.block_size as usize;
         let ranks = config.ranks();
         ranks.check(&spec).map_err(|source| StartError::Ranks { path: path.into(), source })?;
         // One without a core of its own would only keep the others waiting.
-        if ranks.count() > cores {
-            return Err(StartError::Cores { ranks, cores });
-        }
-        let copies = ranks.kv_copies(&spec) as u64;
-        let wanted = spec.blocks_for_memory(config.kv_cache_memory.bytes() / copies, block_size);
-        if wanted == 0 {
-            let needed = forebay_config::ByteSize::new(copies * spec.memory_for_blocks(1, block_size));
-            return Err(StartError::KvTooSmall { given: config.kv_cache_memory, needed });
+        if ranks.count() > room.cores {
+            return Err(StartError::Cores { ranks, cores: room.cores });
         }
         if let Some(asked) = config.max_model_len
             && asked as usize > spec.context_len
@@ -44,13 +68,34 @@ impl Layout {
             return Err(StartError::ModelLen { asked, trained: spec.context_len });
         }
         let positions_max = config.max_model_len.map_or(spec.context_len, |n| n as usize);
+        let copies = ranks.kv_copies(&spec) as u64;
+        let bytes_for = |blocks| copies * spec.memory_for_blocks(blocks, block_size);
+        // The last token is not computed on, so it needs no place.
+        let one = (positions_max - 1).div_ceil(block_size);
+        let bytes = config.kv_cache_memory.map_or_else(
+            || {
+                let left = room.memory.unwrap_or(MEMORY_UNKNOWN).saturating_sub(packed_bytes(file));
+                default_kv_bytes(left, bytes_for(one))
+            },
+            ByteSize::bytes,
+        );
+        let wanted = spec.blocks_for_memory(bytes / copies, block_size);
+        if wanted == 0 {
+            let (given, needed) = (ByteSize::new(bytes), ByteSize::new(bytes_for(1)));
+            return Err(StartError::KvTooSmall { given, needed });
+        }
         // No more blocks than all running sequences could fill.
         let useful = positions_max.div_ceil(block_size).saturating_mul(config.max_num_seqs as usize);
         let blocks = config.num_gpu_blocks_override.map_or(wanted.min(useful), |blocks| blocks as usize);
-        // No sequence can be longer than the cache and its last token, which needs no place: tables of rotations for a
-        // trained context of 10^6 tokens would be memory for nothing.
-        let positions_max = positions_max.min(blocks * block_size + 1);
-        Ok(Self { spec, ranks, block_size, blocks, positions_max })
+        // No sequence can be longer than the cache and its last token: tables of rotations for a trained context of 10^6
+        // tokens would be memory for nothing.
+        let fits = blocks * block_size + 1;
+        if let Some(asked) = config.max_model_len.filter(|&asked| asked as usize > fits) {
+            let (given, needed) = (ByteSize::new(bytes_for(blocks)), ByteSize::new(bytes_for(one)));
+            return Err(StartError::KvTooSmallForLen { asked, given, needed, fits });
+        }
+        let cut_from = (positions_max > fits).then_some(positions_max);
+        Ok(Self { spec, ranks, block_size, blocks, positions_max: positions_max.min(fits), cut_from })
     }
 
     /// Memory that the KV cache of all ranks takes, in bytes.
@@ -65,15 +110,13 @@ pub(super) fn cores() -> usize {
 
 #[cfg(test)]
 mod tests {
-    use forebay_config::ByteSize;
-
     use super::*;
     use crate::model::tiny::TinyLlama;
 
     /// Two layers of 4 query heads and 2 KV heads of 16, which is 256 bytes of KV a token; on five cores.
     fn plan(config: &EngineConfig) -> Result<Layout, StartError> {
         let file = ModelFile::from_bytes(TinyLlama::default().to_gguf()).expect("is a model");
-        Layout::plan(config, &file, Path::new("tiny.gguf"), 5)
+        Layout::plan(config, &file, Path::new("tiny.gguf"), Room { cores: 5, memory: Some(1 << 30) })
     }
 
     #[test]
@@ -117,15 +160,49 @@ mod tests {
         check(None, None, 1024);
         check(Some(2), None, 33);
         check(Some(2), Some(20), 20);
+        check(Some(2), Some(33), 33);
+    }
+
+    #[test]
+    fn a_length_that_was_asked_for_is_kept_or_refused() {
+        let config = EngineConfig {
+            max_model_len: Some(34),
+            kv_cache_memory: Some(ByteSize::new(2 * 16 * 256)),
+            ..EngineConfig::default()
+        };
+        let error = plan(&config).err().expect("is refused");
+        assert_eq!(error.at(), "engine.max-model-len");
+        assert_eq!(
+            error.to_string(),
+            "one request of `engine.max-model-len` (34) needs a KV cache of 12KiB, more than the 8KiB that there is; give \
+             `engine.kv-cache-memory` that much, or lower `engine.max-model-len` to 33"
+        );
+        let own = plan(&EngineConfig { max_model_len: None, ..config }).expect("the model's own is cut");
+        assert_eq!((own.positions_max, own.cut_from), (33, Some(1024)));
+    }
+
+    #[test]
+    fn the_cache_is_as_large_as_the_machine_allows() {
+        let check = |left: u64, one: u64, expect: u64| assert_eq!(default_kv_bytes(left, one), expect);
+        const GIB: u64 = 1 << 30;
+        check(8 * GIB, GIB, 2 * GIB);
+        check(64 * GIB, GIB, 4 * GIB);
+        check(64 * GIB, 16 * GIB, 16 * GIB);
+        check(8 * GIB, 16 * GIB, 4 * GIB);
+        check(0, GIB, 0);
+        // All that 64 sequences of 1024 tokens can use is less than what there is.
+        let layout = plan(&EngineConfig::default()).expect("fits");
+        assert_eq!(layout.kv_bytes(), 64 * 1024 * 256);
+        assert_eq!(layout.cut_from, None);
     }
 
     #[test]
     fn ranks_that_share_a_head_share_the_memory() {
-        let kv_cache_memory = ByteSize::new(100 * 16 * 256);
+        let kv_cache_memory = Some(ByteSize::new(100 * 16 * 256));
         let blocks = |tensor_parallel_size| {
             let config = EngineConfig { kv_cache_memory, tensor_parallel_size, ..EngineConfig::default() };
             let layout = plan(&config).expect("fits");
-            assert_eq!(layout.kv_bytes(), kv_cache_memory.bytes());
+            assert_eq!(Some(layout.kv_bytes()), kv_cache_memory.map(ByteSize::bytes));
             layout.blocks
         };
         // Four ranks for two KV heads: each head stands twice.

@@ -7,11 +7,15 @@ use crate::model::ModelFile;
 
 /// Refuses to start where the kernel would have to kill us later. Only where the system says what is available.
 pub(super) fn check_memory(model: &ModelFile, kv: u64) -> Result<(), StartError> {
+    check_room(packed_bytes(model), kv)
+}
+
+/// About what a model's weights take in memory.
+pub(super) fn packed_bytes(model: &ModelFile) -> u64 {
     let file = model.bytes();
     // Packed weights are a little larger than the file's where these are quantised (scales are widened). A directory
     // has floats only; what is left are rows that fill up a tile.
-    let weights = file + if model.gguf().is_some() { file / 4 } else { file / 64 };
-    check_room(weights, kv)
+    file + if model.gguf().is_some() { file / 4 } else { file / 64 }
 }
 
 /// As [`check_memory`], for packed weights of so many bytes.
@@ -25,7 +29,7 @@ pub(super) fn check_room(weights: u64, kv: u64) -> Result<(), StartError> {
 }
 
 /// What this process may still take, in bytes: the machine's `MemAvailable`, or less where a container has a limit.
-fn available_memory() -> Option<u64> {
+pub(super) fn available_memory() -> Option<u64> {
     let machine =
         std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| field(&text, "MemAvailable:"));
     let machine = machine.map(|kib| kib.saturating_mul(1024));

@@ -51,6 +51,17 @@ pub enum StartError {
     )]
     KvTooSmall { given: forebay_config::ByteSize, needed: forebay_config::ByteSize },
     #[error(
+        "one request of `engine.max-model-len` ({asked}) needs a KV cache of {needed}, more than the {given} that there is; \
+         give `engine.kv-cache-memory` that much, or lower `engine.max-model-len` to {fits}"
+    )]
+    KvTooSmallForLen {
+        asked: u32,
+        given: forebay_config::ByteSize,
+        needed: forebay_config::ByteSize,
+        /// The longest that the cache has room for.
+        fits: usize,
+    },
+    #[error(
         "`engine.max-model-len` is {asked}, but the model was trained for {trained} tokens; lower it or leave it out"
     )]
     ModelLen { asked: u32, trained: usize },
@@ -97,7 +108,7 @@ impl StartError {
             | Self::Tokenizer { .. } => "engine.model",
             Self::KvTooSmall { .. } | Self::Memory { .. } => "engine.kv-cache-memory",
             Self::Generation { .. } => "engine.generation-config",
-            Self::ModelLen { .. } => "engine.max-model-len",
+            Self::ModelLen { .. } | Self::KvTooSmallForLen { .. } => "engine.max-model-len",
             Self::Ranks { source: RanksError::Layers { .. }, .. } => "engine.pipeline-parallel-size",
             Self::Cores { ranks: Ranks { tensor: 1, .. }, .. } => "engine.pipeline-parallel-size",
             Self::Ranks { .. } | Self::Cores { .. } => "engine.tensor-parallel-size",

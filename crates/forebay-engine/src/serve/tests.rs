@@ -524,7 +524,7 @@ async fn what_the_engine_lacks_is_refused_and_may_be_found_elsewhere() {
 
 #[tokio::test]
 async fn a_full_queue_refuses_and_counts() {
-    let bench = bench(fake(), |c| (c.waiting_max, c.running_max) = (1, 1));
+    let bench = bench(fake(), |c| (c.unfinished_max, c.running_max) = (2, 1));
     // Three choices at once for one place to run and one to wait in.
     let fault = bench.events(Generate { n: 3, ..greedy("x") }).await.unwrap_err();
     assert_eq!(fault.class.code, Code::Overloaded, "{fault}");

@@ -249,7 +249,7 @@ pub fn small() -> SchedulerConfig {
         blocks: 100,
         step_tokens_max: 16,
         running_max: 8,
-        waiting_max: 100,
+        unfinished_max: 100,
         model_len_max: 200,
         chunk_tokens_min: 1,
         watermark_permille: 0,

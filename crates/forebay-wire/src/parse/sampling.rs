@@ -23,7 +23,7 @@ const ALLOWED_IDS_MAX: usize = 16_384;
 const BAD_WORDS_MAX: usize = 128;
 /// vLLM's limit.
 const SALT_CHARS_MAX: usize = 1024;
-pub(super) const LOGPROBS_MAX: i64 = 20;
+pub(super) const LOGPROBS_MAX: i64 = 1000;
 
 /// Fields of vLLM and OpenAI that change the answer, with the values that change nothing.
 const NEEDS: &[(&str, &[&str], &str)] = &[

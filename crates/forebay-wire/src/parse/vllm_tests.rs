@@ -88,7 +88,7 @@ fn each_field_is_honoured_or_refused_by_name() {
         (BOTH, "truncation_side", json!("middle"), Bad),
         (BOTH, "prompt_logprobs", json!(0), Set(|c| c.prompt_logprobs == Some(0))),
         (BOTH, "prompt_logprobs", json!(20), Set(|c| c.prompt_logprobs == Some(20))),
-        (BOTH, "prompt_logprobs", json!(21), Bad),
+        (BOTH, "prompt_logprobs", json!(1001), Bad),
         (BOTH, "prompt_logprobs", json!(-1), Bad),
         (BOTH, "logprob_token_ids", json!([1]), Bad), // without `logprobs`
         (BOTH, "logprob_token_ids", json!([]), Bad),

@@ -63,7 +63,7 @@ fn mistakes_are_told_where_they_stand() {
     check(json!({"priority": "high"}), "Invalid type for 'priority'");
     check(json!({"sampling_params": {"temperature": 9}}), "'sampling_params.temperature'");
     check(json!({"sampling_params": {"stop": [""]}}), "'sampling_params.stop'");
-    check(json!({"sampling_params": {"logprobs": 21}}), "'sampling_params.logprobs'");
+    check(json!({"sampling_params": {"logprobs": 1001}}), "'sampling_params.logprobs'");
     // Noted for whoever answers.
     check(json!({"kv_transfer_params": {}}), "kv_transfer_params");
     check(json!({"output_mode": "text"}), "output_mode");
