@@ -155,20 +155,50 @@ pub fn scale_in_place(x: &mut [f32], by: f32) {
 
 /// Index of the largest value, the first of equals. NaNs are passed over; `None` if there is nothing else.
 pub fn argmax(x: &[f32]) -> Option<usize> {
-    // A chunk is searched only if it beats the best so far: one pass of maxima at the speed of memory.
-    const CHUNK: usize = 64;
-    let mut best: Option<(usize, f32)> = None;
-    for (i, chunk) in x.chunks(CHUNK).enumerate() {
-        let max = chunk.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
-        if best.is_none_or(|(_, value)| max > value) {
-            for (j, &value) in chunk.iter().enumerate() {
-                if !value.is_nan() && best.is_none_or(|(_, b)| value > b) {
-                    best = Some((i * CHUNK + j, value));
+    let (start, max) = Isa::detect().run(LargestChunk { x });
+    if max == f32::NEG_INFINITY {
+        return x.iter().position(|x| !x.is_nan());
+    }
+    x[start..].iter().position(|&x| x == max).map(|at| start + at)
+}
+
+/// Where the first chunk begins that has the largest value, and that value: one pass at the speed of memory. `-∞` where
+/// there is none larger; NaNs are passed over.
+struct LargestChunk<'a> {
+    x: &'a [f32],
+}
+
+impl WithSimd for LargestChunk<'_> {
+    type Output = (usize, f32);
+
+    #[inline(always)]
+    fn with<S: Simd>(self, s: S) -> (usize, f32) {
+        // Four vectors of maxima, so that one need not wait for the last.
+        const WIDE: usize = 4;
+        const CHUNK: usize = 16 * WIDE * LANES;
+        let mut best = (0, f32::NEG_INFINITY);
+        for (i, chunk) in self.x.chunks(CHUNK).enumerate() {
+            let (whole, rest) = chunk.as_chunks::<LANES>();
+            let (wide, narrow) = whole.as_chunks::<WIDE>();
+            let none = s.splat(f32::NEG_INFINITY);
+            let mut max = [none; WIDE];
+            for x in wide {
+                for (max, x) in max.iter_mut().zip(x) {
+                    *max = s.max(s.load(x), *max);
                 }
             }
+            let mut last = [f32::NEG_INFINITY; LANES];
+            last[..rest.len()].copy_from_slice(rest);
+            for x in narrow.iter().chain([&last]) {
+                max[0] = s.max(s.load(x), max[0]);
+            }
+            let max = s.max_lane(s.max(s.max(max[0], max[1]), s.max(max[2], max[3])));
+            if max > best.1 {
+                best = (i * CHUNK, max);
+            }
         }
+        best
     }
-    best.map(|(index, _)| index)
 }
 
 #[cfg(test)]
@@ -248,6 +278,11 @@ mod tests {
         let mut x = Random(9).floats(1000);
         (x[130], x[700]) = (5.0, 5.0);
         check(&x, Some(130));
+        let mut x = Random(10).floats(3000);
+        (x[1500], x[2900], x[2999]) = (f32::NAN, 5.0, 5.0);
+        check(&x, Some(2900));
+        x[2900] = f32::INFINITY;
+        check(&x, Some(2900));
     }
 
     #[test]

@@ -53,5 +53,5 @@ pub use matmul::matmul;
 pub use matrix::{Matrix, PackError, Part};
 pub use pool::{Pool, spin};
 pub use rope::{RopeStyle, RopeTable, rope_in_place};
-pub use softmax::log_sum_exp;
+pub use softmax::{SUMMED, exp_in_place, exp_sums, log_sum_exp};
 pub use tensor::{DequantizeError, TensorType, dequantize_row};

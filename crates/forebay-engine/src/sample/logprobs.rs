@@ -1,10 +1,11 @@
 //! Log-probabilities of one row of logits, without a copy of the vocabulary.
 
-use std::cmp::Ordering;
 use std::sync::Arc;
 
 use forebay_kernels::log_sum_exp;
 use forebay_types::TokenId;
+
+use super::largest::{by_logit, largest};
 
 /// Which log-probabilities are wanted beside that of the token itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,30 +50,10 @@ pub fn rank(logits: &[f32], token: TokenId) -> u32 {
 }
 
 /// The `k` largest logits, largest first, ties by id. NaNs are passed over.
-///
-/// One pass at the speed of memory: a chunk is looked at more closely only if it beats the least of the best so far.
 fn top_k(logits: &[f32], k: usize) -> Vec<(TokenId, f32)> {
-    const CHUNK: usize = 64;
-    let mut best: Vec<(TokenId, f32)> = Vec::with_capacity(k + 1);
-    if k == 0 {
-        return best;
-    }
-    for (i, chunk) in logits.chunks(CHUNK).enumerate() {
-        // Ids ascend, so an equal logit is behind those that are there.
-        let floor = if best.len() < k { None } else { best.last().map(|&(_, least)| least) };
-        if floor.is_some_and(|floor| !chunk.iter().fold(false, |any, &logit| any | (logit > floor))) {
-            continue;
-        }
-        for (j, &logit) in chunk.iter().enumerate() {
-            let full = best.len() == k;
-            if logit.is_nan() || (full && best.last().is_some_and(|&(_, least)| logit <= least)) {
-                continue;
-            }
-            let at = best.partition_point(|&(_, other)| other.total_cmp(&logit) != Ordering::Less);
-            best.insert(at, ((i * CHUNK + j) as TokenId, logit));
-            best.truncate(k);
-        }
-    }
+    let mut best = Vec::new();
+    largest(logits, k, &mut best);
+    best.sort_unstable_by(by_logit);
     best
 }
 

@@ -5,11 +5,13 @@
 //! same seed gives the same tokens whatever else is in the batch.
 
 mod candidates;
+mod largest;
 mod logprobs;
 
 use std::collections::HashMap;
 
 use forebay_grammar::Mask;
+use forebay_kernels::argmax;
 use forebay_types::TokenId;
 use forebay_wire::Sampling;
 use rand_core::Rng;
@@ -75,20 +77,22 @@ impl Sampler {
         logprobs: Option<&Wanted>,
     ) -> Choice {
         let plain = self.leaves_logits_alone() && banned.is_empty() && mask.is_none();
-        let greedy = self.params.temperature < GREEDY_BELOW;
-        let token = if plain && greedy {
-            argmax(logits)
+        let token = if plain {
+            self.pick(logits)
         } else {
-            self.scratch.clear();
-            self.scratch.extend_from_slice(logits);
-            self.shape_logits(banned, mask);
+            let mut shaped = std::mem::take(&mut self.scratch);
+            shaped.clear();
+            shaped.extend_from_slice(logits);
+            self.shape_logits(&mut shaped, banned, mask);
             // Where the bans leave nothing, they give way: something has to come.
-            if !banned.is_empty() && self.scratch.iter().all(|&logit| logit == f32::NEG_INFINITY) {
-                self.scratch.clear();
-                self.scratch.extend_from_slice(logits);
-                self.shape_logits(&[], mask);
+            if !banned.is_empty() && shaped.iter().all(|&logit| logit == f32::NEG_INFINITY) {
+                shaped.clear();
+                shaped.extend_from_slice(logits);
+                self.shape_logits(&mut shaped, &[], mask);
             }
-            if greedy { argmax(&self.scratch) } else { self.draw() }
+            let token = self.pick(&shaped);
+            self.scratch = shaped;
+            token
         };
         if self.counts_output() {
             *self.output_counts.entry(token).or_default() += 1;
@@ -105,9 +109,8 @@ impl Sampler {
         p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0
     }
 
-    /// Bias, penalties and bans on `scratch`.
-    fn shape_logits(&mut self, banned: &[TokenId], mask: Option<&Mask>) {
-        let logits = &mut self.scratch[..];
+    /// Bias, penalties and bans.
+    fn shape_logits(&self, logits: &mut [f32], banned: &[TokenId], mask: Option<&Mask>) {
         for &(token, bias) in &self.params.logit_bias {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit += bias;
@@ -138,23 +141,15 @@ impl Sampler {
         }
     }
 
-    /// One draw from the filtered distribution over `scratch`.
-    fn draw(&mut self) -> TokenId {
+    /// The most likely token (the lowest id among equals), or one draw from the filtered distribution.
+    fn pick(&mut self, logits: &[f32]) -> TokenId {
+        if self.params.temperature < GREEDY_BELOW {
+            return argmax(logits).unwrap_or_default() as TokenId;
+        }
         // 53 random bits: uniform in [0, 1).
         let uniform = (self.rng.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64);
-        self.candidates.draw(&self.scratch, &self.params, uniform)
+        self.candidates.draw(logits, &self.params, uniform)
     }
-}
-
-/// Index of the largest logit, the lowest id among equals. NaN is never chosen unless everything is NaN.
-pub fn argmax(logits: &[f32]) -> TokenId {
-    let mut best = (0usize, f32::NEG_INFINITY);
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > best.1 {
-            best = (id, logit);
-        }
-    }
-    best.0 as TokenId
 }
 
 /// SplitMix64's finaliser (Steele et al. 2014): one bit of the seed changes half of the state's bits.
