@@ -7,6 +7,7 @@
 //! Pure CPU work, without I/O. Compiling takes milliseconds to a second, a mask some 50 µs: neither belongs on the
 //! thread that steps the model. There are limits on all of it; what goes beyond them is an error, not a long wait.
 
+mod deep;
 mod ebnf;
 mod mask;
 
@@ -55,6 +56,8 @@ pub enum GrammarError {
     NoEnd,
     #[error("the vocabulary can't be used for constrained output: {0}")]
     Vocabulary(String),
+    #[error("there is no thread to compile the constraint on: {0}")]
+    Thread(String),
 }
 
 impl Classify for GrammarError {
@@ -62,7 +65,7 @@ impl Classify for GrammarError {
         match self {
             Self::Constraint(_) | Self::Matching(_) => Class::new(Code::BadRequest, Blame::Client),
             Self::NoEnd => Class::new(Code::NotSupported, Blame::Client),
-            Self::Vocabulary(_) => Class::new(Code::Internal, Blame::Us),
+            Self::Vocabulary(_) | Self::Thread(_) => Class::new(Code::Internal, Blame::Us),
         }
     }
 }
@@ -100,26 +103,37 @@ impl Grammars {
             Constraint::Grammar(grammar) if ebnf::is_ebnf(grammar) => {
                 self.compile_lark(ebnf_to_lark(grammar).map_err(|e| GrammarError::Constraint(reason(&e)))?)
             }
-            _ => self.compile_new(constraint),
+            _ => self.compile_new(constraint, false),
         }
     }
 
     /// A grammar in Lark's notation that was made here. The client has its part in it: errors are as those of
     /// [`compile`](Self::compile).
     pub fn compile_lark(&self, grammar: String) -> Result<Matcher, GrammarError> {
-        self.compile_new(&Constraint::Grammar(grammar))
+        self.compile_new(&Constraint::Grammar(grammar), true)
     }
 
-    fn compile_new(&self, constraint: &Constraint) -> Result<Matcher, GrammarError> {
+    /// `ours`: its rules are no client's.
+    fn compile_new(&self, constraint: &Constraint, ours: bool) -> Result<Matcher, GrammarError> {
         if let Some(kept) = self.recall(constraint) {
             return Ok(kept);
         }
-        let grammar = grammar(constraint)?;
-        let parser = self.factory.create_parser(grammar).map_err(|e| GrammarError::Constraint(reason(&e)))?;
-        let mut inner = llguidance::Matcher::new(Ok(parser));
-        // The first mask finds what the compiler leaves for later.
-        inner.compute_mask().map_err(|e| GrammarError::Constraint(reason(&e)))?;
-        let matcher = Matcher { inner: Box::new(inner), ends: Arc::clone(&self.ends) };
+        let levels = deep::levels(constraint, ours);
+        if levels > deep::LEVELS_MAX {
+            let most = deep::LEVELS_MAX;
+            let told = format!("it has {levels} rules, references and brackets, the limit is {most}");
+            return Err(GrammarError::Constraint(told));
+        }
+        let inner = deep::run(levels, || {
+            let refuse = |e: &dyn std::fmt::Display| GrammarError::Constraint(reason(&e));
+            let parser = self.factory.create_parser(grammar(constraint)?).map_err(|e| refuse(&e))?;
+            let mut inner = Box::new(llguidance::Matcher::new(Ok(parser)));
+            // The first mask finds what the compiler leaves for later.
+            inner.compute_mask().map_err(|e| refuse(&e))?;
+            Ok(inner)
+        });
+        let inner = inner.map_err(|e| GrammarError::Thread(e.to_string()))??;
+        let matcher = Matcher { inner, ends: Arc::clone(&self.ends) };
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() >= KEPT_MAX {
             kept.remove(0);

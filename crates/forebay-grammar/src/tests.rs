@@ -205,3 +205,50 @@ fn masks_are_sets() {
     assert_eq!(left, [1, 40]);
     assert!(logits.iter().all(|&logit| logit == 1.0 || logit == f32::NEG_INFINITY));
 }
+
+/// What leads deeper than a stack is refused, or is compiled on one that is deep enough.
+#[test]
+fn long_chains_do_not_overflow_the_stack() {
+    let grammars = Grammars::new(&tokenizer()).expect("has ends");
+    let check = |constraint: &Constraint, refused: bool| match grammars.compile(constraint) {
+        Ok(_) => assert!(!refused),
+        Err(error) => {
+            assert!(error.to_string().contains("rules, references and brackets") && refused, "{error}")
+        }
+    };
+    let lark = |rules: usize| {
+        let rule = |n: usize| format!("r{n}: ((\"a\" r{})) \"b\"\n", n + 1);
+        Constraint::Grammar(format!("start: r0\n{}r{rules}: \"c\"", (0..rules).map(rule).collect::<String>()))
+    };
+    let schema = |def: &dyn Fn(Value) -> Value, defs: usize| {
+        let def = |n: usize| (format!("d{n}"), def(json!({"$ref": format!("#/$defs/d{}", n + 1)})));
+        let mut all: serde_json::Map<String, Value> = (0..defs).map(def).collect();
+        all.insert(format!("d{defs}"), json!({"type": "integer"}));
+        Constraint::JsonSchema(json!({"$ref": "#/$defs/d0", "$defs": all}))
+    };
+    let object = |next| json!({"type": "object", "properties": {"a": next}, "required": ["a"]});
+    check(&lark(3000), false);
+    check(&lark(4000), true);
+    check(&schema(&object, 1000), false);
+    check(&schema(&object, 3000), true);
+    // The most of other shapes: taken or not, but with an answer.
+    let shapes: [(usize, &dyn Fn(Value) -> Value); 5] = [
+        (9990, &|next| next),
+        (3300, &|next| json!({"minimum": 1, "allOf": [next]})),
+        (3300, &|next| json!({"anyOf": [next]})),
+        (2400, &|next| json!({"anyOf": [next, {"type": "null"}]})),
+        (4900, &|next| json!({"type": "array", "items": next})),
+    ];
+    for (defs, shape) in shapes {
+        let told =
+            grammars.compile(&schema(shape, defs)).map_or_else(|error| error.to_string(), |_| String::new());
+        assert!(told.is_empty() || told.ends_with("schema too large"), "{told}");
+    }
+    // Without references there is no chain.
+    let wide: Vec<Value> = (0..6000).map(|n| json!({"enum": [n]})).collect();
+    assert_eq!(deep::levels(&Constraint::JsonSchema(json!({"anyOf": wide})), false), 0);
+    // Grammars that are made here carry schemas of clients.
+    let Constraint::JsonSchema(tool) = schema(&object, 3000) else { unreachable!() };
+    let error = grammars.compile_lark(format!("start: %json {tool}")).expect_err("is too deep");
+    assert!(error.to_string().contains("rules, references and brackets"), "{error}");
+}

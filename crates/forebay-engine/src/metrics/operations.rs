@@ -49,10 +49,11 @@ fn refusal(error: &GrammarError) -> &'static str {
         GrammarError::Constraint(_) => "invalid",
         GrammarError::Matching(_) => "not_followed",
         GrammarError::NoEnd | GrammarError::Vocabulary(_) => "vocabulary",
+        GrammarError::Thread(_) => "engine",
     }
 }
 
-const REFUSALS: [&str; 3] = ["invalid", "not_followed", "vocabulary"];
+const REFUSALS: [&str; 4] = ["invalid", "not_followed", "vocabulary", "engine"];
 
 impl Operations {
     pub fn register(registry: &Registry) -> Result<Self, MetricError> {
@@ -71,7 +72,7 @@ impl Operations {
             )?,
             constraints: registry.counters(
                 "forebay_engine_constraints_refused_total",
-                "Constraints of output that were refused, by reason: invalid (does not compile), not_followed (too costly, or at odds with allowed_token_ids) or vocabulary (the model's can't be constrained).",
+                "Constraints of output that were refused, by reason: invalid (does not compile), not_followed (too costly, or at odds with allowed_token_ids), vocabulary (the model's can't be constrained) or engine (no thread to compile it on).",
                 &labels("reason"),
             )?,
             batch_texts: registry.histograms(
