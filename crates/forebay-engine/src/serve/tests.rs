@@ -3,6 +3,8 @@
 
 mod constrained;
 mod control;
+mod held;
+mod leaving;
 mod metrics;
 mod scores;
 mod token_api;
@@ -403,30 +405,6 @@ async fn a_seeded_prompt_is_answered_the_same_alone_and_in_a_list() {
     let listed = bench.events(call(&["first", "second"])).await.unwrap();
     assert_eq!((text(&alone, 0), text(&alone, 1)), (text(&listed, 2), text(&listed, 3)));
     assert_ne!(text(&alone, 0), text(&alone, 1));
-}
-
-#[tokio::test]
-async fn a_client_that_leaves_frees_its_blocks() {
-    let bench = bench(fake(), |c| c.model_len_max = 200);
-    let call = Generate { ignore_eos: true, max_tokens: Some(150), ..greedy("to be continued") };
-    let mut reply = bench.start(call).await.unwrap();
-    assert!(reply.chunks.next().await.is_some());
-    drop(reply);
-    // It may have finished in the instant before: the fake is fast. Then it is counted as such.
-    let ended = |text: &str| {
-        ["abort", "length"].iter().any(|reason| {
-            text.contains(&format!(
-                "vllm:request_success_total{{engine=\"0\",finished_reason=\"{reason}\",model_name=\"fake\"}} 1"
-            ))
-        })
-    };
-    let give_up = Instant::now() + Duration::from_secs(20);
-    while !ended(&bench.registry.render()) {
-        assert!(Instant::now() < give_up, "{}", bench.registry.render());
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    bench.wait_for("vllm:num_requests_running{engine=\"0\",model_name=\"fake\"} 0").await;
-    bench.wait_for("vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"fake\"} 0").await;
 }
 
 #[tokio::test]
