@@ -117,6 +117,22 @@ def test_errors_are_vllms(worker):
         assert "exceeds this limit even without any output tokens" in error.value.message
 
 
+def test_a_broken_stream_ends_as_vllms_does(start):
+    """With an error and `[DONE]`; in OpenAI's form without."""
+
+    def last_frames(errors: str) -> list[str]:
+        engine = engine_config(**{"request-timeout": "1s"})
+        server = start({"edge": {"errors": errors}, "engine": engine})
+        with server.http() as http, http.stream("POST", "/v1/chat/completions", json=ENDLESS) as stream:
+            return data_lines(stream.iter_lines())[-2:]
+
+    error, done = last_frames("vllm")
+    assert done == "[DONE]"
+    assert json.loads(error)["error"]["code"] == 504 and "request-timeout" in json.loads(error)["error"]["message"]
+    delta, error = last_frames("openai")
+    assert json.loads(delta)["choices"] and json.loads(error)["error"]["code"] == "timeout"
+
+
 def test_tokens_pass_all_five_layers(server):
     """Through gateway, proxy and router, metered like any generation."""
     body = {"model": MODEL, "token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 4, "ignore_eos": True}}
@@ -224,7 +240,11 @@ def test_pause_and_resume(worker):
 def test_where_kv_events_are_published(start, worker):
     assert get(f"{worker.url}/kv_event_sources").json() == {}
     port = free_port()
-    publisher = start(Worker, "--kv-events-config", json.dumps({"endpoint": f"tcp://*:{port}", "topic": "t"}))
+    where = {"endpoint": f"tcp://*:{port}", "topic": "t"}
+    silent = start(Worker, "--kv-events-config", json.dumps(where))
+    assert get(f"{silent.url}/kv_event_sources").json() == {}
+    assert "publishes nothing" in silent.log()
+    publisher = start(Worker, "--kv-events-config", json.dumps({"enable_kv_cache_events": True, **where}))
     sources = get(f"{publisher.url}/kv_event_sources").json()
     assert sources["0"]["endpoint"].endswith(f":{port}") and sources["0"]["topic"] == "t"
 

@@ -105,7 +105,10 @@ pub fn compose<E: Stage<Placed>>(
     // sees every reply to its end, which is where quotas are settled and the audit record is written.
     // It counts a prompt's tokens before the proxy sees the request, so it has to know which model is meant by none.
     let only_model = proxy.only_model().cloned().collect();
-    let deps = GatewayDeps { encoder, registry, only_model };
+    // A port with the operator's paths is one that only routers and operators reach.
+    let callers_are_routers =
+        config.edge.as_ref().is_some_and(|edge| edge.operator_api == forebay_edge::Switch::On);
+    let deps = GatewayDeps { encoder, registry, only_model, callers_are_routers };
     let gateway = Gateway::new(config.gateway.as_ref(), *env, deps, proxy)?;
     Ok(Composed { stack: Arc::new(gateway), router })
 }

@@ -33,7 +33,7 @@ pub struct EdgeConfig {
     pub access_log: Switch,
     /// Whether `/metrics` is answered on LLM routes too, where vLLM has it, `on` or `off`; for a worker whose port only a router and a scraper reach.
     pub metrics: Switch,
-    /// Whether what vLLM has for operators and routers is answered on LLM routes too, `on` or `off`: `/load`, `/kv_event_sources`, `/abort_requests`, `/pause`, `/resume`, `/is_paused`, and the header `endpoint-load-metrics`. For a worker whose port only a router reaches; the admin listener always has the paths.
+    /// Whether what vLLM has for operators and routers is answered on LLM routes too, `on` or `off`: `/load`, `/kv_event_sources`, `/abort_requests`, `/pause`, `/resume`, `/is_paused`, and the header `endpoint-load-metrics`; without a `gateway`, `x-gateway-inference-fairness-id` says whose turn a request takes. For a worker whose port only a router reaches; the admin listener always has the paths.
     pub operator_api: Switch,
     /// Keys of which a client must show one as a bearer token for LLM paths below `/v1`, `/v2` and `/inference`, as `env:NAME` or `file:PATH` (vLLM's `--api-key`); for consumers with quotas use `gateway`.
     pub access_keys: Vec<Secret>,

@@ -20,4 +20,4 @@ mod stage;
 pub use encoder::{PromptEncoder, PromptIds};
 pub use forebay_types::TokenizerId;
 pub use reply::{ChunkStream, Reply, ReplyForm};
-pub use stage::{Admitted, Caller, Flow, Origin, Placed, Received, Resolved, Stage};
+pub use stage::{Admitted, Caller, FAIRNESS_ID, Flow, Origin, Placed, Received, Resolved, Stage};

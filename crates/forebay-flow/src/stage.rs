@@ -79,9 +79,14 @@ impl fmt::Debug for Received {
     }
 }
 
+/// The header in which a router tells a replica whose request it is, so that the replica's scheduler can give turns. The
+/// name is the Gateway API Inference Extension's, and llm-d's.
+pub const FAIRNESS_ID: &str = "x-gateway-inference-fairness-id";
+
 /// Who is calling.
 #[derive(Debug, Clone)]
 pub struct Caller {
+    /// The gateway's consumer; behind a router in another process, whom that router names.
     pub consumer: ConsumerName,
     /// Models this caller may use; `None` is all.
     pub models: Option<Arc<[ModelName]>>,

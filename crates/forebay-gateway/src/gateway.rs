@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forebay_config::Environment;
-use forebay_flow::{Admitted, Caller, Flow, Origin, PromptEncoder, PromptIds, Received, Reply, Stage};
+use forebay_flow::{
+    Admitted, Caller, FAIRNESS_ID, Flow, Origin, PromptEncoder, PromptIds, Received, Reply, Stage,
+};
 use forebay_observe::{Layer, Registry};
 use forebay_quota::{Hold, Ledger, Limits, Refused};
 use forebay_types::{ConsumerName, Fault, ModelName};
@@ -39,7 +41,12 @@ pub struct GatewayDeps<'a> {
     /// The names of the only model that there is, its own first: what a request is for that names none. Empty where there
     /// are several models.
     pub only_model: Vec<ModelName>,
+    /// Without a config of the gateway: callers are routers, and say in [`FAIRNESS_ID`] for whom they call.
+    pub callers_are_routers: bool,
 }
+
+/// Longest name of a tenant that a router tells; one that is longer is not used.
+const TENANT_BYTES_MAX: usize = 128;
 
 /// `x-ratelimit-*`
 type RateHeaders = Vec<(&'static str, String)>;
@@ -76,6 +83,7 @@ pub struct Gateway<Next> {
     /// 40 times its own memory while it is tokenized.
     reading: Arc<Semaphore>,
     only_model: Vec<ModelName>,
+    callers_are_routers: bool,
     audit: Option<AuditLog>,
     metrics: Metrics,
     clock: Clock,
@@ -123,6 +131,7 @@ impl<Next> Gateway<Next> {
             encoder: deps.encoder,
             reading: Arc::new(Semaphore::new(cores)),
             only_model: deps.only_model,
+            callers_are_routers: deps.callers_are_routers,
             audit,
             metrics,
             clock,
@@ -164,6 +173,7 @@ impl<Next> Gateway<Next> {
         };
         account.identified(&consumer.name);
         origin.trace.note(Layer::Gateway, "authenticate", start, format!("consumer {}", consumer.name));
+        let tenant = self.tenant(consumer, &received.headers);
 
         // The request is taken before anything is done for it, so that it costs also where it is refused, and somebody who
         // has nothing left gets no work out of us. How many tokens it needs is known only after that work.
@@ -200,8 +210,18 @@ impl<Next> Gateway<Next> {
         );
         let held = hold.proof();
         account.dispatched(hold, ask.prompt().is_some().then_some(&ids));
-        let caller = Caller { consumer: consumer.name.clone(), models: consumer.models.clone() };
+        let caller = Caller { consumer: tenant, models: consumer.models.clone() };
         Ok((Admitted { caller, ask, ids, held }, ratelimit::headers(&left)))
+    }
+
+    /// For whom the layers below work: where the caller is a router, whom it names.
+    fn tenant(&self, consumer: &Consumer, headers: &http::HeaderMap) -> ConsumerName {
+        let told = match (&self.access, self.callers_are_routers) {
+            (Access::Open(_), true) => headers.get(FAIRNESS_ID).and_then(|value| value.to_str().ok()),
+            _ => None,
+        };
+        let told = told.filter(|name| (1..=TENANT_BYTES_MAX).contains(&name.len()));
+        told.map_or_else(|| consumer.name.clone(), ConsumerName::from)
     }
 
     fn hold(&self, consumer: &Consumer, tokens: u64) -> Result<Hold, Fault> {

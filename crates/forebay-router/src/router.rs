@@ -5,7 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use forebay_flow::{Flow, Origin, Placed, Reply, Resolved, Stage};
+use forebay_flow::{Flow, Placed, Reply, Resolved, Stage};
 use forebay_observe::Layer;
 use forebay_placement::{Decision, PlaceError};
 use forebay_types::{Blame, Class, Classify, Code, Fault, ModelName, ReplicaId, Retry};
@@ -184,7 +184,7 @@ impl<E: Stage<Placed>> Router<E> {
         let (path, body) = match &flow.stage.ask {
             Ask::Generate(call) => {
                 if call.stream && live.counts_as_it_goes() {
-                    match self.generate(upstream, call, served_name, &flow.origin, true).await {
+                    match self.generate(upstream, call, served_name, flow, true).await {
                         // Unless the client asked for it itself, in which case it is to know.
                         Err(failed) if failed.is_about_counting() && !call.continuous_usage => {
                             live.on_counting_refused();
@@ -192,11 +192,11 @@ impl<E: Stage<Placed>> Router<E> {
                         answered => return answered,
                     }
                 }
-                return self.generate(upstream, call, served_name, &flow.origin, false).await;
+                return self.generate(upstream, call, served_name, flow, false).await;
             }
             Ask::Embed(call) => {
                 let body = with_model(&call.body, served_name).map_err(RouteError::from)?;
-                let info = CallInfo::of_embedding(call);
+                let info = CallInfo::of_embedding(call).of_tenant(&flow.stage.caller.consumer);
                 return Ok(upstream.generate(&flow.origin, "/v1/embeddings", body, info, timeouts).await?);
             }
             Ask::Render(call) => {
@@ -227,7 +227,7 @@ impl<E: Stage<Placed>> Router<E> {
         upstream: &Upstream,
         call: &Generate,
         served_name: &str,
-        origin: &Origin,
+        flow: &Flow<Resolved>,
         counting: bool,
     ) -> Result<Reply, Failed> {
         let body = for_replica(call, served_name, counting).map_err(RouteError::from)?;
@@ -236,8 +236,8 @@ impl<E: Stage<Placed>> Router<E> {
             Api::Completions => "/v1/completions",
             Api::Tokens => "/inference/v1/generate",
         };
-        let info = CallInfo::new(call, counting);
-        Ok(upstream.generate(origin, path, body, info, self.timeouts()).await?)
+        let info = CallInfo::new(call, counting).of_tenant(&flow.stage.caller.consumer);
+        Ok(upstream.generate(&flow.origin, path, body, info, self.timeouts()).await?)
     }
 
     fn timeouts(&self) -> Timeouts {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use forebay_flow::{Origin, Reply};
-use forebay_types::ModelName;
+use forebay_flow::{FAIRNESS_ID, Origin, Reply};
+use forebay_types::{ConsumerName, ModelName};
 use forebay_wire::{Embed, Generate};
 use http::header::{self, HeaderName};
 use http::{HeaderValue, Method, Request, StatusCode};
@@ -43,6 +43,8 @@ pub struct CallInfo {
     pub stream: bool,
     /// What the client wants to see of a stream's usage. What it does not want is read for accounting and taken out.
     pub usage: StreamUsage,
+    /// Whose call it is, for replicas that give turns; `None` where the upstream is somebody else's.
+    pub tenant: Option<ConsumerName>,
 }
 
 /// What a client sees of the usage in a stream.
@@ -63,12 +65,16 @@ impl CallInfo {
             (true, false) if counts_as_it_goes => StreamUsage::AtTheEnd,
             (true, _) => StreamUsage::Verbatim,
         };
-        Self { model: call.model.clone(), stream: call.stream, usage }
+        Self { model: call.model.clone(), stream: call.stream, usage, tenant: None }
+    }
+
+    pub fn of_tenant(self, tenant: &ConsumerName) -> Self {
+        Self { tenant: Some(tenant.clone()), ..self }
     }
 
     /// Of a call that is answered with one JSON body.
     pub fn of_embedding(call: &Embed) -> Self {
-        Self { model: call.model.clone(), stream: false, usage: StreamUsage::Hidden }
+        Self { model: call.model.clone(), stream: false, usage: StreamUsage::Hidden, tenant: None }
     }
 }
 
@@ -147,11 +153,16 @@ impl Upstream {
     ) -> Result<Reply, UpstreamFault> {
         let deadline = Instant::now() + timeouts.first_byte;
         let accept = if call.stream { "text/event-stream" } else { "application/json" };
+        // A name that no header can hold is not worth a failure.
+        let tenant = call.tenant.as_ref().and_then(|name| HeaderValue::from_str(name.as_str()).ok());
         let request = || {
-            self.request(Some(origin), Method::POST, path, accept)
-                .header(header::CONTENT_TYPE, "application/json")
-                .body(full(body.clone()))
-                .map_err(|_| UpstreamError::Url { why: "bad path" })
+            let mut request = self
+                .request(Some(origin), Method::POST, path, accept)
+                .header(header::CONTENT_TYPE, "application/json");
+            if let Some(tenant) = &tenant {
+                request = request.header(FAIRNESS_ID, tenant);
+            }
+            request.body(full(body.clone())).map_err(|_| UpstreamError::Url { why: "bad path" })
         };
         let answered = async {
             match self.client.send(request()?).await {

@@ -80,7 +80,7 @@ pub struct Engine {
     pub(super) model_len: u32,
     /// For requests that leave a value open.
     pub(super) generation: GenerationDefaults,
-    watchdog: Watchdog,
+    pub(super) watchdog: Watchdog,
     constraints: ConstraintMetrics,
     pub(super) max_logprobs: u32,
     seeds: Seeds,

@@ -87,6 +87,12 @@ impl Watchdog {
         self.heartbeat.clone()
     }
 
+    /// Who is in the step that is computed, or in the last one.
+    #[cfg(test)]
+    pub(super) fn in_step(&self) -> String {
+        self.heartbeat.names()
+    }
+
     /// Whether a step takes longer than the limit. It may still come back.
     pub(super) fn sees_stuck_step(&self) -> bool {
         self.limit.is_some_and(|limit| self.heartbeat.stuck(self.heartbeat.now(), limit).is_some())

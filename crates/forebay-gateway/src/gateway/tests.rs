@@ -349,6 +349,26 @@ async fn after_an_error_the_layers_below_are_let_go() {
     assert!(metered.next().await.is_none(), "not pending: the stream below is gone");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_router_says_for_whom_it_calls() {
+    let tenant = async |rig: Rig, key: Option<&str>, told: &str| {
+        let mut flow = flow(Method::POST, "/v1/completions", key, r#"{"model": "m", "prompt": "p"}"#);
+        flow.stage.headers.insert("x-gateway-inference-fairness-id", told.parse().unwrap());
+        let reply = rig.call(flow).await;
+        read_all(reply.unwrap_or_else(|fault| panic!("{fault}"))).await;
+        let call = rig.script.calls.lock().unwrap().pop().unwrap();
+        let counted = rig.registry.render().contains("{consumer=\"team-a\"");
+        (call.caller.consumer.as_str().to_owned(), counted)
+    };
+    let plays = || [whole(ReplyForm::Json, vec![verbatim("{}", None, 0)])];
+    let open = || rig_of(None, tempfile::tempdir().unwrap(), plays());
+    assert_eq!(tenant(open(), None, "team-a").await, ("team-a".into(), false), "no label that a client made");
+    for useless in ["", &"x".repeat(129)] {
+        assert_eq!(tenant(open(), None, useless).await.0, "anonymous");
+    }
+    assert_eq!(tenant(rig(plays()), Some("sk-b"), "team-a").await.0, "team-b", "who has a key is who it is");
+}
+
 /// Its only model is found by the proxy among those that the consumer may see: the request has nowhere to name one.
 #[tokio::test(start_paused = true)]
 async fn a_consumer_of_some_models_may_ask_for_the_tokenizer() {

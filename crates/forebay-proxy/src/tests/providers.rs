@@ -57,6 +57,7 @@ async fn a_call_goes_out_with_our_key_and_the_providers_model() {
     assert_eq!(seen[0].path, "/v1/chat/completions");
     assert_eq!(seen[0].headers["authorization"], "Bearer sk-provider");
     assert!(seen[0].headers.contains_key("traceparent"));
+    assert!(!seen[0].headers.contains_key("x-gateway-inference-fairness-id"), "who calls is none of theirs");
     assert_eq!(
         seen[0].body,
         r#"{"model":"provider-model", "messages":[{"role":"user","content":"hi"}], "unknown": [1, 2]}"#,

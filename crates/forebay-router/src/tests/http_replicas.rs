@@ -58,6 +58,7 @@ async fn a_call_is_forwarded_with_only_the_model_changed() {
     assert_eq!(seen[0].headers["authorization"], "Bearer sk-replica");
     assert_eq!(seen[0].headers["x-request-id"], "request-1");
     assert!(seen[0].headers.contains_key("traceparent"));
+    assert_eq!(seen[0].headers["x-gateway-inference-fairness-id"], "anonymous");
     assert_eq!(
         seen[0].json(),
         json!({

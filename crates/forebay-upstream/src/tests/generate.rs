@@ -22,7 +22,7 @@ struct Want {
 
 impl Want {
     fn info(self) -> CallInfo {
-        CallInfo { model: "alias".into(), stream: self.stream, usage: self.usage }
+        CallInfo { model: "alias".into(), stream: self.stream, usage: self.usage, tenant: None }
     }
 }
 

@@ -14,6 +14,8 @@ async fn a_step_that_hangs_is_noticed_and_so_is_its_end() {
     let watch = async {
         bench.wait_for("forebay_engine_stuck_steps_total{engine=\"0\",model_name=\"fake\"} 1").await;
         assert!(bench.engine.is_stuck());
+        let named = bench.engine.watchdog.in_step();
+        assert!(named.ends_with(" (sequence 0): 2 from 0"), "the prompt's two tokens: {named}");
         drop(open);
     };
     let (events, ()) = tokio::join!(bench.events(greedy("hi")), watch);

@@ -129,6 +129,7 @@ pub(super) fn build(yaml: &str, next: Arc<Script>) -> Result<Gateway<Arc<Script>
         encoder: Arc::new(ByteEncoder::default()),
         registry: &registry,
         only_model: Vec::new(),
+        callers_are_routers: true,
     };
     Gateway::new(Some(&config), &env(), deps, next)
 }
@@ -152,8 +153,12 @@ pub(super) fn rig_of(
     let script = Arc::new(Script { plays: Mutex::new(plays.into_iter().collect()), ..Script::default() });
     let encoder = Arc::new(ByteEncoder::default());
     let registry = Registry::new();
-    let deps =
-        GatewayDeps { encoder: Arc::clone(&encoder) as _, registry: &registry, only_model: Vec::new() };
+    let deps = GatewayDeps {
+        encoder: Arc::clone(&encoder) as _,
+        registry: &registry,
+        only_model: Vec::new(),
+        callers_are_routers: true,
+    };
     let gateway = Gateway::new(config, &env(), deps, Arc::clone(&script)).unwrap();
     Rig { gateway, script, encoder, registry, audit }
 }
