@@ -216,7 +216,7 @@ impl Default for EngineConfig {
             block_size: 16,
             max_num_batched_tokens: 512,
             itl_slo: HumanDuration::from_millis(200),
-            max_num_seqs: 64,
+            max_num_seqs: 128,
             max_num_queued_reqs: 8192,
             max_num_queued_tokens: 10_000_000,
             generation_config: GenerationSource::default(),

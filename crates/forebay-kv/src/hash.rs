@@ -152,6 +152,11 @@ impl BlockHasher {
         self.partial.clear();
     }
 
+    /// Makes room for a sequence of so many tokens, so that its later tokens allocate nothing.
+    pub fn reserve(&mut self, tokens: usize) {
+        self.hashes.reserve((tokens / self.block_size).saturating_sub(self.hashes.len()));
+    }
+
     fn complete(&mut self, block: &[TokenId]) -> BlockHash {
         let hash = match (self.hashes.last(), &self.cache_salt) {
             (Some(parent), _) => block_hash(parent, block, &[]),

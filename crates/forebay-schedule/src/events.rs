@@ -27,13 +27,15 @@ impl EventLog {
     pub(crate) fn new(recording: bool, blocks: u32, block_size: u32) -> Self {
         // Four times the cache is far more than a step can change; whoever lets that pile up has stopped draining.
         let hashes_max = (blocks as usize * 4).max(1024);
+        // What a large step changes, so that no later one has to make room.
+        let room = if recording { (blocks as usize).min(1024) } else { 0 };
         Self {
             recording,
             block_size,
             hashes_max,
-            entries: Vec::new(),
-            hashes: Vec::new(),
-            tokens: Vec::new(),
+            entries: Vec::with_capacity(room),
+            hashes: Vec::with_capacity(room),
+            tokens: Vec::with_capacity(room * block_size as usize),
         }
     }
 

@@ -34,6 +34,21 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
+    /// An empty plan with room for `rows` of `tokens` and `blocks` in all. Of each it takes no more than 64 Ki: a larger plan
+    /// makes room itself.
+    pub(crate) fn with_room(rows: u32, tokens: u32, blocks: u32) -> Self {
+        let [rows, tokens, blocks] = [rows, tokens, blocks].map(|n| (n as usize).min(1 << 16));
+        Self {
+            seqs: Vec::with_capacity(rows),
+            token_ids: Vec::with_capacity(tokens),
+            positions: Vec::with_capacity(tokens),
+            row_starts: Vec::with_capacity(rows + 1),
+            block_tables: Vec::with_capacity(blocks),
+            table_starts: Vec::with_capacity(rows + 1),
+            logit_tokens: Vec::with_capacity(rows),
+        }
+    }
+
     pub fn rows(&self) -> usize {
         self.seqs.len()
     }

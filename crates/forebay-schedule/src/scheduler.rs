@@ -86,6 +86,9 @@ impl fmt::Debug for Scheduler {
     }
 }
 
+/// Output tokens for whose hashes there is room from the start; a longer output makes room as it comes.
+const RESERVED_OUTPUT_MAX: u32 = 4096;
+
 impl Scheduler {
     /// Values of `config` at which nothing could run are moved to the nearest at which something can.
     pub fn new(config: SchedulerConfig) -> Self {
@@ -101,12 +104,12 @@ impl Scheduler {
             no_prompt: Arc::new([]),
             waiting: WaitingQueue::default(),
             running: Vec::with_capacity((config.running_max as usize).min(4096)),
-            plan: StepPlan::default(),
+            plan: StepPlan::with_room(config.running_max, config.step_tokens_max, config.blocks),
             budget: PrefillBudget::default(),
             logits_left: config.prompt_logits_max,
             pace: Pace::default(),
             prefill_beside: 0,
-            frontiers: Vec::new(),
+            frontiers: Vec::with_capacity((config.running_max as usize).min(4096)),
             output_mean: 0.0,
             growth: 0,
             arrivals: 0,
@@ -158,6 +161,7 @@ impl Scheduler {
         seq.prompt_logits = new.prompt_logits;
         seq.hasher.restart(new.cache_salt);
         if self.config.prefix_cache {
+            seq.hasher.reserve(new.prompt.len() + max_new_tokens.min(RESERVED_OUTPUT_MAX) as usize);
             seq.hasher.extend(&new.prompt);
         }
         seq.info = SeqInfo {

@@ -190,9 +190,9 @@ mod tests {
         check(64 * GIB, 16 * GIB, 16 * GIB);
         check(8 * GIB, 16 * GIB, 4 * GIB);
         check(0, GIB, 0);
-        // All that 64 sequences of 1024 tokens can use is less than what there is.
+        // All that 128 sequences of 1024 tokens can use is less than what there is.
         let layout = plan(&EngineConfig::default()).expect("fits");
-        assert_eq!(layout.kv_bytes(), 64 * 1024 * 256);
+        assert_eq!(layout.kv_bytes(), 128 * 1024 * 256);
         assert_eq!(layout.cut_from, None);
     }
 
