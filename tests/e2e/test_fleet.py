@@ -136,15 +136,19 @@ def test_a_dead_replica_loses_nothing(start):
     """Between two probes the router still believes that the dead one is up."""
     router, workers = two_workers(start, health={"interval": "1h"})
     with router.sdk() as sdk:
-        alone = ask(sdk, CAPITAL).parse().choices[0].message.content
-        workers[0].kill()
+        text = long_prompt("capitals")
+        first = ask(sdk, text)
+        alone = first.parse().choices[0].message.content
+        # The one that has the prompt cached: the next request goes there first.
+        dead = ["replica-1", "replica-2"].index(first.headers["x-forebay-replica"])
+        workers[dead].kill()
         for _ in range(4):
-            raw = ask(sdk, CAPITAL)
+            raw = ask(sdk, text)
             assert raw.parse().choices[0].message.content == alone
-            assert raw.headers["x-forebay-replica"] == "replica-2"
+            assert raw.headers["x-forebay-replica"] == f"replica-{2 - dead}"
         up = [replica["up"] for replica in get(f"{router.admin_url}/api/fleets").json()["fleets"][0]["replicas"]]
-        assert up == [False, True]
-        workers[1].kill()
+        assert up == [dead != 0, dead != 1]
+        workers[1 - dead].kill()
         with pytest.raises(openai.InternalServerError) as error:
             ask(sdk, "hi")
         assert error.value.status_code in (502, 503)

@@ -266,7 +266,7 @@ def test_a_full_cache_preempts_and_changes_no_answer(start):
 
 def test_a_full_queue_refuses_as_vllm_does(start):
     """One runs, one waits, the next is refused before it costs anything: its clients know these words."""
-    server: Forebay = start({"engine": engine_config(**{"max-num-seqs": 1, "max-num-queued-reqs": 1})})
+    server: Forebay = start({"engine": engine_config(**{"max-num-seqs": 1, "max-num-queued-reqs": 2})})
     long = {"model": MODEL, "messages": user("hi"), "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
 
     def wait() -> str | None:
