@@ -307,16 +307,22 @@ impl<E: Executor> StepLoop<E> {
                 self.scheduler.abort(seq);
                 self.state.choices.remove(&seq);
             }
+            // The client reads vLLM's words; the log also says which limit it was.
             let rejection = match &error {
-                AddError::QueueFull { .. } => Some(Rejection::Requests),
-                AddError::QueueTokensFull { .. } => Some(Rejection::Tokens),
+                AddError::QueueFull { limit, .. } => {
+                    Some((Rejection::Requests, format!("`engine.max-num-queued-reqs` is {limit}")))
+                }
+                AddError::QueueTokensFull { waiting, limit, .. } => {
+                    let limit = format!("{waiting} wait, and `engine.max-num-queued-tokens` is {limit}");
+                    Some((Rejection::Tokens, limit))
+                }
                 _ => None,
             };
-            if let Some(rejection) = rejection {
+            let mut fault = Fault::from(error);
+            if let Some((rejection, limit)) = rejection {
                 self.metrics.on_rejected(rejection);
-                tracing::debug!(?error, "a request was refused");
+                fault = fault.detail(limit);
             }
-            let fault = Fault::from(error);
             submission.refuse(fault);
             return;
         }

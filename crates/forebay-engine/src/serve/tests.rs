@@ -510,6 +510,7 @@ async fn a_full_queue_refuses_and_counts() {
         fault.message,
         "The engine is currently busy and cannot accept new requests. Please try again later or on a different instance."
     );
+    assert_eq!(fault.detail.as_deref(), Some("`engine.max-num-queued-reqs` is 2"), "for the log");
     assert!(matches!(fault.class.retry, Retry::After(wait) if wait >= Duration::from_secs(1)), "{fault:?}");
     let line = "vllm:admission_rejections_total{model_name=\"fake\",reason=\"max_num_queued_reqs\"} 1";
     bench.wait_for(line).await;
